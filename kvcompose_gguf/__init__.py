@@ -1,0 +1,57 @@
+"""Long-context GGUF models in a fraction of the KV memory.
+
+>>> from kvcompose_gguf import Llama, KVCompose
+>>> llm = Llama(model_path="model.gguf", n_ctx=8192, kv_compressor=KVCompose(compression_ratio=0.75))
+
+Importing the package loads nothing; the native library is loaded by the first use of ``Llama``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    ConfigError,
+    ContextLengthError,
+    DownloadError,
+    KVComposeError,
+    LibraryError,
+    NativeError,
+    StateError,
+    UnsupportedError,
+)
+from .plan import CompositionPlan
+from .report import KVReport
+
+if TYPE_CHECKING:
+    from .llama import Llama
+    from .methods.kvcompose import KVCompose
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompositionPlan",
+    "ConfigError",
+    "ContextLengthError",
+    "DownloadError",
+    "KVCompose",
+    "KVComposeError",
+    "KVReport",
+    "LibraryError",
+    "Llama",
+    "NativeError",
+    "StateError",
+    "UnsupportedError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Llama":
+        from .llama import Llama
+
+        return Llama
+    if name == "KVCompose":
+        from .methods.kvcompose import KVCompose
+
+        return KVCompose
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,59 @@
+"""What a KV cache is made of: layers, heads, rows, bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerGeometry:
+    """One layer of the cache.
+
+    Attributes:
+        il: layer index in the model.
+        n_head, n_head_kv: query heads and KV heads; ``n_head // n_head_kv`` query heads share a KV head.
+        n_embd_head_k, n_embd_head_v: elements of one head's key and value.
+        type_k, type_v: ggml types of the stored rows.
+        v_trans: V is stored transposed, as llama.cpp does without flash attention.
+        n_bytes_row: bytes of one token's key and value, all KV heads.
+    """
+
+    il: int
+    n_head: int
+    n_head_kv: int
+    n_embd_head_k: int
+    n_embd_head_v: int
+    type_k: int
+    type_v: int
+    v_trans: bool
+    n_bytes_row: int
+
+
+@dataclass(frozen=True)
+class KVCells:
+    """Rows of one layer: allocated, and holding a composite or a token."""
+
+    n_rows: int
+    n_rows_used: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """The cache as a whole, now.
+
+    Attributes:
+        n_cells: cells of the cell list, llama.cpp's n_ctx.
+        n_cells_alloc: cells that there is memory for.
+        n_cells_used: index of the last used cell + 1.
+        n_composed: tokens that were compressed, 0 if the cache is a full one.
+        scoring: attention scores are being collected.
+        n_bytes: bytes of all K and V buffers.
+    """
+
+    n_cells: int
+    n_cells_alloc: int
+    n_cells_used: int
+    n_composed: int
+    scoring: bool
+    n_bytes: int

@@ -1,0 +1,23 @@
+"""numba kernels, each with a numpy twin of the same signature in reference.py that specifies it.
+
+They release the GIL and run on one thread each; callers spread layers over a thread pool. numba's own parallel
+loops are not used: its workqueue layer ends the process when two Python threads enter at the same time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+
+@functools.cache
+def warm_up() -> None:
+    """Compile every kernel, or load it from numba's cache: seconds the first time, so not inside of a timed step."""
+    import numpy as np
+
+    from . import aggregate, compose
+
+    compose.gather_function()
+    scores = aggregate.add_mean_across_heads(aggregate.aggregate_group(np.zeros((2, 2), np.float32), 1, "mean"))
+    ranking = aggregate.rank_tokens(scores)
+    aggregate.allocate_budget(aggregate.composite_scores(scores, ranking, "mean")[None], 1)
+    aggregate.select_cells(ranking, 1)

@@ -1,0 +1,155 @@
+"""From attention to composite scores (KVCompose, arXiv 2509.05165, steps 4 to 8)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from ..errors import ConfigError
+from .types import FloatArray, IntArray, LongArray, as_c
+
+
+@njit(cache=True, nogil=True)
+def _aggregate_group(attention: FloatArray, n_head_kv: int, use_max: bool) -> FloatArray:
+    n_head, n_tokens = attention.shape
+    n_group = n_head // n_head_kv
+    out = np.empty((n_head_kv, n_tokens), dtype=np.float32)
+    for h in range(n_head_kv):
+        for i in range(n_tokens):
+            if use_max:
+                best = attention[h * n_group, i]
+                for g in range(1, n_group):
+                    best = max(best, attention[h * n_group + g, i])
+                out[h, i] = best
+            else:
+                total = 0.0
+                for g in range(n_group):
+                    total += attention[h * n_group + g, i]
+                out[h, i] = total / n_group
+    return out
+
+
+def aggregate_group(attention: FloatArray, n_head_kv: int, agg_group: str) -> FloatArray:
+    """agg_group over the query heads that share a KV head.
+
+    Args:
+        attention: float32 ``(n_head, N)``, one layer.
+        agg_group: ``"mean"`` or ``"max"``.
+    Returns:
+        float32 ``(n_head_kv, N)``.
+    """
+    attention = as_c(attention, "attention", np.float32, 2)
+    if attention.shape[0] % n_head_kv:
+        raise ConfigError(f"{attention.shape[0]} query heads cannot share {n_head_kv} KV heads evenly")
+    return _aggregate_group(attention, n_head_kv, agg_group == "max")
+
+
+@njit(cache=True, nogil=True)
+def _add_mean_across_heads(scores: FloatArray) -> FloatArray:
+    n_head_kv, n_tokens = scores.shape
+    out = np.empty_like(scores)
+    for i in range(n_tokens):
+        total = 0.0
+        for h in range(n_head_kv):
+            total += scores[h, i]
+        mean = total / n_head_kv
+        for h in range(n_head_kv):
+            out[h, i] = scores[h, i] + mean
+    return out
+
+
+def add_mean_across_heads(scores: FloatArray) -> FloatArray:
+    """``scores`` float32 ``(n_head_kv, N)`` plus their mean over the layer's KV heads (step 5)."""
+    return _add_mean_across_heads(as_c(scores, "scores", np.float32, 2))
+
+
+@njit(cache=True, nogil=True)
+def _rank_tokens(scores: FloatArray) -> IntArray:
+    n_head_kv, n_tokens = scores.shape
+    out = np.empty((n_head_kv, n_tokens), dtype=np.int32)
+    for h in range(n_head_kv):
+        out[h, :] = np.argsort(-scores[h], kind="mergesort")  # stable: the lowest index first among equals
+    return out
+
+
+def rank_tokens(scores: FloatArray) -> IntArray:
+    """Each head's tokens by falling score, ties by index: int32 ``(n_head_kv, N)`` (step 6)."""
+    return _rank_tokens(as_c(scores, "scores", np.float32, 2))
+
+
+@njit(cache=True, nogil=True)
+def _composite_scores(scores: FloatArray, ranking: IntArray, use_max: bool) -> FloatArray:
+    n_head_kv, n_tokens = scores.shape
+    out = np.empty(n_tokens, dtype=np.float32)
+    for j in range(n_tokens):
+        best = scores[0, ranking[0, j]]
+        total = 0.0
+        for h in range(n_head_kv):
+            s = scores[h, ranking[h, j]]
+            total += s
+            best = max(best, s)
+        out[j] = best if use_max else total / n_head_kv
+    return out
+
+
+def composite_scores(scores: FloatArray, ranking: IntArray, agg_head: str) -> FloatArray:
+    """Score of composite token j: agg_head over heads of the j-th largest score; float32 ``(N,)``, falling."""
+    return _composite_scores(
+        as_c(scores, "scores", np.float32, 2), as_c(ranking, "ranking", np.int32, 2), agg_head == "max"
+    )
+
+
+@njit(cache=True, nogil=True)
+def _allocate_budget(composites: FloatArray, n_total: int, floor: int) -> LongArray:
+    n_layer, n_tokens = composites.shape
+    n_kept = np.full(n_layer, floor, dtype=np.int64)
+    n_rest = n_total - n_layer * floor
+    if n_rest == 0:
+        return n_kept
+    rest = composites[:, floor:].copy().ravel()
+    threshold = np.partition(rest, rest.size - n_rest)[rest.size - n_rest]
+    # scores fall within a layer, so what lies above the threshold is a prefix
+    for l in range(n_layer):  # noqa: E741
+        while n_kept[l] < n_tokens and composites[l, n_kept[l]] > threshold:
+            n_kept[l] += 1
+            n_rest -= 1
+    for l in range(n_layer):  # noqa: E741
+        while n_rest > 0 and n_kept[l] < n_tokens and composites[l, n_kept[l]] == threshold:
+            n_kept[l] += 1
+            n_rest -= 1
+    return n_kept
+
+
+def allocate_budget(composites: FloatArray, n_total: int, floor: int = 0) -> LongArray:
+    """Tokens per layer by one ranking of all composites (steps 7 and 8).
+
+    Args:
+        composites: float32 ``(n_layer, N)``, falling within each layer.
+        n_total: composites to keep over all layers.
+        floor: first ranks of every layer that win before anything else (keep_token_lower_bound).
+    Returns:
+        int64 ``(n_layer,)`` with sum ``n_total``. Ties go to the lowest layer.
+    Raises:
+        ConfigError: ``n_total`` is more than there is, or less than the floors take.
+    """
+    composites = as_c(composites, "composites", np.float32, 2)
+    n_layer, n_tokens = composites.shape
+    if not 0 <= floor <= n_tokens or not n_layer * floor <= n_total <= n_layer * n_tokens:
+        raise ConfigError(
+            f"{n_total} composites cannot be kept: {n_layer} layers of {n_tokens} tokens, at least {floor} in each"
+        )
+    return _allocate_budget(composites, n_total, floor)
+
+
+@njit(cache=True, nogil=True)
+def _select_cells(ranking: IntArray, n_kept: int) -> IntArray:
+    n_head_kv = ranking.shape[0]
+    out = np.empty((n_head_kv, n_kept), dtype=np.int32)
+    for h in range(n_head_kv):
+        out[h, :] = np.sort(ranking[h, :n_kept])
+    return out
+
+
+def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
+    """Each head's ``n_kept`` best tokens in position order: int32 ``(n_head_kv, n_kept)`` (step 9)."""
+    return _select_cells(as_c(ranking, "ranking", np.int32, 2), n_kept)

@@ -1,0 +1,53 @@
+"""The gather of cache rows: a C function made by numba, called by the native library on the ggml tensors' own memory.
+
+Being native code it cannot be interrupted half-way by Ctrl-C, so that a compose is all or nothing. Rows are moved
+as bytes: every KV type that stores a head in whole quantization blocks works, and nothing is quantized again.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from numba import carray, cfunc, types
+
+_SIGNATURE = types.void(
+    types.CPointer(types.uint8),  # src
+    types.CPointer(types.uint8),  # dst
+    types.CPointer(types.int32),  # cells
+    types.int64,  # n_head
+    types.int64,  # n_kept
+    types.int64,  # n_chunk
+    types.int64,  # n_bytes
+    types.int64,  # src_cell
+    types.int64,  # src_head
+    types.int64,  # src_chunk
+    types.int64,  # dst_cell
+    types.int64,  # dst_head
+    types.int64,  # dst_chunk
+)
+
+
+@functools.cache
+def gather_function() -> object:
+    """The compiled ``llama_kvc_gather_t`` (llama-kvc.h); ``.address`` is what the library is given.
+
+    Works in place as well (``src == dst``): within a head the cells ascend, so row j is written after it was read.
+    """
+
+    @cfunc(_SIGNATURE, cache=True)
+    def gather(  # type: ignore[no-untyped-def]
+        src, dst, cells, n_head, n_kept, n_chunk, n_bytes,
+        src_cell, src_head, src_chunk, dst_cell, dst_head, dst_chunk,
+    ):  # fmt: skip
+        index = carray(cells, (n_head, n_kept))
+        for h in range(n_head):
+            for c in range(n_chunk):
+                s0 = h * src_head + c * src_chunk
+                d0 = h * dst_head + c * dst_chunk
+                for j in range(n_kept):
+                    s = s0 + index[h, j] * src_cell
+                    d = d0 + j * dst_cell
+                    for b in range(n_bytes):
+                        dst[d + b] = src[s + b]
+
+    return gather

@@ -1,0 +1,66 @@
+"""The specification of every kernel in plain numpy. Ties go to the lowest token index, then the lowest layer."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from .types import FloatArray, IntArray, LongArray
+
+
+def aggregate_group(attention: FloatArray, n_head_kv: int, agg_group: str) -> FloatArray:
+    n_head, n_tokens = attention.shape
+    grouped = attention.reshape(n_head_kv, n_head // n_head_kv, n_tokens)
+    if agg_group == "max":
+        return grouped.max(axis=1)
+    return grouped.astype(np.float64).mean(axis=1).astype(np.float32)
+
+
+def add_mean_across_heads(scores: FloatArray) -> FloatArray:
+    return (scores + scores.astype(np.float64).mean(axis=0)).astype(np.float32)
+
+
+def rank_tokens(scores: FloatArray) -> IntArray:
+    return np.argsort(-scores, axis=1, kind="stable").astype(np.int32)
+
+
+def composite_scores(scores: FloatArray, ranking: IntArray, agg_head: str) -> FloatArray:
+    ranked = np.take_along_axis(scores, ranking, axis=1)
+    if agg_head == "max":
+        return ranked.max(axis=0)
+    return ranked.astype(np.float64).mean(axis=0).astype(np.float32)
+
+
+def allocate_budget(composites: FloatArray, n_total: int, floor: int) -> LongArray:
+    n_layer, n_tokens = composites.shape
+    n_kept = np.full(n_layer, floor, dtype=np.int64)
+    rest = composites[:, floor:]
+    order = np.argsort(-rest, axis=None, kind="stable")[: n_total - n_layer * floor]
+    n_kept += np.bincount(order // max(1, n_tokens - floor), minlength=n_layer)
+    return n_kept
+
+
+def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
+    return np.sort(ranking[:, :n_kept], axis=1)
+
+
+def gather(
+    src: int,
+    dst: int,
+    cells: IntArray,
+    n_chunk: int,
+    n_bytes: int,
+    src_strides: tuple[int, int, int],
+    dst_strides: tuple[int, int, int],
+) -> None:
+    """Copies rows between addresses; strides are (cell, head, chunk) in bytes, as in llama-kvc.h."""
+    n_head, n_kept = cells.shape
+    for h in range(n_head):
+        for c in range(n_chunk):
+            for j in range(n_kept):
+                ctypes.memmove(
+                    dst + j * dst_strides[0] + h * dst_strides[1] + c * dst_strides[2],
+                    src + int(cells[h, j]) * src_strides[0] + h * src_strides[1] + c * src_strides[2],
+                    n_bytes,
+                )

@@ -1,0 +1,1 @@
+"""Compression methods: one frozen dataclass a file. A method turns attention into a CompositionPlan."""

@@ -1,0 +1,111 @@
+"""Declarations of llama-kvc.h (patches/src): one function or struct each, the C declaration above it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+c_uint32_p = ctypes.POINTER(ctypes.c_uint32)
+c_int32_p = ctypes.POINTER(ctypes.c_int32)
+c_float_p = ctypes.POINTER(ctypes.c_float)
+
+# enum llama_kvc_status
+OK = 0
+ERR_ARGUMENT = -1
+ERR_UNSUPPORTED = -2
+ERR_STATE = -3
+ERR_MEMORY = -4
+ERR_INTERNAL = -5
+
+# enum llama_kvc_agg
+AGG = {"max": 0, "mean": 1}
+
+
+# struct llama_kvc_cache_info
+class CacheInfo(ctypes.Structure):
+    _fields_ = [
+        ("n_layer", ctypes.c_uint32),
+        ("n_cells", ctypes.c_uint32),
+        ("n_cells_alloc", ctypes.c_uint32),
+        ("n_cells_used", ctypes.c_uint32),
+        ("n_composed", ctypes.c_uint32),
+        ("scoring", ctypes.c_int32),
+        ("n_bytes", ctypes.c_uint64),
+    ]
+
+
+# struct llama_kvc_layer_info
+class LayerInfo(ctypes.Structure):
+    _fields_ = [
+        ("il", ctypes.c_int32),
+        ("n_head", ctypes.c_int32),
+        ("n_head_kv", ctypes.c_int32),
+        ("n_embd_head_k", ctypes.c_int32),
+        ("n_embd_head_v", ctypes.c_int32),
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        ("v_trans", ctypes.c_int32),
+        ("n_rows", ctypes.c_uint32),
+        ("n_rows_used", ctypes.c_uint32),
+        ("n_bytes", ctypes.c_uint64),
+        ("n_bytes_row", ctypes.c_uint64),
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("buffer", ctypes.c_char_p),
+    ]
+
+
+_CONTEXT = ctypes.c_void_p
+
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    # uint32_t llama_kvc_abi(void);
+    "llama_kvc_abi": (ctypes.c_uint32, []),
+    # const char * llama_kvc_commit(void);
+    "llama_kvc_commit": (ctypes.c_char_p, []),
+    # const char * llama_kvc_last_error(void);
+    "llama_kvc_last_error": (ctypes.c_char_p, []),
+    # int32_t llama_kvc_supported(struct llama_context * ctx);
+    "llama_kvc_supported": (ctypes.c_int32, [_CONTEXT]),
+    # int32_t llama_kvc_get_cache(struct llama_context * ctx, struct llama_kvc_cache_info * info, size_t size);
+    "llama_kvc_get_cache": (ctypes.c_int32, [_CONTEXT, ctypes.POINTER(CacheInfo), ctypes.c_size_t]),
+    # int32_t llama_kvc_get_layer(struct llama_context * ctx, uint32_t ikv, struct llama_kvc_layer_info * info, size_t size);
+    "llama_kvc_get_layer": (
+        ctypes.c_int32,
+        [_CONTEXT, ctypes.c_uint32, ctypes.POINTER(LayerInfo), ctypes.c_size_t],
+    ),
+    # int32_t llama_kvc_get_tensor(struct llama_context * ctx, uint32_t ikv, int32_t is_v, void * dst, size_t offset, size_t size);
+    "llama_kvc_get_tensor": (
+        ctypes.c_int32,
+        [_CONTEXT, ctypes.c_uint32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
+    ),
+    # int32_t llama_kvc_scores_begin(struct llama_context * ctx, enum llama_kvc_agg agg, uint32_t n_cells);
+    "llama_kvc_scores_begin": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32, ctypes.c_uint32]),
+    # int32_t llama_kvc_scores_get(struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
+    "llama_kvc_scores_get": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32, c_float_p, ctypes.c_size_t]),
+    # int32_t llama_kvc_scores_end(struct llama_context * ctx);
+    "llama_kvc_scores_end": (ctypes.c_int32, [_CONTEXT]),
+    # int32_t llama_kvc_compose(struct llama_context * ctx, uint32_t n_tokens, uint32_t n_layer, const uint32_t * n_kept,
+    #         const int32_t * cells, size_t n_cells_total, uint32_t n_room, llama_kvc_gather_t gather);
+    "llama_kvc_compose": (
+        ctypes.c_int32,
+        [
+            _CONTEXT,
+            ctypes.c_uint32,
+            ctypes.c_uint32,
+            c_uint32_p,
+            c_int32_p,
+            ctypes.c_size_t,
+            ctypes.c_uint32,
+            ctypes.c_void_p,
+        ],
+    ),
+}
+
+
+def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Give every llama_kvc_* function of ``lib`` its C types; returns ``lib``."""
+    for name, (restype, argtypes) in _FUNCTIONS.items():
+        function = getattr(lib, name)
+        function.restype = restype
+        function.argtypes = argtypes
+    return lib

@@ -1,0 +1,74 @@
+"""Find the patched llama.cpp and load it under the unmodified llama-cpp-python bindings."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from ..errors import LibraryError
+
+PACKAGE_DIR = Path(__file__).resolve().parent.parent
+
+#: what scripts/build_native.py fills: the shared libraries, and the bindings for environments without llama-cpp-python
+LIB_DIR = PACKAGE_DIR / "lib"
+BINDINGS_DIR = LIB_DIR / "bindings"
+
+BINDINGS_VERSION = "0.3.36"
+ABI = 1
+
+_LIB_PATH_VARIABLE = "LLAMA_CPP_LIB_PATH"
+
+
+def library_dir() -> Path:
+    """The folder that the bindings load libllama from: the user's own choice or the package's."""
+    return Path(os.environ.get(_LIB_PATH_VARIABLE) or LIB_DIR)
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Import ``llama_cpp`` on top of the patched library.
+
+    ``llama_cpp`` reads ``LLAMA_CPP_LIB_PATH`` when it is first imported (llama_cpp/llama_cpp.py), so this has
+    to happen before anybody else's import of it.
+
+    Returns:
+        The module ``llama_cpp``.
+    Raises:
+        LibraryError: no library, a stock library, another ABI or another version of the bindings.
+    """
+    if "llama_cpp" not in sys.modules:
+        folder = library_dir()
+        if not any(folder.glob("*llama*")):
+            raise LibraryError(
+                f"no llama.cpp library in {folder}: run `python scripts/build_native.py` in the checkout, "
+                f"or reinstall with a C++ compiler at hand"
+            )
+        os.environ[_LIB_PATH_VARIABLE] = str(folder)
+        if importlib.util.find_spec("llama_cpp") is None:
+            sys.path.append(str(BINDINGS_DIR))
+    try:
+        llama_cpp = importlib.import_module("llama_cpp")
+    except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
+        raise LibraryError(f"llama_cpp could not be imported: {error}") from error
+    check(llama_cpp)
+    return llama_cpp
+
+
+def check(llama_cpp: ModuleType) -> None:
+    """Raise LibraryError unless ``llama_cpp`` is the pinned bindings over a patched library of this ABI."""
+    if llama_cpp.__version__ != BINDINGS_VERSION:
+        raise LibraryError(f"llama-cpp-python {llama_cpp.__version__} is installed, {BINDINGS_VERSION} is needed")
+    lib = llama_cpp.llama_cpp._lib
+    if not hasattr(lib, "llama_kvc_abi"):
+        raise LibraryError(
+            f"llama_cpp has loaded a stock llama.cpp ({lib._name}), which cannot compress a KV cache: "
+            f"import kvcompose_gguf before llama_cpp, and unset {_LIB_PATH_VARIABLE} if it points elsewhere"
+        )
+    abi = lib.llama_kvc_abi()
+    if abi != ABI:
+        raise LibraryError(f"the library in {lib._name} has ABI {abi}, this package needs {ABI}: build it again")

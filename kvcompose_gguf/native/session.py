@@ -1,0 +1,162 @@
+"""One llama context as the rest of the package sees it: numpy in, numpy out, exceptions instead of statuses."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError, NativeError, StateError, UnsupportedError
+from ..geometry import CacheState, KVCells, LayerGeometry
+from ..kernels.compose import gather_function
+from ..plan import CompositionPlan
+from . import bindings, library
+
+_EXCEPTIONS: dict[int, type[Exception]] = {
+    bindings.ERR_ARGUMENT: ConfigError,
+    bindings.ERR_UNSUPPORTED: UnsupportedError,
+    bindings.ERR_STATE: StateError,
+}
+
+
+class KVSession:
+    """Scores, geometry and compose of one ``llama_context``.
+
+    Only :meth:`compose` changes the cache.
+
+    Args:
+        ctx: the bindings' ``llama_context_p``; it has to outlive the session.
+    Raises:
+        UnsupportedError: this model or cache cannot be compressed; the message says why.
+    """
+
+    def __init__(self, ctx: Any) -> None:
+        self._lib = bindings.declare(library.load().llama_cpp._lib)
+        self._ctx = ctypes.cast(ctx, ctypes.c_void_p)
+        self._call("llama_kvc_supported")
+        #: the cached layers in order, tuple of LayerGeometry
+        self.layers = tuple(self._geometry(self._layer(ikv)) for ikv in range(self._cache().n_layer))
+
+    def _call(self, name: str, *args: Any) -> None:
+        status = getattr(self._lib, name)(self._ctx, *args)
+        if status != bindings.OK:
+            message = self._lib.llama_kvc_last_error().decode()
+            raise _EXCEPTIONS.get(status, NativeError)(message)
+
+    def _cache(self) -> bindings.CacheInfo:
+        info = bindings.CacheInfo()
+        self._call("llama_kvc_get_cache", ctypes.byref(info), ctypes.sizeof(info))
+        return info
+
+    def _layer(self, ikv: int) -> bindings.LayerInfo:
+        info = bindings.LayerInfo()
+        self._call("llama_kvc_get_layer", ikv, ctypes.byref(info), ctypes.sizeof(info))
+        return info
+
+    @staticmethod
+    def _geometry(info: bindings.LayerInfo) -> LayerGeometry:
+        return LayerGeometry(
+            il=info.il,
+            n_head=info.n_head,
+            n_head_kv=info.n_head_kv,
+            n_embd_head_k=info.n_embd_head_k,
+            n_embd_head_v=info.n_embd_head_v,
+            type_k=info.type_k,
+            type_v=info.type_v,
+            v_trans=bool(info.v_trans),
+            n_bytes_row=info.n_bytes_row,
+        )
+
+    def state(self) -> CacheState:
+        """Cells and bytes of the whole cache, now."""
+        info = self._cache()
+        return CacheState(
+            n_cells=info.n_cells,
+            n_cells_alloc=info.n_cells_alloc,
+            n_cells_used=info.n_cells_used,
+            n_composed=info.n_composed,
+            scoring=bool(info.scoring),
+            n_bytes=info.n_bytes,
+        )
+
+    def cells(self, ikv: int) -> KVCells:
+        """Rows of cached layer ``ikv``, now."""
+        info = self._layer(ikv)
+        return KVCells(n_rows=info.n_rows, n_rows_used=info.n_rows_used, n_bytes=info.n_bytes)
+
+    def stored(self, ikv: int, which: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a layer's ``"k"`` or ``"v"`` tensor, uint8 ``(n_bytes,)``.
+
+        In host memory a read-only view of the tensor itself, valid until the cache next changes; else a copy.
+        """
+        info = self._layer(ikv)
+        layer = self.layers[ikv]
+        is_v = which == "v"
+        n_bytes = info.n_rows * _row_bytes(layer, is_v)
+        address = info.v if is_v else info.k
+        if address:
+            view = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))
+            view.setflags(write=False)
+            return view
+        copy = np.empty(n_bytes, dtype=np.uint8)
+        self._call("llama_kvc_get_tensor", ikv, int(is_v), copy.ctypes.data_as(ctypes.c_void_p), 0, n_bytes)
+        return copy
+
+    @contextmanager
+    def scoring(self, agg_task: str, n_cells: int) -> Iterator[None]:
+        """Decodes inside of the ``with`` collect attention on the cells ``[0, n_cells)``; off again on any exit.
+
+        Args:
+            agg_task: ``"max"`` or ``"mean"`` over the query tokens of all decodes.
+        """
+        self._call("llama_kvc_scores_begin", bindings.AGG[agg_task], n_cells)
+        try:
+            yield
+        finally:
+            self._call("llama_kvc_scores_end")
+
+    def scores(self, n_cells: int) -> list[npt.NDArray[np.float32]]:
+        """Attention collected so far, for each layer float32 ``(n_head, n_cells)``; only while scoring."""
+        out = []
+        for ikv, layer in enumerate(self.layers):
+            scores = np.empty((layer.n_head, n_cells), dtype=np.float32)
+            self._call("llama_kvc_scores_get", ikv, scores.ctypes.data_as(bindings.c_float_p), scores.size)
+            out.append(scores)
+        return out
+
+    def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
+        """Apply ``plan`` to the cache: all or nothing.
+
+        Args:
+            n_room: free cells to leave behind the composites; the cache grows by itself beyond them.
+        Raises:
+            ConfigError: the plan does not fit this cache.
+            StateError: the cache is not exactly the plan's tokens, or is composed already.
+        """
+        n_kept = plan.n_kept.astype(np.uint32)
+        shapes = [cells.shape[0] for cells in plan.cells]
+        if shapes != [layer.n_head_kv for layer in self.layers]:
+            raise ConfigError(f"the plan's KV heads per layer {shapes} are not the cache's")
+        cells = np.concatenate([cells.ravel() for cells in plan.cells]).astype(np.int32)
+        self._call(
+            "llama_kvc_compose",
+            plan.n_tokens,
+            len(plan.cells),
+            n_kept.ctypes.data_as(bindings.c_uint32_p),
+            cells.ctypes.data_as(bindings.c_int32_p),
+            cells.size,
+            n_room,
+            gather_function().address,  # type: ignore[attr-defined]
+        )
+
+
+def _row_bytes(layer: LayerGeometry, is_v: bool) -> int:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    n_block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(layer.type_v if is_v else layer.type_k)]
+    n_embd = layer.n_head_kv * (layer.n_embd_head_v if is_v else layer.n_embd_head_k)
+    return n_embd // n_block * n_bytes

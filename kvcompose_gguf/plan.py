@@ -1,0 +1,52 @@
+"""The decision of what stays, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class CompositionPlan:
+    """Which tokens every KV head of every layer keeps.
+
+    Attributes:
+        n_tokens: context tokens N that the plan was made for.
+        cells: for each layer int32 ``(n_head_kv, n_kept[l])``, token indices in ``[0, N)``, strictly ascending
+            within a head. Column j is composite token j in position order.
+    Raises:
+        ConfigError: an array of another shape or dtype, an index out of range or out of order.
+    """
+
+    n_tokens: int
+    cells: tuple[IntArray, ...]
+
+    def __post_init__(self) -> None:
+        for il, cells in enumerate(self.cells):
+            if cells.ndim != 2 or cells.dtype != np.int32:
+                raise ConfigError(f"cells[{il}] is {cells.dtype} {cells.shape}, int32 (n_head_kv, n_kept) is needed")
+            if cells.size and (cells.min() < 0 or cells.max() >= self.n_tokens):
+                raise ConfigError(f"cells[{il}] has indices outside of [0, {self.n_tokens})")
+            if cells.shape[1] > 1 and not (np.diff(cells, axis=1) > 0).all():
+                raise ConfigError(f"cells[{il}] is not strictly ascending within each head")
+        if not any(cells.size for cells in self.cells):
+            raise ConfigError("the plan keeps no token in any layer")
+        for cells in self.cells:
+            cells.setflags(write=False)
+
+    @property
+    def n_kept(self) -> npt.NDArray[np.int64]:
+        """Composite tokens of every layer, int64 ``(n_layer,)``."""
+        return np.array([cells.shape[1] for cells in self.cells], dtype=np.int64)
+
+    @classmethod
+    def keep_all(cls, n_tokens: int, n_head_kv: list[int]) -> CompositionPlan:
+        """The plan that removes nothing, for a cache whose layers have ``n_head_kv[l]`` KV heads."""
+        everything = np.arange(n_tokens, dtype=np.int32)
+        return cls(n_tokens, tuple(np.tile(everything, (n, 1)) for n in n_head_kv))

@@ -1,0 +1,52 @@
+"""What a compression did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class KVReport:
+    """Figures of one compression.
+
+    Attributes:
+        n_tokens: tokens of the context.
+        n_kept: composite tokens of every layer, int64 ``(n_layer,)``.
+        kv_bytes_full: bytes of the context's rows in a full cache.
+        kv_bytes_kept: bytes of the rows kept.
+        kv_bytes_before, kv_bytes: bytes that the cache had and has allocated, including room for new tokens.
+        prefill_seconds, score_seconds, plan_seconds, compose_seconds: wall time of the steps.
+        n_prefilled: tokens evaluated by the prefill; less than ``n_tokens`` if a prefix was in the cache.
+        scoring_chunk: query tokens on top of the context at a time, as it was possible.
+    """
+
+    n_tokens: int
+    n_kept: npt.NDArray[np.int64]
+    kv_bytes_full: int
+    kv_bytes_kept: int
+    kv_bytes_before: int
+    kv_bytes: int
+    prefill_seconds: float
+    score_seconds: float
+    plan_seconds: float
+    compose_seconds: float
+    n_prefilled: int
+    scoring_chunk: int
+
+    @property
+    def compression_ratio(self) -> float:
+        """Fraction of the context's KV entries that was removed."""
+        return 1 - float(self.n_kept.sum()) / (len(self.n_kept) * self.n_tokens)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_tokens} tokens, {self.compression_ratio:.1%} of the KV entries removed "
+            f"(layers keep {self.n_kept.min()} to {self.n_kept.max()}): "
+            f"{self.kv_bytes_full / 1e6:.1f} -> {self.kv_bytes_kept / 1e6:.1f} MB of rows, "
+            f"{self.kv_bytes_before / 1e6:.1f} -> {self.kv_bytes / 1e6:.1f} MB allocated; "
+            f"prefill {self.prefill_seconds:.2f} s, scores {self.score_seconds:.2f} s, "
+            f"plan {self.plan_seconds:.3f} s, compose {self.compose_seconds:.3f} s"
+        )

@@ -1,0 +1,58 @@
+"""Continue on a compressed context when a tokenizer merges across its end.
+
+`"...done." + "\\nWhat?"` is tokenized with one token for `".\\n"`, but the context in the cache ends with `"."`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+#: tokens at the end of the context that a merge may have changed
+MAX_SEAM = 8
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of leading tokens that ``a`` and ``b`` share."""
+    n = min(len(a), len(b))
+    return next((i for i in range(n) if a[i] != b[i]), n)
+
+
+def join(
+    context: Sequence[int],
+    prompt: Sequence[int],
+    piece: Callable[[int], bytes],
+    tokenize: Callable[[bytes], Sequence[int]],
+) -> list[int] | None:
+    """``prompt`` rewritten to begin with ``context``, if their text agrees and only the tokens at the seam differ.
+
+    Args:
+        piece: text of a token, ``b""`` for control tokens, which are never merged.
+        tokenize: tokens of a piece of text, without BOS and without control tokens.
+    Returns:
+        The context, the rest of the seam's text tokenized on its own, and the prompt's tokens after it. ``None`` if
+        the prompt diverges from the context.
+    """
+    start = common_prefix(context, prompt)
+    if start == len(context):
+        return list(prompt)
+    if len(context) - start > MAX_SEAM:
+        return None
+
+    context_pieces = [piece(token) for token in context[start:]]
+    wanted = b"".join(context_pieces)
+    text = b""
+    end = start
+    while end < len(prompt) and len(text) < len(wanted):
+        part = piece(prompt[end])
+        if not part:
+            return None
+        text += part
+        end += 1
+    if not all(context_pieces) or not text.startswith(wanted):
+        return None
+
+    rest = text[len(wanted) :]
+    tokens = list(tokenize(rest)) if rest else []
+    if b"".join(piece(token) for token in tokens) != rest:
+        return None  # e.g. a tokenizer that puts a space before every text
+    return [*context, *tokens, *prompt[end:]]
