@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     """
 
     def __init__(self, model_path: str, *, kv_compressor: KVCompose | None = None, **kwargs: Any) -> None:
+        self._stack = contextlib.ExitStack()  # what the original's close() closes, should this not get further
         if kv_compressor is not None and not isinstance(kv_compressor, KVCompose):
             raise ConfigError(f"kv_compressor={kv_compressor!r} is not a KVCompose")
         self.kv_compressor = kv_compressor

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -371,14 +370,9 @@ bool llama_kvc::can_seq_rm(llama_pos p0, llama_pos p1) const {
     if (!composed() || kv.v_cells[0].get_used() == 0) {
         return true;
     }
-    if (p1 < 0) {
-        p1 = std::numeric_limits<llama_pos>::max();
-    }
+    const bool all = p0 <= 0 && (p1 < 0 || p1 > kv.v_cells[0].seq_pos_max(0));
 
-    const bool all    = p0 <= kv.v_cells[0].seq_pos_min(0) && p1 > kv.v_cells[0].seq_pos_max(0);
-    const bool behind = p0 >= (llama_pos) n_past || p1 <= kv.v_cells[0].seq_pos_min(0);
-
-    return all || behind;
+    return all || p0 >= (llama_pos) n_past;
 }
 
 bool llama_kvc::refuses(const char * what) const {

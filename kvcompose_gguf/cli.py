@@ -1,0 +1,95 @@
+"""The ``kvcompose`` command: each handler reads its arguments and calls one function of another module.
+
+Those modules are imported by the handlers, so that ``--help`` needs neither the library nor their import time.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import KVComposeError
+
+
+class _Group(TyperGroup):
+    """Ends on one of the package's errors with a red line and exit code 1; any other exception is a bug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KVComposeError as error:
+            typer.secho("error: " + " ".join(str(error).split()), fg="red", err=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="KV-cache compression inside llama.cpp.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+Ratio = Annotated[float, typer.Option("--compression-ratio", help="Fraction of the KV entries that is removed.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; llama-cpp-python's choice by default.")]
+
+
+@app.command()
+def demo(compression_ratio: Ratio = 0.75, threads: Threads = None) -> None:
+    """Ask a small model about a document, from the full and from the compressed cache."""
+    from .demo import demo
+
+    demo(compression_ratio, threads)
+
+
+@app.command()
+def run(
+    model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")],
+    context: Annotated[Path, typer.Option(help="The text that is read and compressed, UTF-8.")],
+    question: Annotated[str, typer.Option(help="What is asked about it.")],
+    compression_ratio: Ratio,
+    n_ctx: Annotated[int | None, typer.Option(min=1, help="Cells of the cache; as many as needed by default.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    flash_attn: Annotated[bool, typer.Option(help="Flash attention for everything but the scoring.")] = True,
+    threads: Threads = None,
+) -> None:
+    """Answer a question about a text from a compressed cache."""
+    from .demo import run
+
+    run(
+        model, context, question, compression_ratio,
+        n_ctx=n_ctx, max_tokens=max_tokens, flash_attn=flash_attn, threads=threads,
+    )  # fmt: skip
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="The model's name, e.g. smollm2.")]) -> None:
+    """Download a small model into the cache folder and print its path."""
+    from .models import fetch
+
+    typer.echo(fetch(name))
+
+
+@app.command()
+def doctor() -> None:
+    """Show the native library, its backends and the models; exit code 1 if something is wrong."""
+    from .doctor import doctor
+
+    raise typer.Exit(0 if doctor() else 1)
+
+
+def main() -> None:
+    """Entry point of the ``kvcompose`` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # a pipe on Windows is cp1252, which has neither the marks nor the bars
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app()
+
+
+if __name__ == "__main__":
+    main()

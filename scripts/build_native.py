@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Build the patched llama.cpp and put it where kvcompose_gguf finds it (kvcompose_gguf/lib).
+
+    python scripts/build_native.py
+    CMAKE_ARGS="-DGGML_CUDA=on" python scripts/build_native.py      (GGML_METAL, GGML_VULKAN, GGML_RPC, … alike)
+
+A result is kept in the user's cache by a hash of version, patches and flags: the next checkout or CI run copies it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from llama_source import CACHE, ROOT, BuildError, own_sources, patch_files, patched_tree, read_pin, run, unpack
+
+LIB_DIR = ROOT / "kvcompose_gguf" / "lib"
+
+FLAGS = [
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    # next to each other in one folder, without the symlinks that a wheel cannot hold
+    "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    "-DCMAKE_INSTALL_RPATH=" + ("@loader_path" if sys.platform == "darwin" else "$ORIGIN"),
+    *(f"-DLLAMA_BUILD_{part}=OFF" for part in ("COMMON", "TESTS", "EXAMPLES", "TOOLS", "SERVER", "APP")),
+]
+
+
+def user_flags() -> list[str]:
+    """CMAKE_ARGS without the flag that tells llama-cpp-python not to build a llama.cpp of its own."""
+    return [flag for flag in shlex.split(os.environ.get("CMAKE_ARGS", "")) if not flag.startswith("-DLLAMA_BUILD=")]
+
+
+def cpu_id() -> str:
+    """ggml compiles for the CPU it is built on, so a cache that moves with $HOME must not be reused on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def build_key(flags: list[str]) -> str:
+    digest = hashlib.sha256()
+    for path in [ROOT / "patches" / "LLAMA_CPP_VERSION", Path(__file__), *patch_files(), *own_sources()]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update("\0".join([sys.platform, platform.machine(), cpu_id(), *FLAGS, *flags]).encode())
+    return digest.hexdigest()[:20]
+
+
+def need(program: str, hint: str) -> str:
+    found = shutil.which(program)
+    if not found:
+        raise BuildError(f"{program} is needed to build llama.cpp: {hint}")
+    return found
+
+
+def build(target: Path, flags: list[str], jobs: int) -> None:
+    """Compile into ``target``, which appears only when everything has worked."""
+    need("git", "install git")
+    cmake = need("cmake", "`pip install cmake ninja`, or your system's package")
+    pin = read_pin()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as name:
+        work = Path(name)
+        print(f"llama.cpp {pin.commit[:9]} of llama-cpp-python {pin.bindings}: unpack, {len(patch_files())} patches", flush=True)
+        tree = patched_tree(pin, work / "llama.cpp")
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        configure = [cmake, "-S", str(tree), "-B", str(work / "build"), *generator, *FLAGS,
+                     f"-DLLAMA_BUILD_COMMIT={pin.commit}", *flags]  # fmt: skip
+        run(configure)
+        print(f"compile with {jobs} jobs (minutes)", flush=True)
+        run([cmake, "--build", str(work / "build"), "--config", "Release", "-j", str(jobs), "--target", "llama"])
+
+        out = work / "lib"
+        out.mkdir()
+        patterns = ("*.so", "*.dylib", "*.dll", "*.metallib")
+        for path in (p for pattern in patterns for p in (work / "build" / "bin").rglob(pattern)):
+            shutil.copy(path, out / path.name)
+        check_symbols(out)
+
+        _, bindings = unpack(pin, work / "sdist")
+        shutil.copytree(bindings, out / "bindings" / "llama_cpp", ignore=shutil.ignore_patterns("lib", "__pycache__"))
+        shutil.copy(bindings.parent / "LICENSE.md", out / "bindings" / "LICENSE.llama-cpp-python.md")
+        shutil.copy(tree / "LICENSE", out / "LICENSE.llama.cpp")
+        os.replace(out, target)
+
+
+def check_symbols(folder: Path) -> None:
+    """A patch that did not apply leaves a library that loads and lacks our functions."""
+    library = next((p for p in folder.iterdir() if p.stem in ("libllama", "llama")), None)
+    if library is None:
+        raise BuildError(f"the build left no libllama in {folder}: {sorted(p.name for p in folder.iterdir())}")
+    if not hasattr(ctypes.CDLL(str(library)), "llama_kvc_abi"):
+        raise BuildError(f"{library.name} was built without the patches")
+
+
+def ensure(jobs: int | None = None) -> Path:
+    """kvcompose_gguf/lib filled from the cache, which is filled by a build if need be; returns it."""
+    flags = user_flags()
+    key = build_key(flags)
+    stamp = LIB_DIR / "BUILD_KEY"
+    if stamp.exists() and stamp.read_text() == key:
+        return LIB_DIR
+    cached = CACHE / "native" / key
+    if not cached.exists():
+        start = time.monotonic()
+        build(cached, flags, jobs or os.cpu_count() or 1)
+        print(f"built in {time.monotonic() - start:.0f} s, kept in {cached}", flush=True)
+    shutil.rmtree(LIB_DIR, ignore_errors=True)
+    shutil.copytree(cached, LIB_DIR)
+    stamp.write_text(key)
+    return LIB_DIR
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-j", "--jobs", type=int, help="compiler processes, default: one per core")
+    print(f"native library: {ensure(parser.parse_args().jobs)}")
+
+
+if __name__ == "__main__":
+    main()

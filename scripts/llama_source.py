@@ -1,0 +1,131 @@
+"""The pinned llama.cpp source: fetch, verify, unpack, patch. Shared by build_native.py and patches.py."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+import platformdirs
+
+ROOT = Path(__file__).resolve().parent.parent
+PATCHES = ROOT / "patches"
+CACHE = Path(platformdirs.user_cache_dir("kvcompose-gguf"))
+
+# patches have to come out of git the same everywhere, whatever the user's configuration
+GIT = [
+    "git", "-c", "user.name=kvcompose-gguf", "-c", "user.email=kvcompose-gguf@localhost", "-c", "commit.gpgsign=false",
+    "-c", "core.autocrlf=false", "-c", "init.defaultBranch=main", "-c", "format.useAutoBase=false",
+]  # fmt: skip
+
+
+class BuildError(SystemExit):
+    """Ends the script with a sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class Pin:
+    """patches/LLAMA_CPP_VERSION."""
+
+    bindings: str
+    archive: str
+    sha256: str
+    commit: str
+
+
+def read_pin() -> Pin:
+    return Pin(**tomllib.loads((PATCHES / "LLAMA_CPP_VERSION").read_text()))
+
+
+def patch_files() -> list[Path]:
+    return sorted(PATCHES.glob("*.patch"))
+
+
+def own_sources() -> list[Path]:
+    return sorted(PATCHES.glob("src/*"))
+
+
+def run(command: list[str], cwd: Path | None = None, log: Path | None = None, env: dict[str, str] | None = None) -> None:
+    """Run ``command``; on failure end with the last lines of what it printed."""
+    result = subprocess.run(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if log:
+        log.write_text(result.stdout)
+    if result.returncode:
+        tail = "\n".join(result.stdout.splitlines()[-25:])
+        raise BuildError(f"{tail}\n\nfailed with exit code {result.returncode}: {' '.join(map(str, command))}")
+
+
+def archive_path(pin: Pin) -> Path:
+    """The source archive in the user's cache, downloaded once through pip and checked every time."""
+    path = CACHE / "sources" / pin.archive
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            # pip asks an archive for its metadata; LLAMA_BUILD=OFF keeps that from compiling anything
+            env = os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+            run(
+                [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python",
+                 "-d", folder, f"llama-cpp-python=={pin.bindings}"],
+                env=env,
+            )  # fmt: skip
+            os.replace(Path(folder) / pin.archive, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != pin.sha256:
+        path.unlink()
+        raise BuildError(f"{pin.archive} has sha256 {digest}, {pin.sha256} is pinned: removed it, try again")
+    return path
+
+
+def unpack(pin: Pin, folder: Path) -> tuple[Path, Path]:
+    """Unpack into ``folder``; returns the folders of llama.cpp and of the bindings' package."""
+    with tarfile.open(archive_path(pin)) as archive:
+        if sys.version_info >= (3, 12):
+            archive.extractall(folder, filter="data")
+        else:
+            archive.extractall(folder)
+    top = folder / pin.archive.removesuffix(".tar.gz")
+    return top / "vendor" / "llama.cpp", top / "llama_cpp"
+
+
+def patched_tree(pin: Pin, folder: Path, n_patches: int | None = None) -> Path:
+    """llama.cpp in ``folder`` as a git repository of its own: commit ``pristine``, then one commit a patch.
+
+    `git apply` inside of another repository changes nothing and exits 0; `git am` in a repository of its own cannot.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+        llama, _ = unpack(pin, Path(unpacked))
+        (llama / ".git").unlink(missing_ok=True)  # a submodule's pointer
+        shutil.move(llama, folder)
+    run([*GIT, "init", "-q"], cwd=folder)
+    run([*GIT, "add", "-A", "-f"], cwd=folder)
+    run([*GIT, "commit", "-q", "-m", "pristine"], cwd=folder)
+    run([*GIT, "tag", "pristine"], cwd=folder)
+    files = patch_files()[:n_patches]
+    if files:
+        run([*GIT, "am", "-q", "--keep-non-patch", "--committer-date-is-author-date", *map(str, files)], cwd=folder)
+    for source in own_sources():
+        shutil.copy(source, folder / "src")
+    return folder
+
+
+def export_patches(tree: Path, folder: Path) -> list[Path]:
+    """Write the commits of ``tree`` after ``pristine`` as patch files into ``folder``."""
+    run(
+        [*GIT, "format-patch", "-q", "--zero-commit", "--no-signature", "--no-numbered", "--full-index", "--keep-subject",
+         "-o", str(folder), "pristine..HEAD"],
+        cwd=tree,
+    )  # fmt: skip
+    return sorted(folder.glob("*.patch"))

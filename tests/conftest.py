@@ -1,0 +1,75 @@
+"""Models and libraries for the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from kvcompose_gguf import KVCompose, Llama
+
+F32, F16, Q8_0 = 0, 1, 8
+
+
+def pytest_configure() -> None:
+    os.environ.setdefault("NUMBA_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinyConfig], Path]:
+    """Path of the GGUF of a tiny configuration, written once."""
+    folder = tmp_path_factory.mktemp("tiny")
+    paths: dict[tiny.TinyConfig, Path] = {}
+
+    def path(config: tiny.TinyConfig) -> Path:
+        if config not in paths:
+            paths[config] = tiny.write(config, folder / f"tiny-{len(paths)}.gguf")
+        return paths[config]
+
+    return path
+
+
+@pytest.fixture
+def make_llama(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Any:
+    """Builds a Llama on a tiny model and closes it after the test. f32 caches, so that numpy is comparable."""
+    made: list[Llama] = []
+
+    def make(config: tiny.TinyConfig = tiny.GQA, method: KVCompose | None = None, **kwargs: Any) -> Llama:
+        options: dict[str, Any] = {
+            "n_ctx": 1024, "n_threads": 2, "n_threads_batch": 2, "type_k": F32, "type_v": F32, "verbose": False,
+        }  # fmt: skip
+        llama = Llama(str(tiny_model(config)), kv_compressor=method, **(options | kwargs))
+        made.append(llama)
+        return llama
+
+    yield make
+    for llama in made:
+        llama.close()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Path of the real model, fetched into the user's cache once."""
+    from kvcompose_gguf import models
+
+    return str(models.fetch("smollm2"))
+
+
+def last_logits(llama: Llama) -> np.ndarray:
+    """Logits of the latest decode's last token, float32 (n_vocab,)."""
+    return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).copy()
+
+
+def greedy(llama: Llama, prompt: list[int], n: int) -> list[int]:
+    """The next ``n`` greedy tokens."""
+    out: list[int] = []
+    for token in llama.generate(prompt, temp=0.0):
+        out.append(token)
+        if len(out) == n:
+            return out
+    return out

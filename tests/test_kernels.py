@@ -1,0 +1,348 @@
+"""Every kernel against its numpy twin in kernels/reference.py, which is the specification."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import numpy as np
+import pytest
+
+from kvcompose_gguf.errors import ConfigError
+from kvcompose_gguf.kernels import aggregate, compose, reference
+
+INF = np.float32(np.inf)
+
+
+def _cases() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(2509)
+    random = rng.random((8, 37), dtype=np.float32)
+    minus_inf = random.copy()
+    minus_inf[rng.random(random.shape) < 0.3] = -INF
+    plus_inf = random.copy()
+    plus_inf[rng.random(random.shape) < 0.3] = INF
+    both_inf = random.copy()
+    both_inf[:, :5] = INF
+    both_inf[:, 9:14] = -INF
+    return {
+        "random": random,
+        "ties everywhere": rng.integers(0, 3, (8, 37)).astype(np.float32),
+        "two tokens": rng.random((8, 2), dtype=np.float32),
+        "one token": rng.random((8, 1), dtype=np.float32),
+        "one head": rng.random((1, 37), dtype=np.float32),
+        "one token of one head": rng.random((1, 1), dtype=np.float32),
+        "all equal": np.full((8, 37), 0.1, np.float32),
+        "zero scores": np.zeros((8, 37), np.float32),
+        "negative": rng.standard_normal((8, 37)).astype(np.float32),
+        "tiny": random * np.float32(1e-44),
+        "some -inf": minus_inf,
+        "some +inf": plus_inf,
+        "tokens of -inf and of +inf": both_inf,
+        "all -inf": np.full((8, 37), -INF, np.float32),
+        "all +inf": np.full((8, 37), INF, np.float32),
+        "three heads": rng.random((3, 37), dtype=np.float32),
+        "not contiguous": np.asfortranarray(random),
+        "every second token": random[:, ::2],
+    }
+
+
+CASES = _cases()
+loses_nan = pytest.mark.xfail(strict=True, reason="the kernel's max(best, x) drops a NaN x, numpy's max keeps it")
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+def assert_same(kernel: np.ndarray, twin: np.ndarray) -> None:
+    """Same dtype, shape and values, NaN where NaN; prints the largest difference."""
+    assert (kernel.dtype, kernel.shape) == (twin.dtype, twin.shape)
+    same = (kernel == twin) | (np.isnan(kernel) & np.isnan(twin))
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(kernel.astype(np.float64) - twin.astype(np.float64))
+    largest = np.max(np.nan_to_num(difference, nan=np.inf), where=~same, initial=0.0)
+    print(f"largest difference {largest} in {kernel.size} values")
+    assert same.all(), f"{(~same).sum()} of {same.size} values differ, by {largest} at most"
+
+
+def falling(scores: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.sort(scores, axis=1)[:, ::-1])
+
+
+#
+# aggregation and ranking
+#
+
+
+@each_case
+@pytest.mark.parametrize("agg_group", ["mean", "max"])
+def test_aggregate_group_equals_its_twin_for_every_number_of_kv_heads(case: str, agg_group: str) -> None:
+    attention = CASES[case]
+    n_head = attention.shape[0]
+    for n_head_kv in (n for n in range(1, n_head + 1) if n_head % n == 0):
+        with np.errstate(invalid="ignore"):
+            twin = reference.aggregate_group(attention, n_head_kv, agg_group)
+        assert twin.shape == (n_head_kv, attention.shape[1])
+        assert_same(aggregate.aggregate_group(attention, n_head_kv, agg_group), twin)
+
+
+def test_aggregate_group_takes_neighbouring_query_heads_together() -> None:
+    attention = np.array([[0.0], [1.0], [4.0], [8.0]], np.float32)
+    np.testing.assert_array_equal(aggregate.aggregate_group(attention, 2, "mean"), [[0.5], [6.0]])
+    np.testing.assert_array_equal(aggregate.aggregate_group(attention, 2, "max"), [[1.0], [8.0]])
+
+
+@pytest.mark.parametrize(
+    ("agg_group", "position"),
+    [
+        ("mean", 0),
+        ("mean", 2),
+        ("max", 0),
+        pytest.param("max", 1, marks=loses_nan),
+        pytest.param("max", 2, marks=loses_nan),
+    ],
+)
+def test_aggregate_group_passes_nan_on_as_its_twin_does(agg_group: str, position: int) -> None:
+    attention = np.ones((3, 4), np.float32)
+    attention[position, 2] = np.nan
+    twin = reference.aggregate_group(attention, 1, agg_group)
+    assert np.isnan(twin[0, 2])
+    assert_same(aggregate.aggregate_group(attention, 1, agg_group), twin)
+
+
+def test_query_heads_that_do_not_divide_evenly_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"3 query heads.*2 KV heads"):
+        aggregate.aggregate_group(np.ones((3, 4), np.float32), 2, "mean")
+
+
+@each_case
+def test_add_mean_across_heads_equals_its_twin(case: str) -> None:
+    scores = CASES[case]
+    before = scores.copy()
+    with np.errstate(invalid="ignore"):
+        twin = reference.add_mean_across_heads(scores)
+    assert_same(aggregate.add_mean_across_heads(scores), twin)
+    np.testing.assert_array_equal(scores, before, "the argument was changed")
+
+
+@each_case
+def test_rank_tokens_equals_its_twin(case: str) -> None:
+    scores = CASES[case]
+    assert_same(aggregate.rank_tokens(scores), reference.rank_tokens(scores))
+
+
+@each_case
+def test_ranking_falls_and_ties_go_to_the_lowest_token_index(case: str) -> None:
+    scores = CASES[case]
+    ranking = aggregate.rank_tokens(scores)
+    for head, order in zip(scores, ranking, strict=True):
+        assert sorted(order) == list(range(len(head)))
+        for a, b in itertools.pairwise(order):
+            assert head[a] > head[b] or (head[a] == head[b] and a < b)
+
+
+@each_case
+@pytest.mark.parametrize("agg_head", ["mean", "max"])
+def test_composite_scores_equal_their_twin_and_fall(case: str, agg_head: str) -> None:
+    scores = CASES[case]
+    ranking = reference.rank_tokens(scores)
+    with np.errstate(invalid="ignore"):
+        twin = reference.composite_scores(scores, ranking, agg_head)
+    kernel = aggregate.composite_scores(scores, ranking, agg_head)
+    assert_same(kernel, twin)
+    known = kernel[~np.isnan(kernel)]  # heads of +inf and of -inf at one rank have no mean
+    assert (known[1:] <= known[:-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("agg_head", "head"), [("mean", 0), ("mean", 1), ("max", 0), pytest.param("max", 1, marks=loses_nan)]
+)
+def test_composite_scores_pass_nan_on_as_their_twin_does(agg_head: str, head: int) -> None:
+    scores = np.ones((2, 4), np.float32)
+    scores[head, 2] = np.nan
+    ranking = reference.rank_tokens(scores)
+    twin = reference.composite_scores(scores, ranking, agg_head)
+    assert np.isnan(twin).any()
+    assert_same(aggregate.composite_scores(scores, ranking, agg_head), twin)
+
+
+@each_case
+def test_select_cells_equals_its_twin_for_every_count(case: str) -> None:
+    ranking = reference.rank_tokens(CASES[case])
+    for n_kept in range(ranking.shape[1] + 1):
+        twin = reference.select_cells(ranking, n_kept)
+        assert twin.shape == (ranking.shape[0], n_kept)
+        assert_same(aggregate.select_cells(ranking, n_kept), twin)
+
+
+#
+# budget
+#
+
+
+@each_case
+def test_allocate_budget_equals_its_twin_for_every_total_and_floor(case: str) -> None:
+    composites = falling(CASES[case])
+    n_layer, n_tokens = composites.shape
+    for floor in sorted({0, 1, n_tokens // 2, n_tokens}):
+        totals = range(n_layer * floor, n_layer * n_tokens + 1)
+        kernel = np.stack([aggregate.allocate_budget(composites, n_total, floor) for n_total in totals])
+        assert_same(kernel, np.stack([reference.allocate_budget(composites, n_total, floor) for n_total in totals]))
+
+
+def test_budget_ties_go_to_the_lowest_layer() -> None:
+    composites = np.ones((3, 4), np.float32)
+    np.testing.assert_array_equal(aggregate.allocate_budget(composites, 6), [4, 2, 0])
+    np.testing.assert_array_equal(aggregate.allocate_budget(composites, 6, 1), [4, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("n_total", "floor"), [(-1, 0), (13, 0), (5, 2), (12, 5), (0, -1), (12, -1)], ids=lambda value: str(value)
+)
+def test_totals_that_the_layers_cannot_have_are_refused(n_total: int, floor: int) -> None:
+    with pytest.raises(ConfigError, match="cannot be kept"):
+        aggregate.allocate_budget(np.ones((3, 4), np.float32), n_total, floor)
+
+
+#
+# what the wrappers refuse
+#
+
+FLOATS = np.ones((2, 3), np.float32)
+INTS = np.zeros((2, 3), np.int32)
+WRAPPERS = {
+    "attention": (lambda array: aggregate.aggregate_group(array, 1, "mean"), FLOATS),
+    "scores of add_mean_across_heads": (aggregate.add_mean_across_heads, FLOATS),
+    "scores of rank_tokens": (aggregate.rank_tokens, FLOATS),
+    "scores of composite_scores": (lambda array: aggregate.composite_scores(array, INTS, "mean"), FLOATS),
+    "ranking of composite_scores": (lambda array: aggregate.composite_scores(FLOATS, array, "mean"), INTS),
+    "composites": (lambda array: aggregate.allocate_budget(array, 1), FLOATS),
+    "ranking of select_cells": (lambda array: aggregate.select_cells(array, 1), INTS),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_arrays_of_another_dtype_or_rank_are_refused_by_name(name: str) -> None:
+    function, good = WRAPPERS[name]
+    function(good)
+    argument = name.split()[0]
+    for bad in (good.astype(np.float64), good.astype(np.int64), good.astype(np.float16), good[0], good[None]):
+        with pytest.raises(ConfigError, match=f"^{argument} is {bad.dtype} with {bad.ndim} axes"):
+            function(bad)
+
+
+#
+# gather
+#
+
+POINTER = ctypes.c_void_p
+# llama_kvc_gather_t of llama-kvc.h
+GATHER_T = ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, *[ctypes.c_int64] * 10)
+
+N_ROWS, N_HEAD = 23, 3
+SELECTIONS = {
+    "a random third": np.sort(np.stack([np.random.default_rng(h).permutation(N_ROWS)[:8] for h in range(N_HEAD)])),
+    "all": np.tile(np.arange(N_ROWS), (N_HEAD, 1)),
+    "all but the first": np.tile(np.arange(1, N_ROWS), (N_HEAD, 1)),
+    "the first few": np.tile(np.arange(4), (N_HEAD, 1)),
+    "the last few": np.tile(np.arange(N_ROWS - 4, N_ROWS), (N_HEAD, 1)),
+    "one each": np.array([[0], [11], [N_ROWS - 1]]),
+    "none": np.empty((N_HEAD, 0)),
+}
+each_selection = pytest.mark.parametrize("selection", SELECTIONS)
+
+# bytes of one head's row: the last is two q8_0 blocks, of 34 bytes for 32 elements
+HEAD_BYTES = {"f16 of 64": 128, "f16 of 5": 10, "f32 of 16": 64, "q8_0 of 32": 34, "q8_0 of 64": 68}
+
+
+def _memory(n_rows: int, n_bytes: int) -> np.ndarray:
+    return np.random.default_rng(n_rows * n_bytes).integers(0, 256, (n_rows, n_bytes), np.uint8)
+
+
+def _row_strides(n_head_bytes: int) -> tuple[int, int, int]:
+    return N_HEAD * n_head_bytes, n_head_bytes, 0
+
+
+def _transposed_strides(n_embd_head: int, n_element: int, n_rows: int) -> tuple[int, int, int]:
+    return n_element, n_embd_head * n_rows * n_element, n_rows * n_element
+
+
+def _gather(src, dst, cells, n_chunk, n_bytes, src_strides, dst_strides) -> None:  # type: ignore[no-untyped-def]
+    """The compiled gather and its twin on copies of ``dst``, which have to agree in every byte."""
+    function = GATHER_T(compose.gather_function().address)  # type: ignore[attr-defined]
+    in_place = src is dst
+    twin = dst.copy()
+    reference.gather(
+        (twin if in_place else src).ctypes.data, twin.ctypes.data, cells, n_chunk, n_bytes, src_strides, dst_strides
+    )
+    function(
+        src.ctypes.data, dst.ctypes.data, cells.ctypes.data, *cells.shape, n_chunk, n_bytes, *src_strides, *dst_strides
+    )
+    assert_same(dst, twin)
+
+
+@each_selection
+@pytest.mark.parametrize("head", HEAD_BYTES)
+def test_gather_moves_each_heads_own_rows(head: str, selection: str) -> None:
+    cells = SELECTIONS[selection].astype(np.int32)
+    n_head_bytes, n_kept = HEAD_BYTES[head], cells.shape[1]
+    src = _memory(N_ROWS, N_HEAD * n_head_bytes)
+    dst = np.full((n_kept + 2, N_HEAD * n_head_bytes), 0xAB, np.uint8)  # two rows behind, to stay untouched
+
+    strides = _row_strides(n_head_bytes)
+    _gather(src, dst, cells, 1, n_head_bytes, strides, strides)
+
+    assert (dst[n_kept:] == 0xAB).all()
+    for h in range(N_HEAD):
+        columns = slice(h * n_head_bytes, (h + 1) * n_head_bytes)
+        assert_same(dst[:n_kept, columns], src[cells[h], columns])
+
+
+@each_selection
+@pytest.mark.parametrize("head", HEAD_BYTES)
+def test_gather_of_rows_works_in_place(head: str, selection: str) -> None:
+    cells = SELECTIONS[selection].astype(np.int32)
+    n_head_bytes, n_kept = HEAD_BYTES[head], cells.shape[1]
+    memory = _memory(N_ROWS, N_HEAD * n_head_bytes)
+    expected = memory.copy()
+    for h in range(N_HEAD):
+        columns = slice(h * n_head_bytes, (h + 1) * n_head_bytes)
+        expected[:n_kept, columns] = memory[cells[h], columns]
+
+    strides = _row_strides(n_head_bytes)
+    _gather(memory, memory, cells, 1, n_head_bytes, strides, strides)
+    assert_same(memory, expected)
+
+
+@each_selection
+@pytest.mark.parametrize("n_element", [2, 4])
+def test_gather_of_transposed_values_moves_elements_into_fewer_rows(n_element: int, selection: str) -> None:
+    cells = SELECTIONS[selection].astype(np.int32)
+    n_embd_head, n_kept = 6, cells.shape[1]
+    n_rows_new = n_kept + 2
+    src = _memory(N_HEAD * n_embd_head, N_ROWS * n_element)
+    dst = np.full((N_HEAD * n_embd_head, n_rows_new * n_element), 0xAB, np.uint8)
+
+    _gather(
+        src, dst, cells, n_embd_head, n_element,
+        _transposed_strides(n_embd_head, n_element, N_ROWS), _transposed_strides(n_embd_head, n_element, n_rows_new),
+    )  # fmt: skip
+
+    got = dst.reshape(N_HEAD, n_embd_head, n_rows_new, n_element)
+    stored = src.reshape(N_HEAD, n_embd_head, N_ROWS, n_element)
+    assert (got[:, :, n_kept:] == 0xAB).all()
+    for h in range(N_HEAD):
+        assert_same(got[h, :, :n_kept], stored[h][:, cells[h]])
+
+
+@each_selection
+@pytest.mark.parametrize("n_element", [2, 4])
+def test_gather_of_transposed_values_works_in_place(n_element: int, selection: str) -> None:
+    cells = SELECTIONS[selection].astype(np.int32)
+    n_embd_head, n_kept = 6, cells.shape[1]
+    memory = _memory(N_HEAD * n_embd_head, N_ROWS * n_element)
+    stored = memory.copy().reshape(N_HEAD, n_embd_head, N_ROWS, n_element)
+    expected = stored.copy()
+    for h in range(N_HEAD):
+        expected[h, :, :n_kept] = stored[h][:, cells[h]]
+
+    strides = _transposed_strides(n_embd_head, n_element, N_ROWS)
+    _gather(memory, memory, cells, n_embd_head, n_element, strides, strides)
+    assert_same(memory, expected.reshape(memory.shape))

@@ -1,0 +1,318 @@
+"""The behaviour of Llama(..., kv_compressor=...) that users meet."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import tiny
+from conftest import greedy, last_logits
+
+from kvcompose_gguf import ConfigError, ContextLengthError, KVCompose, KVReport, StateError, UnsupportedError
+from kvcompose_gguf.llama import llama_cpp
+from kvcompose_gguf.scoring import value_norms
+
+N = 300
+METHOD = KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8)
+CONTEXT = tiny.tokens(tiny.GQA, N)
+
+
+def fresh_answer(make_llama, prompt: list[int], n: int = 12) -> list[int]:
+    """What an object that has seen nothing else answers."""
+    return greedy(make_llama(method=METHOD), prompt, n)
+
+
+def test_a_prompt_is_compressed_before_its_first_token(make_llama):
+    llama = make_llama(method=METHOD)
+    greedy(llama, CONTEXT, 4)
+    report = llama.kv_report
+    assert isinstance(report, KVReport)
+    assert report.n_tokens == N - 8
+    assert report.n_kept.sum() == int(3 * (N - 8) * 0.5)
+    assert report.kv_bytes < report.kv_bytes_before
+    assert report.compression_ratio == pytest.approx(0.5, abs=0.01)
+    assert [llama.kv_cells(il).n_rows_used for il in range(3)] == [n + 8 + 3 for n in report.n_kept]
+    assert min(report.prefill_seconds, report.score_seconds, report.plan_seconds, report.compose_seconds) > 0
+    assert "removed" in str(report)
+
+
+def test_without_a_compressor_it_is_the_original_class(make_llama, tiny_model):
+    stock = llama_cpp.Llama(
+        str(tiny_model(tiny.GQA)), n_ctx=1024, n_threads=2, n_threads_batch=2, type_k=0, type_v=0, verbose=False
+    )
+    ours = make_llama()
+    prompt = "The quick brown fox jumps over the lazy dog. " * 8
+    for options in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 3}, {"max_tokens": 5, "stop": ["a"], "echo": True}):
+        want = stock.create_completion(prompt, **({"max_tokens": 16} | options))
+        got = ours.create_completion(prompt, **({"max_tokens": 16} | options))
+        assert got["choices"] == want["choices"]
+        assert got["usage"] == want["usage"]
+    assert ours.kv_report is None
+    stock.close()
+
+
+def test_ten_questions_continue_on_one_compressed_document(make_llama):
+    llama = make_llama(method=METHOD)
+    llama.compress(CONTEXT)
+    kept = [cells.n_rows_used for cells in map(llama.kv_cells, range(3))]
+    for seed in range(10):
+        question = tiny.tokens(tiny.GQA, 10, seed=seed)
+        answer = greedy(llama, CONTEXT + question, 5)
+        other = make_llama(method=METHOD)
+        other.compress(CONTEXT)
+        assert answer == greedy(other, CONTEXT + question, 5)
+        assert llama.n_tokens == N + 10 + 4  # only the question was evaluated
+        assert [c.n_rows_used for c in map(llama.kv_cells, range(3))] == [n + 14 for n in kept]
+    assert llama.kv_report.n_prefilled == N
+
+
+def test_a_conversation_goes_on_behind_the_compressed_prompt(make_llama):
+    llama = make_llama(method=METHOD)
+    first = greedy(llama, CONTEXT, 6)
+    report = llama.kv_report
+    greedy(llama, CONTEXT + first + tiny.tokens(tiny.GQA, 9, seed=1), 6)
+    assert llama.kv_report is report  # not compressed again
+
+
+def test_a_prompt_that_diverges_inside_starts_over(make_llama):
+    llama = make_llama(method=METHOD)
+    llama.compress(CONTEXT)
+    other = CONTEXT[:150] + tiny.tokens(tiny.GQA, 160, seed=9)
+    assert greedy(llama, other, 12) == fresh_answer(make_llama, other)
+    short = CONTEXT[:50]
+    assert greedy(llama, short, 12) == greedy(make_llama(), short, 12)
+    assert llama._session.state().n_composed == 0
+
+
+def test_the_same_prompt_again_gives_the_same_answer(make_llama):
+    llama = make_llama(method=METHOD)
+    first = greedy(llama, CONTEXT, 12)
+    assert greedy(llama, CONTEXT, 12) == first
+    llama.compress(CONTEXT)
+    second = greedy(llama, CONTEXT, 12)  # nothing of it is left to evaluate: starts over
+    assert second == first
+
+
+def test_short_prompts_are_left_alone(make_llama):
+    llama = make_llama(method=METHOD)
+    assert greedy(llama, CONTEXT[:107], 5) == greedy(make_llama(), CONTEXT[:107], 5)
+    assert llama.kv_report is None
+    report = llama.compress(CONTEXT[:99])
+    assert report.compression_ratio == 0
+    assert report.kv_bytes == report.kv_bytes_before
+
+
+def test_reset_gives_a_full_cache_back(make_llama):
+    llama = make_llama(method=METHOD)
+    full = llama.kv_bytes
+    llama.compress(CONTEXT)
+    assert llama.kv_bytes < full
+    llama.reset()
+    llama.eval(CONTEXT)
+    want = tiny.NumpyLlama(tiny.GQA).forward(CONTEXT)[0][-1]
+    assert np.abs(last_logits(llama) - want).max() <= 1e-3
+    assert llama.kv_bytes == full
+
+
+class Boom(Exception):
+    pass
+
+
+def test_an_exception_while_scoring_leaves_a_usable_object(make_llama, monkeypatch):
+    llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8, scoring_chunk=64))
+    decode = llama._ctx.decode
+    calls = []
+
+    def failing(batch):
+        calls.append(1)
+        if len(calls) == 4:  # one prefill decode, then the third scoring chunk
+            raise Boom
+        decode(batch)
+
+    monkeypatch.setattr(llama._ctx, "decode", failing)
+    with pytest.raises(Boom):
+        greedy(llama, CONTEXT, 12)
+    state = llama._session.state()
+    assert not state.scoring
+    assert state.n_cells_used == N - 8
+    assert state.n_composed == 0
+    assert greedy(llama, CONTEXT, 12) == greedy(
+        make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8, scoring_chunk=64)), CONTEXT, 12
+    )
+    assert llama.kv_report.n_prefilled == 0  # the context was still there
+
+
+def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
+    llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, scoring_chunk=16), n_ctx=4096)
+    context = tiny.tokens(tiny.GQA, 2000)
+    timer = threading.Timer(0.4, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            llama.reset()
+            llama.compress(context)
+    timer.cancel()
+    assert not llama._session.state().scoring
+    llama.reset()
+    assert greedy(llama, CONTEXT[:90], 5) == greedy(make_llama(), CONTEXT[:90], 5)
+
+
+def test_eval_never_compresses_and_refuses_positions_inside(make_llama):
+    llama = make_llama(method=METHOD)
+    llama.eval(CONTEXT)
+    assert llama._session.state().n_composed == 0
+    llama.compress(CONTEXT)
+    llama.n_tokens = 100
+    with pytest.raises(StateError, match="100"):
+        llama.eval([5])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "exactly one"),
+        ({"compression_ratio": 0.5, "n_kept": 3}, "exactly one"),
+        ({"compression_ratio": 1.0}, r"\[0, 1\)"),
+        ({"compression_ratio": -0.1}, r"\[0, 1\)"),
+        ({"max_kv_bytes": 0}, "max_kv_bytes"),
+    ],
+)
+def test_bad_options_are_errors_of_the_packages_own(options, words):
+    with pytest.raises(ConfigError, match=words):
+        KVCompose(**options)
+
+
+def test_a_context_longer_than_n_ctx_is_refused_before_anything_changes(make_llama):
+    llama = make_llama(method=METHOD, n_ctx=512)
+    llama.compress(CONTEXT)
+    state = llama._session.state()
+    with pytest.raises(ContextLengthError, match="512"):
+        llama.compress(tiny.tokens(tiny.GQA, 600))
+    assert llama._session.state() == state
+    whole = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, scoring_chunk=None), n_ctx=512)
+    with pytest.raises(ContextLengthError, match="scoring_chunk"):
+        whole.compress(CONTEXT)
+    assert not whole._session.state().scoring
+
+
+def test_a_context_that_nearly_fills_n_ctx_is_scored_in_smaller_chunks(make_llama):
+    llama = make_llama(method=METHOD, n_ctx=512)
+    report = llama.compress(tiny.tokens(tiny.GQA, 500))
+    assert report.scoring_chunk == 12
+
+
+def test_what_cannot_be_compressed_is_refused(make_llama):
+    with pytest.raises(ConfigError, match="not a KVCompose"):
+        make_llama(method=0.5)
+    with pytest.raises(ConfigError, match="kv_compressor"):
+        make_llama().compress("text")
+    llama = make_llama(method=METHOD)
+    with pytest.raises(ConfigError, match="empty"):
+        llama.compress([])
+    llama.compress(CONTEXT)
+    with pytest.raises(StateError, match="compressed"):
+        llama.save_state()
+    with pytest.raises(UnsupportedError, match="set_cache"):
+        llama.set_cache(llama_cpp.LlamaRAMCache())
+
+
+def test_save_and_load_state_work_around_a_compression(make_llama):
+    llama = make_llama(method=METHOD)
+    llama.eval(CONTEXT)
+    state = llama.save_state()
+    llama.compress(CONTEXT)
+    llama.load_state(state)
+    assert llama._session.state().n_composed == 0
+    llama.eval([9])
+    want = tiny.NumpyLlama(tiny.GQA).forward([*CONTEXT, 9])[0][-1]
+    assert np.abs(last_logits(llama) - want).max() <= 1e-3
+
+
+def test_speculative_decoding_gives_the_same_tokens(make_llama):
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    prompt = (tiny.tokens(tiny.GQA, 30, seed=2) * 10)[:N]
+    plain = make_llama(method=METHOD)
+    drafted = make_llama(method=METHOD, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
+    assert greedy(drafted, prompt, 30) == greedy(plain, prompt, 30)
+    assert drafted._session.state().n_composed == N - 8
+
+
+def test_completions_stream_log_probabilities_and_grammars(make_llama):
+    text = "Once upon a time there was a lighthouse keeper who counted the waves. " * 5
+    llama = make_llama(method=METHOD, logits_all=True)
+    whole = llama.create_completion(text, max_tokens=8, temperature=0.0, logprobs=2)
+    assert llama._session.state().n_composed > 0
+    assert len(whole["choices"][0]["logprobs"]["token_logprobs"]) == 8
+    streamed = "".join(
+        part["choices"][0]["text"] for part in llama.create_completion(text, max_tokens=8, temperature=0.0, stream=True)
+    )
+    assert streamed == whole["choices"][0]["text"]
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "yes" | "no"', verbose=False)
+    assert llama.create_completion(text, max_tokens=8, grammar=grammar)["choices"][0]["text"] in ("yes", "no")
+    chat = llama.create_chat_completion([{"role": "user", "content": text}], max_tokens=4)
+    assert chat["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_prompts_judge_the_context_when_asked_to(make_llama):
+    options = {"compression_ratio": 0.8, "min_tokens": 100, "keep_last": 0}
+    repeat = make_llama(method=KVCompose(**options)).compress(CONTEXT)
+    prompted = make_llama(method=KVCompose(scoring="prompts", prompts=["what?", "and who?"], **options)).compress(CONTEXT)
+    assert prompted.n_kept.sum() == repeat.n_kept.sum()
+    assert (prompted.n_kept != repeat.n_kept).any()
+
+
+def test_value_norms_are_the_caches(make_llama):
+    for flash_attn in (False, True):
+        llama = make_llama(flash_attn=flash_attn)
+        llama._prefill(CONTEXT)
+        model = tiny.NumpyLlama(tiny.GQA)
+        model.forward(CONTEXT)
+        for got, v in zip(value_norms(llama._session, N), model.v, strict=True):
+            assert np.abs(got - np.linalg.norm(v, axis=2).T).max() <= (2e-3 if flash_attn else 1e-4)
+    quantized = make_llama(tiny.WIDE, flash_attn=True, type_k=8, type_v=8)
+    quantized._prefill(CONTEXT)
+    model = tiny.NumpyLlama(tiny.WIDE)
+    model.forward(CONTEXT)
+    for got, v in zip(value_norms(quantized._session, N), model.v, strict=True):
+        assert np.abs(got / np.linalg.norm(v, axis=2).T - 1).max() <= 0.02  # rotation keeps norms
+
+
+def test_every_budget_is_kept(make_llama):
+    row = 2 * 2 * 32 * 4
+    for method in (
+        KVCompose(n_kept=50, min_tokens=100),
+        KVCompose(max_kv_bytes=150 * row + 17, min_tokens=100),
+        KVCompose(compression_ratio=0.9, min_tokens=100, n_sink=4, add_v_norm=True),
+    ):
+        report = make_llama(method=method).compress(CONTEXT)
+        # 1 - 0.9 is a little less than 0.1, and the reference truncates
+        assert report.n_kept.sum() == (150 if method.compression_ratio is None else 89)
+        assert report.kv_bytes_kept == report.n_kept.sum() * row
+        assert report.n_kept.min() >= method.n_sink
+
+
+def test_a_stock_library_is_refused_loudly(tmp_path):
+    """A llama_cpp that has loaded another libllama must not be compressed silently not at all."""
+    code = (
+        "import sys, types\n"
+        "module = types.ModuleType('llama_cpp'); module.__version__ = '0.3.36'\n"
+        "module.llama_cpp = types.SimpleNamespace(_lib=types.SimpleNamespace(_name='/usr/lib/libllama.so'))\n"
+        "sys.modules['llama_cpp'] = module\n"
+        "import kvcompose_gguf\n"
+        "try:\n    kvcompose_gguf.Llama\nexcept kvcompose_gguf.LibraryError as error:\n    print(error)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "stock llama.cpp" in out
+    assert "import kvcompose_gguf before llama_cpp" in out
+
+
+def test_importing_the_package_loads_no_library():
+    code = "import sys, kvcompose_gguf; print([m for m in ('llama_cpp', 'numba', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "llama_cpp" not in out
+    assert "numba" not in out

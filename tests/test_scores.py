@@ -1,0 +1,136 @@
+"""Captured attention equals a numpy forward pass and llama.cpp's own softmax."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from tiny import NumpyLlama
+
+from kvcompose_gguf.llama import _Decoder, llama_cpp
+from kvcompose_gguf.scoring import collect_attention
+
+
+def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max", query: list[int] | None = None) -> Any:
+    llama._prefill(context)
+    scores, _ = collect_attention(
+        llama._session, _Decoder(llama), [query or context], len(context), agg, chunk, 64 << 20
+    )
+    return np.stack(scores)
+
+
+def expected(config: tiny.TinyConfig, context: list[int], chunk: int, agg: str = "max") -> np.ndarray:
+    model = NumpyLlama(config)
+    model.forward(context)
+    seen = []
+    for start in range(0, len(context), chunk):
+        _, attention = model.forward(context[start : start + chunk])
+        seen.append(np.stack(attention)[..., : len(context)])
+        model.truncate(len(context))
+    everything = np.concatenate(seen, axis=2)
+    return everything.max(axis=2) if agg == "max" else everything.mean(axis=2)
+
+
+@pytest.mark.parametrize("agg", ["max", "mean"])
+@pytest.mark.parametrize("chunk", [300, 128, 70])
+@pytest.mark.parametrize(
+    ("config", "flash_attn"),
+    [(tiny.GQA, False), (tiny.MHA, False), (tiny.GQA_QUIET, True), (tiny.MHA_QUIET, True)],
+    ids=["grouped-query", "multi-head", "grouped-query-flash", "multi-head-flash"],
+)
+def test_scores_equal_a_numpy_forward_pass(make_llama, config, flash_attn, chunk, agg):
+    context = tiny.tokens(config, 300)  # 300 cells: n_kv is padded to 512
+    got = captured(make_llama(config, flash_attn=flash_attn), context, chunk, agg)
+    want = expected(config, context, chunk, agg)
+    error = np.abs(got - want).max()
+    assert error <= 1e-4, f"largest difference {error:.2e}"
+    assert want.max() > 4 * want.mean()  # peaked attention: a constant would not pass for it
+
+
+def test_whole_repeat_stays_visible_when_there_is_no_chunk(make_llama):
+    context = tiny.tokens(tiny.GQA, 300)
+    got = captured(make_llama(n_batch=64, n_ubatch=32), context, None)
+    want = expected(tiny.GQA, context, len(context))
+    assert np.abs(got - want).max() <= 1e-4
+
+
+def test_scores_do_not_depend_on_how_decodes_are_split(make_llama):
+    context = tiny.tokens(tiny.GQA, 200)
+    whole = captured(make_llama(n_batch=512, n_ubatch=512), context, 200)
+    split = captured(make_llama(n_batch=48, n_ubatch=16), context, 200)
+    assert np.abs(whole - split).max() <= 1e-5
+
+
+class SoftMaxTap:
+    """Collects llama.cpp's kq_soft_max of every layer through the eval callback."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        lib.ggml_get_name.restype = ctypes.c_char_p
+        lib.ggml_get_name.argtypes = [ctypes.c_void_p]
+        lib.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        self.lib = lib
+        self.on = False
+        self.seen: dict[int, list[np.ndarray]] = {}
+        self.callback = llama_cpp.llama_cpp.ggml_backend_sched_eval_callback(self._call)  # kept alive here
+
+    def _call(self, tensor: int, ask: bool, _user: Any) -> bool:
+        name = self.lib.ggml_get_name(tensor).decode()
+        if not (self.on and name.startswith("kq_soft_max-")):
+            return not ask
+        if not ask:
+            ne = np.ctypeslib.as_array((ctypes.c_int64 * 4).from_address(tensor + 16))  # ggml_tensor.ne
+            data = np.empty(tuple(ne[2::-1]), dtype=np.float32)  # (n_head, n_tokens, n_kv)
+            self.lib.ggml_backend_tensor_get(tensor, data.ctypes.data, 0, data.nbytes)
+            self.seen.setdefault(int(name.rsplit("-", 1)[1]), []).append(data)
+        return True
+
+
+@pytest.fixture
+def tap(monkeypatch: pytest.MonkeyPatch) -> SoftMaxTap:
+    tap = SoftMaxTap(llama_cpp.llama_cpp._lib)
+    default = llama_cpp.llama_context_default_params
+
+    def with_callback() -> Any:
+        params = default()
+        params.cb_eval = tap.callback
+        return params
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_context_default_params", with_callback)
+    monkeypatch.setattr(llama_cpp, "llama_context_default_params", with_callback)
+    return tap
+
+
+@pytest.mark.parametrize("config", [tiny.GQA, tiny.MHA, tiny.WIDE], ids=["grouped-query", "multi-head", "wide"])
+@pytest.mark.parametrize("chunk", [64, 33])
+def test_scores_equal_llama_cpps_own_softmax(make_llama, tap, config, chunk):
+    context = tiny.tokens(config, 260)
+    llama = make_llama(config, flash_attn=False)
+    llama._prefill(context)
+    tap.on = True
+    got, _ = collect_attention(llama._session, _Decoder(llama), [context], len(context), "max", chunk, 64 << 20)
+    want = np.stack([np.concatenate([p[..., :260] for p in tap.seen[il]], axis=1).max(axis=1) for il in range(3)])
+    assert sum(p.shape[1] for p in tap.seen[0]) == 260  # every query token was seen once
+    error = np.abs(np.stack(got) - want).max()
+    assert error <= 1e-4, f"largest difference {error:.2e}"
+
+
+@pytest.mark.parametrize("type_kv", [1, 8], ids=["f16", "q8_0"])
+def test_scores_of_smaller_cache_types_stay_close(make_llama, type_kv):
+    context = tiny.tokens(tiny.WIDE, 300)
+    want = expected(tiny.WIDE, context, 100)
+    got = captured(make_llama(tiny.WIDE, flash_attn=True, type_k=type_kv, type_v=type_kv), context, 100)
+    error = np.abs(got - want)
+    assert error.max() < {1: 5e-3, 8: 0.1}[type_kv], f"median {np.median(error):.2e}, largest {error.max():.2e}"
+    assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.99
+
+
+def test_scoring_is_off_and_the_queries_are_gone_afterwards(make_llama):
+    context = tiny.tokens(tiny.GQA, 300)
+    llama = make_llama()
+    captured(llama, context, 128)
+    state = llama._session.state()
+    assert not state.scoring
+    assert state.n_cells_used == len(context)
