@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2"
 N_CTX = 4096
+N_ANSWER = 12  # tokens: the fact comes first, and after it a model of this size begins to repeat itself
 
 #: prompt tokens that a chat template may put around a question
 _N_TEMPLATE = 64
@@ -346,7 +347,7 @@ def _ask(llm: Llama, text: str, questions: Sequence[Question], show: Callable[[s
     answers, seconds = [], 0.0
     for i, question in enumerate(questions):
         show(f"question {i + 1} of {len(questions)}")
-        answer, elapsed = _timed_completion(llm, f"{text}\n\n{question.prompt}", 24)
+        answer, elapsed = _timed_completion(llm, f"{text}\n\n{question.prompt}", N_ANSWER)
         answers.append(answer.strip())
         seconds += elapsed
     return Answers(tuple(answers), seconds, llm.kv_bytes, psutil.Process().memory_info().rss)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import kernels, seam
-from .errors import ConfigError, ContextLengthError, StateError, UnsupportedError
+from .errors import ConfigError, ContextLengthError, StateError
 from .geometry import KVCells
 from .methods.kvcompose import KVCompose
 from .native import library
@@ -169,7 +169,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return bos + self._tokens(prompt)
 
     def _piece(self, token: int) -> bytes:
-        return bytes(self._model.detokenize([token], special=False)) if token else b""
+        return bytes(self._model.detokenize([token], special=False))
 
     def _at_seam(self, tokens: list[int]) -> list[int] | None:
         """``tokens`` so that they begin with the compressed context, or None if they do not continue it."""
@@ -225,29 +225,24 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._ctx.kv_cache_clear()
 
     def save_state(self) -> Any:
-        """As ``llama_cpp.Llama.save_state``.
-
-        Raises:
-            StateError: the cache is compressed.
-        """
-        if self._compressed:
-            raise StateError("the state of a compressed cache cannot be saved yet: save it before compressing")
-        return super().save_state()
+        """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is."""
+        state = super().save_state()
+        state.kv_compressed = list(self._compressed)
+        return state
 
     def load_state(self, state: Any) -> None:
-        """As ``llama_cpp.Llama.load_state``; a compressed cache becomes a full one again."""
-        self.reset()
-        super().load_state(state)
-
-    def set_cache(self, cache: Any) -> None:
-        """As ``llama_cpp.Llama.set_cache``.
+        """As ``llama_cpp.Llama.load_state``; full and compressed states may follow each other.
 
         Raises:
-            UnsupportedError: with a ``kv_compressor``, whose compressed states such a cache could not hold.
+            StateError: the state is of another model, or its cache does not fit into this one.
         """
-        if cache is not None and self.kv_compressor is not None:
-            raise UnsupportedError("set_cache() saves states after every completion, a compressed one cannot be saved yet")
-        super().set_cache(cache)
+        self.reset()
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self.n_tokens = 0
+            raise StateError(f"the state cannot be loaded into this context: {error}") from error
+        self._compressed = list(getattr(state, "kv_compressed", []))
 
 
 class _Decoder:

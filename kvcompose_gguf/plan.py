@@ -28,6 +28,8 @@ class CompositionPlan:
     cells: tuple[IntArray, ...]
 
     def __post_init__(self) -> None:
+        # copies, so that nobody else's array is frozen or can change the plan
+        object.__setattr__(self, "cells", tuple(np.array(cells) for cells in self.cells))
         for il, cells in enumerate(self.cells):
             if cells.ndim != 2 or cells.dtype != np.int32:
                 raise ConfigError(f"cells[{il}] is {cells.dtype} {cells.shape}, int32 (n_head_kv, n_kept) is needed")

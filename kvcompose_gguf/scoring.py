@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ContextLengthError
+from .errors import ConfigError, ContextLengthError
 from .geometry import LayerGeometry
 from .kernels.types import FloatArray
 from .native.session import KVSession
@@ -67,7 +67,9 @@ def collect_attention(
     Returns:
         for each layer float32 ``(n_head, n_tokens)``, and the chunk size used.
     """
-    n_query = max(len(query) for query in queries)
+    n_query = max((len(query) for query in queries), default=0)
+    if n_query == 0:
+        raise ConfigError("there is no query token to score with")
     n_cells = session.state().n_cells
     chunk = chunk_size(scoring_chunk, n_query, n_tokens, n_cells)
     piece = min(decoder.n_batch, decode_size(max_score_bytes, session.layers, n_tokens + chunk))

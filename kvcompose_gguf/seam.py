@@ -53,6 +53,7 @@ def join(
 
     rest = text[len(wanted) :]
     tokens = list(tokenize(rest)) if rest else []
-    if b"".join(piece(token) for token in tokens) != rest:
+    pieces = [piece(token) for token in tokens]
+    if b"".join(pieces) != rest or not all(pieces):
         return None  # e.g. a tokenizer that puts a space before every text
     return [*context, *tokens, *prompt[end:]]

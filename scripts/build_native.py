@@ -52,9 +52,10 @@ def cpu_id() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def build_key(flags: list[str]) -> str:
-    digest = hashlib.sha256()
-    for path in [ROOT / "patches" / "LLAMA_CPP_VERSION", Path(__file__), *patch_files(), *own_sources()]:
+def build_key(flags: list[str], stock: bool) -> str:
+    digest = hashlib.sha256(b"stock" if stock else b"patched")
+    patches = [] if stock else [*patch_files(), *own_sources()]
+    for path in [ROOT / "patches" / "LLAMA_CPP_VERSION", Path(__file__), *patches]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update("\0".join([sys.platform, platform.machine(), cpu_id(), *FLAGS, *flags]).encode())
     return digest.hexdigest()[:20]
@@ -67,7 +68,7 @@ def need(program: str, hint: str) -> str:
     return found
 
 
-def build(target: Path, flags: list[str], jobs: int) -> None:
+def build(target: Path, flags: list[str], jobs: int, stock: bool) -> None:
     """Compile into ``target``, which appears only when everything has worked."""
     need("git", "install git")
     cmake = need("cmake", "`pip install cmake ninja`, or your system's package")
@@ -75,8 +76,9 @@ def build(target: Path, flags: list[str], jobs: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as name:
         work = Path(name)
-        print(f"llama.cpp {pin.commit[:9]} of llama-cpp-python {pin.bindings}: unpack, {len(patch_files())} patches", flush=True)
-        tree = patched_tree(pin, work / "llama.cpp")
+        n_patches = 0 if stock else len(patch_files())
+        print(f"llama.cpp {pin.commit[:9]} of llama-cpp-python {pin.bindings}: unpack, {n_patches} patches", flush=True)
+        tree = patched_tree(pin, work / "llama.cpp", n_patches)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         configure = [cmake, "-S", str(tree), "-B", str(work / "build"), *generator, *FLAGS,
                      f"-DLLAMA_BUILD_COMMIT={pin.commit}", *flags]  # fmt: skip
@@ -89,7 +91,8 @@ def build(target: Path, flags: list[str], jobs: int) -> None:
         patterns = ("*.so", "*.dylib", "*.dll", "*.metallib")
         for path in (p for pattern in patterns for p in (work / "build" / "bin").rglob(pattern)):
             shutil.copy(path, out / path.name)
-        check_symbols(out)
+        if not stock:
+            check_symbols(out)
 
         _, bindings = unpack(pin, work / "sdist")
         shutil.copytree(bindings, out / "bindings" / "llama_cpp", ignore=shutil.ignore_patterns("lib", "__pycache__"))
@@ -107,28 +110,41 @@ def check_symbols(folder: Path) -> None:
         raise BuildError(f"{library.name} was built without the patches")
 
 
-def ensure(jobs: int | None = None) -> Path:
-    """kvcompose_gguf/lib filled from the cache, which is filled by a build if need be; returns it."""
+def cached_build(jobs: int | None = None, stock: bool = False) -> Path:
+    """The libraries in the user's cache, compiled if they are not there yet.
+
+    Args:
+        stock: llama.cpp as it is, which tests compare with.
+    """
     flags = user_flags()
-    key = build_key(flags)
-    stamp = LIB_DIR / "BUILD_KEY"
-    if stamp.exists() and stamp.read_text() == key:
-        return LIB_DIR
-    cached = CACHE / "native" / key
-    if not cached.exists():
+    target = CACHE / "native" / build_key(flags, stock)
+    if not target.exists():
         start = time.monotonic()
-        build(cached, flags, jobs or os.cpu_count() or 1)
-        print(f"built in {time.monotonic() - start:.0f} s, kept in {cached}", flush=True)
-    shutil.rmtree(LIB_DIR, ignore_errors=True)
-    shutil.copytree(cached, LIB_DIR)
-    stamp.write_text(key)
+        build(target, flags, jobs or os.cpu_count() or 1, stock)
+        print(f"built in {time.monotonic() - start:.0f} s, kept in {target}", flush=True)
+    return target
+
+
+def ensure(jobs: int | None = None) -> Path:
+    """kvcompose_gguf/lib filled from the cache; returns it."""
+    target = cached_build(jobs)
+    stamp = LIB_DIR / "BUILD_KEY"
+    if not stamp.exists() or stamp.read_text() != target.name:
+        shutil.rmtree(LIB_DIR, ignore_errors=True)
+        shutil.copytree(target, LIB_DIR)
+        stamp.write_text(target.name)
     return LIB_DIR
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-j", "--jobs", type=int, help="compiler processes, default: one per core")
-    print(f"native library: {ensure(parser.parse_args().jobs)}")
+    parser.add_argument("--stock", action="store_true", help="llama.cpp without patches, for the tests: stays in the cache")
+    args = parser.parse_args()
+    if args.stock:
+        print(f"stock library: {cached_build(args.jobs, stock=True)}")
+    else:
+        print(f"native library: {ensure(args.jobs)}")
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def patched_tree(pin: Pin, folder: Path, n_patches: int | None = None) -> Path:
     files = patch_files()[:n_patches]
     if files:
         run([*GIT, "am", "-q", "--keep-non-patch", "--committer-date-is-author-date", *map(str, files)], cwd=folder)
-    for source in own_sources():
-        shutil.copy(source, folder / "src")
+        for source in own_sources():
+            shutil.copy(source, folder / "src")
     return folder
 
 

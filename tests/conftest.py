@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import tiny
 
-from kvcompose_gguf import KVCompose, Llama
+if TYPE_CHECKING:
+    from kvcompose_gguf import KVCompose, Llama
 
 F32, F16, Q8_0 = 0, 1, 8
 
@@ -37,6 +38,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinyC
 @pytest.fixture
 def make_llama(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Any:
     """Builds a Llama on a tiny model and closes it after the test. f32 caches, so that numpy is comparable."""
+    from kvcompose_gguf import Llama  # loads the library, which the pure tests do without
+
     made: list[Llama] = []
 
     def make(config: tiny.TinyConfig = tiny.GQA, method: KVCompose | None = None, **kwargs: Any) -> Llama:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from conftest import greedy, last_logits
 
-from kvcompose_gguf import ConfigError, ContextLengthError, KVCompose, KVReport, StateError, UnsupportedError
+from kvcompose_gguf import ConfigError, ContextLengthError, KVCompose, KVReport, StateError
 from kvcompose_gguf.llama import llama_cpp
 from kvcompose_gguf.scoring import value_norms
 
@@ -213,11 +213,56 @@ def test_what_cannot_be_compressed_is_refused(make_llama):
     llama = make_llama(method=METHOD)
     with pytest.raises(ConfigError, match="empty"):
         llama.compress([])
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["transposed-v", "flash"])
+def test_the_state_of_a_compressed_cache_round_trips(make_llama, flash_attn):
+    llama = make_llama(method=METHOD, flash_attn=flash_attn)
+    greedy(llama, CONTEXT, 8)
+    cells = [llama.kv_cells(il) for il in range(3)]
+    prompt = CONTEXT + tiny.tokens(tiny.GQA, 20, seed=6)
+    state = llama.save_state()
+    want = greedy(llama, prompt, 20)
+
+    other = make_llama(method=METHOD, flash_attn=flash_attn)
+    other.load_state(state)
+    assert [other.kv_cells(il) for il in range(3)] == cells
+    assert greedy(other, prompt, 20) == want
+    assert other.kv_report is None  # nothing was compressed anew
+    # decoding goes on, beyond the room that was saved
+    for start in range(0, 400, 50):
+        other.eval(tiny.tokens(tiny.GQA, 50, seed=start))
+    other.reset()
+    assert greedy(other, CONTEXT[:60], 4) == greedy(make_llama(flash_attn=flash_attn), CONTEXT[:60], 4)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_the_object_stays_usable(make_llama):
+    llama = make_llama(method=METHOD)
     llama.compress(CONTEXT)
-    with pytest.raises(StateError, match="compressed"):
-        llama.save_state()
-    with pytest.raises(UnsupportedError, match="set_cache"):
-        llama.set_cache(llama_cpp.LlamaRAMCache())
+    state = llama.save_state()
+    small = make_llama(method=METHOD, n_ctx=256)
+    with pytest.raises(StateError, match="context"):
+        small.load_state(state)
+    other = make_llama(tiny.MHA, method=METHOD)
+    with pytest.raises(StateError):
+        other.load_state(state)
+    state.llama_state = state.llama_state[:5000]
+    state.llama_state_size = 5000
+    with pytest.raises(StateError):
+        llama.load_state(state)
+    assert greedy(llama, CONTEXT, 8) == fresh_answer(make_llama, CONTEXT, 8)
+
+
+def test_a_prompt_cache_holds_compressed_states(make_llama):
+    llama = make_llama(method=METHOD)
+    llama.set_cache(llama_cpp.LlamaRAMCache())
+    text = "The keeper of the tower writes the weather down every morning and every evening. " * 3
+    first = llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"]
+    llama.create_completion("Something else entirely.", max_tokens=6)
+    report = llama.kv_report
+    assert llama._session.state().n_composed == 0
+    assert llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"] == first
+    assert llama.kv_report is report  # the compressed state came back, the prompt was not prefilled again
 
 
 def test_save_and_load_state_work_around_a_compression(make_llama):

@@ -9,6 +9,12 @@ from ..errors import ConfigError
 from .types import FloatArray, IntArray, LongArray, as_c
 
 
+def _use_max(aggregation: str) -> bool:
+    if aggregation not in ("max", "mean"):
+        raise ConfigError(f"aggregation {aggregation!r} is neither 'max' nor 'mean'")
+    return aggregation == "max"
+
+
 @njit(cache=True, nogil=True)
 def _aggregate_group(attention: FloatArray, n_head_kv: int, use_max: bool) -> FloatArray:
     n_head, n_tokens = attention.shape
@@ -19,7 +25,9 @@ def _aggregate_group(attention: FloatArray, n_head_kv: int, use_max: bool) -> Fl
             if use_max:
                 best = attention[h * n_group, i]
                 for g in range(1, n_group):
-                    best = max(best, attention[h * n_group + g, i])
+                    x = attention[h * n_group + g, i]
+                    if not x <= best:  # as np.max, NaN wins
+                        best = x
                 out[h, i] = best
             else:
                 total = 0.0
@@ -41,7 +49,7 @@ def aggregate_group(attention: FloatArray, n_head_kv: int, agg_group: str) -> Fl
     attention = as_c(attention, "attention", np.float32, 2)
     if attention.shape[0] % n_head_kv:
         raise ConfigError(f"{attention.shape[0]} query heads cannot share {n_head_kv} KV heads evenly")
-    return _aggregate_group(attention, n_head_kv, agg_group == "max")
+    return _aggregate_group(attention, n_head_kv, _use_max(agg_group))
 
 
 @njit(cache=True, nogil=True)
@@ -87,7 +95,8 @@ def _composite_scores(scores: FloatArray, ranking: IntArray, use_max: bool) -> F
         for h in range(n_head_kv):
             s = scores[h, ranking[h, j]]
             total += s
-            best = max(best, s)
+            if not s <= best:  # as np.max, NaN wins
+                best = s
         out[j] = best if use_max else total / n_head_kv
     return out
 
@@ -95,7 +104,7 @@ def _composite_scores(scores: FloatArray, ranking: IntArray, use_max: bool) -> F
 def composite_scores(scores: FloatArray, ranking: IntArray, agg_head: str) -> FloatArray:
     """Score of composite token j: agg_head over heads of the j-th largest score; float32 ``(N,)``, falling."""
     return _composite_scores(
-        as_c(scores, "scores", np.float32, 2), as_c(ranking, "ranking", np.int32, 2), agg_head == "max"
+        as_c(scores, "scores", np.float32, 2), as_c(ranking, "ranking", np.int32, 2), _use_max(agg_head)
     )
 
 
@@ -152,4 +161,6 @@ def _select_cells(ranking: IntArray, n_kept: int) -> IntArray:
 
 def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
     """Each head's ``n_kept`` best tokens in position order: int32 ``(n_head_kv, n_kept)`` (step 9)."""
+    if not 0 <= n_kept <= ranking.shape[1]:
+        raise ConfigError(f"n_kept={n_kept} of {ranking.shape[1]} tokens")
     return _select_cells(as_c(ranking, "ranking", np.int32, 2), n_kept)

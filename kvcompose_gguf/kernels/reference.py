@@ -1,4 +1,5 @@
-"""The specification of every kernel in plain numpy. Ties go to the lowest token index, then the lowest layer."""
+"""The specification of every kernel in plain numpy. Ties between tokens go to the
+lowest index, ties between composites to the lowest layer."""
 
 from __future__ import annotations
 

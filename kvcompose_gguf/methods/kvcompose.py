@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import NoneType
 from typing import TypeVar
 
 import numpy as np
@@ -42,7 +43,9 @@ class KVCompose:
         keep_token_lower_bound: first composite ranks of every layer that win before anything else.
         first_layer_rule: layer 0 takes the highest composite score of all layers at every rank. An artefact of the
             reference (Hugging Face reads the cache length from layer 0) that costs budget; for parity checks.
-        n_sink: first tokens of the context that every head keeps.
+        n_sink: first tokens of the context that every head keeps; together with ``keep_token_lower_bound`` the larger
+            of the two is a layer's least budget. Without either a layer may keep nothing, where the newest reference
+            keeps one token more than its budget.
         keep_last: last prompt tokens that are not compressed but evaluated on top of the compressed context. The paper
             has no prompt after the context; a chat's last tokens are the question, so they stay whole by default.
         min_tokens: contexts shorter than this are left as they are.
@@ -72,6 +75,7 @@ class KVCompose:
     n_room: int = 256
 
     def __post_init__(self) -> None:
+        self._check_types()
         budgets = {name: getattr(self, name) for name in ("compression_ratio", "max_kv_bytes", "n_kept")}
         given = {name: value for name, value in budgets.items() if value is not None}
         if len(given) != 1:
@@ -80,8 +84,8 @@ class KVCompose:
             raise ConfigError(f"compression_ratio={self.compression_ratio}, the fraction removed, is not in [0, 1)")
         for name in ("max_kv_bytes", "n_kept", "min_tokens", "max_score_bytes", "n_room", "scoring_chunk"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value} is not positive")
+            if value is not None and not 0 < value < np.inf:
+                raise ConfigError(f"{name}={value} is not positive and finite")
         for name in ("keep_token_lower_bound", "n_sink", "keep_last"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
@@ -90,8 +94,23 @@ class KVCompose:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is neither 'max' nor 'mean'")
         if self.scoring not in ("repeat", "prompts"):
             raise ConfigError(f"scoring={self.scoring!r} is neither 'repeat' nor 'prompts'")
-        if isinstance(self.prompts, str) or (self.scoring == "prompts") != bool(self.prompts):
-            raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
+        if isinstance(self.prompts, (str, bytes)) or not all(isinstance(text, str) and text for text in self.prompts):
+            raise ConfigError(f"prompts={self.prompts!r} is no list of texts")
+        if (self.scoring == "prompts") != bool(self.prompts):
+            raise ConfigError(f"prompts={self.prompts!r} belongs to scoring='prompts', which needs it")
+
+    def _check_types(self) -> None:
+        number, optional_number, optional_int = (int, float), (int, float, NoneType), (int, NoneType)
+        kinds: dict[str, tuple[type, ...]] = {
+            "compression_ratio": optional_number, "n_kept": optional_number, "max_kv_bytes": optional_int,
+            "scoring_chunk": optional_int, "keep_token_lower_bound": (int,), "n_sink": (int,), "keep_last": (int,),
+            "min_tokens": (int,), "max_score_bytes": (int,), "n_room": (int,),
+        }  # fmt: skip
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                what = "a number" if number[1] in kind else "an integer"
+                raise ConfigError(f"{name}={value!r} is not {what}")
 
     def n_composites(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
         """Composites that the budget buys for a context of ``n_tokens``, over all layers."""
@@ -117,8 +136,12 @@ class KVCompose:
         Raises:
             ConfigError: scores that are not finite, layers of different N, or a budget below the floors.
         """
-        if self.add_v_norm and v_norms is None:
-            raise ConfigError("add_v_norm needs v_norms")
+        n_tokens = _check_shapes("attention", attention, [layer.n_head for layer in layers])
+        if self.add_v_norm:
+            if v_norms is None:
+                raise ConfigError("add_v_norm needs v_norms")
+            if _check_shapes("v_norms", v_norms, [layer.n_head_kv for layer in layers]) != n_tokens:
+                raise ConfigError("v_norms and attention are of different contexts")
 
         def rank(l: int) -> tuple[FloatArray, np.ndarray]:  # noqa: E741
             scores = self.token_scores(attention[l], layers[l].n_head_kv, v_norms[l] if v_norms is not None else None)
@@ -127,11 +150,8 @@ class KVCompose:
 
         ranked = _map_layers(rank, len(layers))
         composites = np.stack([composite for composite, _ in ranked])
-        if np.isnan(composites).any():
-            raise ConfigError("the scores have NaN")
         if self.first_layer_rule:
             composites[0] = composites.max(axis=0)
-        n_tokens = composites.shape[1]
         # forced sinks rank first in every head, so keeping them is a floor as well
         floor = min(max(self.keep_token_lower_bound, self.n_sink), n_tokens)
         n_kept = aggregate.allocate_budget(composites, self.n_composites(layers, n_tokens), floor)
@@ -148,6 +168,19 @@ class KVCompose:
         if self.n_sink:
             scores[:, : self.n_sink] = np.inf
         return scores
+
+
+def _check_shapes(name: str, arrays: Sequence[FloatArray], n_heads: Sequence[int]) -> int:
+    """N, if there is one finite float32 ``(n_heads[l], N)`` a layer; else ConfigError."""
+    if len(arrays) != len(n_heads):
+        raise ConfigError(f"{name} has {len(arrays)} layers, the cache has {len(n_heads)}")
+    n_tokens = arrays[0].shape[-1]
+    for l, (array, n_head) in enumerate(zip(arrays, n_heads, strict=True)):  # noqa: E741
+        if array.shape != (n_head, n_tokens) or array.dtype != np.float32:
+            raise ConfigError(f"{name}[{l}] is {array.dtype} {array.shape}, float32 {(n_head, n_tokens)} is needed")
+        if not np.isfinite(array).all():
+            raise ConfigError(f"{name}[{l}] is not finite")
+    return n_tokens
 
 
 def _map_layers(function: Callable[[int], T], n_layer: int) -> list[T]:

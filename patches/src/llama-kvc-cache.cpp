@@ -2,9 +2,11 @@
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-io.h"
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -339,7 +341,7 @@ void llama_kvc::resize(uint32_t n_alloc_new) {
         for (uint32_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
             n_alloc_new = std::min(n_alloc_new, n_rows(ikv) + (offs.empty() ? 0 : offs[ikv]));
         }
-        n_alloc_new -= n_alloc_new % KVC_PAD;
+        n_alloc_new = std::max(1u, n_alloc_new - n_alloc_new % KVC_PAD);
     }
 
     set_layout(n_alloc_new);
@@ -381,6 +383,64 @@ bool llama_kvc::refuses(const char * what) const {
     }
 
     return composed();
+}
+
+//
+// state
+//
+
+void llama_kvc::state_write(llama_io_write_i & io) const {
+    const uint32_t n_layer = kv.layers.size();
+
+    io.write(&state_magic, sizeof(state_magic));
+    io.write(&n_past,      sizeof(n_past));
+    io.write(&n_alloc,     sizeof(n_alloc));
+    io.write(&n_layer,     sizeof(n_layer));
+    io.write(offs.data(),  sizeof(offs[0])*n_layer);
+}
+
+void llama_kvc::state_read(llama_io_read_i & io) {
+    uint32_t n_past_new  = 0;
+    uint32_t n_alloc_new = 0;
+    uint32_t n_layer     = 0;
+
+    io.read(&n_past_new,  sizeof(n_past_new));
+    io.read(&n_alloc_new, sizeof(n_alloc_new));
+    io.read(&n_layer,     sizeof(n_layer));
+
+    n_alloc_new = pad_cells(n_alloc_new, kv.get_size());
+
+    if (n_layer != kv.layers.size() || n_past_new == 0) {
+        throw std::runtime_error("the state of a composed cache belongs to another model");
+    }
+
+    std::vector<uint32_t> offs_new(n_layer);
+    io.read(offs_new.data(), sizeof(offs_new[0])*n_layer);
+
+    if (*std::max_element(offs_new.begin(), offs_new.end()) >= n_alloc_new) {
+        throw std::runtime_error("the state of a composed cache does not fit into this context");
+    }
+
+    n_past = n_past_new;
+    offs   = offs_new;
+    resize(n_alloc_new);
+
+    if (n_alloc != n_alloc_new) {
+        throw std::runtime_error("no memory for the layers of a composed cache");
+    }
+}
+
+std::vector<std::pair<uint32_t, uint32_t>> llama_kvc::rows(const std::vector<std::pair<uint32_t, uint32_t>> & cells, uint32_t il) const {
+    const uint32_t off = offs.empty() ? 0 : offs[ikv_of(il)];
+
+    std::vector<std::pair<uint32_t, uint32_t>> res;
+    for (const auto & [from, to] : cells) {
+        if (to > off) {
+            res.emplace_back(std::max(from, off) - off, to - off);
+        }
+    }
+
+    return res;
 }
 
 //

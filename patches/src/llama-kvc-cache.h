@@ -38,7 +38,9 @@ public:
     void scores_end();
 
     bool   scoring()       const { return score_n_cells > 0; }
-    size_t n_score_nodes() const; // graph nodes needed on top of the model's own
+
+    // graph nodes on top of the model's own: score branches, and the masks and indices of composed layers
+    size_t n_extra_nodes() const;
 
     // side branch of attention: softmax(q*k), reduced over the query tokens, marked as output in g.res
     //   q [n_embd_head_k, n_head, n_tokens], k [n_embd_head_k, n_head_kv, n_kv], kq_mask [n_kv, n_tokens]
@@ -81,8 +83,18 @@ public:
     // composite cells belong to no single position: a range that starts inside of them cannot go
     bool can_seq_rm(llama_pos p0, llama_pos p1) const;
 
-    // true, and an error in the log, if the cache is composed and so cannot do what the caller was asked for
+    // true, and an error in the log, if the cache is composed and so cannot do what it is asked for
     bool refuses(const char * what) const;
+
+    // a composed cache's state begins with this instead of the number of streams
+    static constexpr uint32_t state_magic = 0x3143564b; // "KVC1"
+
+    void state_write(llama_io_write_i & io) const;
+    // makes an empty cache with the layers of the state, for its rows to be read into; throws if it is another model's
+    void state_read(llama_io_read_i & io);
+
+    // ranges of cells as ranges of a layer's rows
+    std::vector<std::pair<uint32_t, uint32_t>> rows(const std::vector<std::pair<uint32_t, uint32_t>> & cells, uint32_t il) const;
 
     ggml_tensor * get_k(ggml_context * ctx, int32_t il, uint32_t n_kv) const;
     ggml_tensor * get_v(ggml_context * ctx, int32_t il, uint32_t n_kv) const;

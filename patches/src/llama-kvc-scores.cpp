@@ -28,14 +28,10 @@ void llama_kvc::scores_end() {
     ++n_epoch;
 }
 
-size_t llama_kvc::n_score_nodes() const {
-    if (!scoring()) {
-        return 0;
-    }
-
+size_t llama_kvc::n_extra_nodes() const {
     size_t n = 0;
     for (const auto & layer : kv.layers) {
-        n += 12*kv.hparams.n_head_kv(layer.il);
+        n += 4 + (scoring() ? 10*kv.hparams.n_head_kv(layer.il) : 0);
     }
 
     return n;

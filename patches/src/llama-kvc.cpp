@@ -352,6 +352,7 @@ int32_t llama_kvc_compose(
         }
 
         ctx->synchronize();
+        ctx->kvc_reserve();
         ctx->sched_reserve(); // frees the compute buffers of a scoring pass before the layers need memory
 
         // the cache's own way of changing: update() applies the plan, then old graphs are dropped
