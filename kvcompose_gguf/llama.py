@@ -236,6 +236,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         Raises:
             StateError: the state is of another model, or its cache does not fit into this one.
         """
+        if state.n_tokens >= self._n_ctx:
+            raise StateError(f"the state has {state.n_tokens} tokens, too many for a context of n_ctx={self._n_ctx}")
         self.reset()
         try:
             super().load_state(state)

@@ -403,7 +403,7 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         ({"scoring": "prompts", "prompts": "What?"}, "prompts='What\\?' is needed, as a list"),
         ({"scoring": "prompts", "prompts": ""}, "prompts='' is needed"),
         ({"prompts": ["What?"]}, "with scoring='prompts' only"),
-        ({"scoring": "repeat", "prompts": "What?"}, "with scoring='prompts' only"),
+        ({"scoring": "repeat", "prompts": "What?"}, "as a list of texts"),
     ],
     ids=str,
 )

@@ -26,7 +26,7 @@ def _aggregate_group(attention: FloatArray, n_head_kv: int, use_max: bool) -> Fl
                 best = attention[h * n_group, i]
                 for g in range(1, n_group):
                     x = attention[h * n_group + g, i]
-                    if not x <= best:  # as np.max, NaN wins
+                    if x > best or x != x:  # as np.max, NaN wins
                         best = x
                 out[h, i] = best
             else:
@@ -95,7 +95,7 @@ def _composite_scores(scores: FloatArray, ranking: IntArray, use_max: bool) -> F
         for h in range(n_head_kv):
             s = scores[h, ranking[h, j]]
             total += s
-            if not s <= best:  # as np.max, NaN wins
+            if s > best or s != s:  # as np.max, NaN wins
                 best = s
         out[j] = best if use_max else total / n_head_kv
     return out
@@ -161,6 +161,7 @@ def _select_cells(ranking: IntArray, n_kept: int) -> IntArray:
 
 def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
     """Each head's ``n_kept`` best tokens in position order: int32 ``(n_head_kv, n_kept)`` (step 9)."""
+    ranking = as_c(ranking, "ranking", np.int32, 2)
     if not 0 <= n_kept <= ranking.shape[1]:
         raise ConfigError(f"n_kept={n_kept} of {ranking.shape[1]} tokens")
-    return _select_cells(as_c(ranking, "ranking", np.int32, 2), n_kept)
+    return _select_cells(ranking, n_kept)

@@ -95,9 +95,9 @@ class KVCompose:
         if self.scoring not in ("repeat", "prompts"):
             raise ConfigError(f"scoring={self.scoring!r} is neither 'repeat' nor 'prompts'")
         if isinstance(self.prompts, (str, bytes)) or not all(isinstance(text, str) and text for text in self.prompts):
-            raise ConfigError(f"prompts={self.prompts!r} is no list of texts")
+            raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts")
         if (self.scoring == "prompts") != bool(self.prompts):
-            raise ConfigError(f"prompts={self.prompts!r} belongs to scoring='prompts', which needs it")
+            raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
 
     def _check_types(self) -> None:
         number, optional_number, optional_int = (int, float), (int, float, NoneType), (int, NoneType)
