@@ -38,21 +38,31 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def __init__(self, model_path: str, *, kv_compressor: KVCompose | None = None, **kwargs: Any) -> None:
         self._stack = contextlib.ExitStack()  # what the original's close() closes, should this not get further
-        if kv_compressor is not None and not isinstance(kv_compressor, KVCompose):
-            raise ConfigError(f"kv_compressor={kv_compressor!r} is not a KVCompose")
-        self.kv_compressor = kv_compressor
+        self._method: KVCompose | None = None
+        _check_method(kv_compressor)
         #: figures of the latest compression, None before the first
         self.kv_report: KVReport | None = None
         self._compressed: list[int] = []  # tokens of the compressed context, empty: the cache is a full one
         self._kv_session: KVSession | None = None
         super().__init__(model_path, **kwargs)
-        if kv_compressor is not None:
-            try:
-                self._session  # noqa: B018
-                kernels.warm_up()
-            except Exception:
-                self.close()
-                raise
+        try:
+            self.kv_compressor = kv_compressor
+        except Exception:
+            self.close()
+            raise
+
+    @property
+    def kv_compressor(self) -> KVCompose | None:
+        """The method that the next prompt is compressed with; it may be changed at any time."""
+        return self._method
+
+    @kv_compressor.setter
+    def kv_compressor(self, method: KVCompose | None) -> None:
+        _check_method(method)
+        if method is not None:
+            self._session  # noqa: B018  (raises if this context cannot be compressed)
+            kernels.warm_up()
+        self._method = method
 
     @property
     def _session(self) -> KVSession:
@@ -245,6 +255,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self.n_tokens = 0
             raise StateError(f"the state cannot be loaded into this context: {error}") from error
         self._compressed = list(getattr(state, "kv_compressed", []))
+
+
+def _check_method(method: Any) -> None:
+    if method is not None and not isinstance(method, KVCompose):
+        raise ConfigError(f"kv_compressor={method!r} is not a KVCompose")
 
 
 class _Decoder:

@@ -18,13 +18,6 @@ llama_kvc * llama_kvc_get(llama_memory_i * memory) {
     return kv ? kv->get_kvc() : nullptr;
 }
 
-// cells are handed out and n_kv is padded in this step (llama_kv_cache::get_n_kv)
-static const uint32_t KVC_PAD = 256;
-
-static uint32_t pad_cells(uint32_t n, uint32_t n_max) {
-    return std::min<uint32_t>(n_max, GGML_PAD(n, KVC_PAD));
-}
-
 //
 // strides of one stored tensor
 //
@@ -287,7 +280,7 @@ void llama_kvc::compose() {
     const uint32_t n_layer = kv.layers.size();
     const uint32_t n_max   = *std::max_element(p->n_kept.begin(), p->n_kept.end());
 
-    const uint32_t n_alloc_new = pad_cells(n_max + std::max(p->n_room, 1u), kv.get_size());
+    const uint32_t n_alloc_new = std::min(kv.get_size(), n_max + std::max(p->n_room, 1u));
 
     auto & cells = kv.v_cells[0];
 
@@ -341,7 +334,6 @@ void llama_kvc::resize(uint32_t n_alloc_new) {
         for (uint32_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
             n_alloc_new = std::min(n_alloc_new, n_rows(ikv) + (offs.empty() ? 0 : offs[ikv]));
         }
-        n_alloc_new = std::max(1u, n_alloc_new - n_alloc_new % KVC_PAD);
     }
 
     set_layout(n_alloc_new);
@@ -358,12 +350,12 @@ bool llama_kvc::fits(const llama_kv_cache::slot_info_vec_t & sinfos) {
             n_cells = std::max(n_cells, i + 1);
         }
     }
-    if (pad_cells(n_cells, kv.get_size()) <= n_alloc) {
+    if (n_cells <= n_alloc) {
         return true;
     }
 
-    // a quarter more, so that a long answer is not copied every 256 tokens
-    n_wanted = pad_cells(n_cells + n_cells/4, kv.get_size());
+    // a quarter more, so that a long answer is copied a few times only
+    n_wanted = std::min(kv.get_size(), n_cells + std::max(256u, n_cells/4));
 
     return false;
 }
@@ -408,7 +400,7 @@ void llama_kvc::state_read(llama_io_read_i & io) {
     io.read(&n_alloc_new, sizeof(n_alloc_new));
     io.read(&n_layer,     sizeof(n_layer));
 
-    n_alloc_new = pad_cells(n_alloc_new, kv.get_size());
+    n_alloc_new = std::min(n_alloc_new, kv.get_size());
 
     if (n_layer != kv.layers.size() || n_past_new == 0) {
         throw std::runtime_error("the state of a composed cache belongs to another model");

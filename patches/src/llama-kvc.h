@@ -92,7 +92,7 @@ LLAMA_API int32_t llama_kvc_scores_end  (struct llama_context * ctx);
 // Replaces the first n_tokens cells, which have to be the whole cache of sequence 0 at positions [0, n_tokens).
 //   n_kept [n_layer]
 //   cells  concatenation over layers of int32 [n_head_kv][n_kept[l]], strictly ascending within a head; n_cells_total entries
-//   n_room free cells to allocate behind the composites; the cache grows by itself when they are used up
+//   n_room free cells to allocate behind the composites; a decode that needs more makes the cache grow
 // All or nothing: an error leaves the cache as it was.
 LLAMA_API int32_t llama_kvc_compose(
         struct llama_context * ctx,

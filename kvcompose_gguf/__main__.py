@@ -1,0 +1,5 @@
+"""``python -m kvcompose_gguf``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,161 @@
+"""The whole chain on SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import greedy, last_logits
+
+from kvcompose_gguf import CompositionPlan, KVCompose
+
+pytestmark = pytest.mark.model
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def make_smollm2(smollm2):
+    from kvcompose_gguf import Llama
+
+    made = []
+
+    def make(method=None, **kwargs):
+        options = {"n_ctx": 2560, "n_threads": 2, "n_threads_batch": 2, "flash_attn": True, "verbose": False}
+        made.append(Llama(smollm2, kv_compressor=method, **(options | kwargs)))
+        return made[-1]
+
+    yield make
+    for llama in made:
+        llama.close()
+
+
+@pytest.fixture(scope="session")
+def prose() -> list[int]:
+    """1,000 token ids of ordinary English for SmolLM2, which the reference's budgets were made with."""
+    return json.loads((DATA / "reference_budgets.json").read_text())["models"]["SmolLM2-135M-Instruct.Q4_1"]["ids"]
+
+
+def test_layer_budgets_are_those_of_the_published_reference(make_smollm2, prose):
+    want = np.array(json.loads((DATA / "reference_budgets.json").read_text())["models"]["SmolLM2-135M-Instruct.Q4_1"]["n_kept"])
+    llama = make_smollm2(KVCompose(compression_ratio=0.5, scoring_chunk=None, first_layer_rule=True, keep_last=0))
+    got = llama.compress(prose).n_kept
+    correlation = np.corrcoef(got, want)[0, 1]
+    difference = np.abs(got - want)
+    print(f"correlation {correlation:.5f}, largest difference {difference.max()} of 1000, mean {difference.mean():.2f}")
+    assert got.sum() == want.sum() == 15000
+    assert correlation > 0.999
+    assert difference.max() <= 12  # the reference in bfloat16 instead of float32 is up to 6 away from itself
+
+
+def test_keeping_everything_changes_no_logits(make_smollm2, prose):
+    llama = make_smollm2()
+    after = prose[700:764]
+    llama._prefill(prose[:700])
+    want = []
+    for token in after:
+        llama.eval([token])
+        want.append(last_logits(llama))
+    llama._prefill(prose[:700])
+    llama._session.compose(CompositionPlan.keep_all(700, [3] * 30))
+    for token, logits in zip(after, want, strict=True):
+        llama.eval([token])
+        assert np.abs(last_logits(llama) - logits).max() <= 1e-3
+    assert llama._session.state().n_composed == 700
+
+
+def test_a_needle_is_found_in_a_quarter_of_the_cache(make_smollm2, prose):
+    from kvcompose_gguf import Llama
+
+    llama: Llama = make_smollm2(KVCompose(compression_ratio=0.75, keep_last=0))
+    text = llama.detokenize(prose[:500]) + b"\nThe password of the boathouse is 7419.\n" + llama.detokenize(prose[500:])
+    context = llama._prompt_tokens(text)
+    report = llama.compress(context)
+    prompt = context + llama._tokens("\n\nThe password of the boathouse is")
+    assert b"7419" in llama.detokenize(greedy(llama, prompt, 6))
+    assert report.kv_bytes_kept <= 0.26 * report.kv_bytes_full
+
+
+def test_a_prompt_continues_when_the_tokenizer_merges_across_the_seam(make_smollm2, prose):
+    llama = make_smollm2(KVCompose(compression_ratio=0.5, keep_last=0, min_tokens=100))
+    document = llama.detokenize(prose[:200]).decode().rsplit(" ", 3)[0] + " night"
+    prompt = document + "s are long here, and"
+    tokens = llama._prompt_tokens(document)
+    assert llama._prompt_tokens(prompt)[: len(tokens)] != tokens  # "nights" is one token
+    report = llama.compress(document)
+    llama.create_completion(prompt, max_tokens=3, temperature=0.0)
+    assert llama.kv_report is report
+    assert llama._session.state().n_composed == len(tokens)
+    assert llama.detokenize(llama._input_ids.tolist()).decode().lstrip().startswith(prompt)
+
+
+def test_a_chat_is_compressed_and_continued(make_smollm2, prose):
+    llama = make_smollm2(KVCompose(compression_ratio=0.5))
+    document = llama.detokenize(prose[:600]).decode()
+    messages = [{"role": "user", "content": f"{document}\n\nWhat is this about?"}]
+    first = llama.create_chat_completion(messages, max_tokens=12, temperature=0.0)["choices"][0]["message"]
+    report = llama.kv_report
+    assert report is not None
+    assert report.n_tokens > 550
+    again = [*messages, first, {"role": "user", "content": "And who is in it?"}]
+    llama.create_chat_completion(again, max_tokens=4, temperature=0.0)
+    assert llama.kv_report is report
+
+
+MEMORY = """
+import gc, json, sys
+import numpy as np
+from kvcompose_gguf import KVCompose, Llama
+
+def status(key):
+    for line in open("/proc/self/status"):
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+
+def reset_peak():
+    open("/proc/self/clear_refs", "w").write("5")
+
+n_tokens, ratio = 4000, 0.75
+llama = Llama(sys.argv[1], n_ctx=4096, flash_attn=True, n_threads=2, n_threads_batch=2, verbose=False)
+ids = np.random.default_rng(0).integers(100, 40000, n_tokens).tolist()
+llama._prefill(ids)
+session = llama._session
+# attention that spreads over layers like a real one's: memory does not depend on which tokens are kept
+rng = np.random.default_rng(1)
+attention = [(rng.random((9, n_tokens)) ** power).astype(np.float32) for power in np.linspace(1, 12, 30)]
+plan = KVCompose(compression_ratio=ratio).plan(attention, session.layers)
+from kvcompose_gguf import kernels
+kernels.warm_up()
+del attention
+gc.collect()
+full, rss_full = session.state().n_bytes, status("VmRSS")
+reset_peak()
+session.compose(plan)
+out = {
+    "n_tokens": n_tokens, "n_kept": plan.n_kept.tolist(), "row": session.layers[0].n_bytes_row,
+    "full": full, "small": session.state().n_bytes, "rows": [session.cells(il).n_rows for il in range(30)],
+    "rss_full": rss_full, "rss_small": status("VmRSS"), "peak": status("VmHWM"),
+}
+llama.eval(ids[:8])
+print(json.dumps(out))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_gives_the_memory_back(smollm2):
+    out = subprocess.run([sys.executable, "-c", MEMORY, smollm2], capture_output=True, text=True, check=True).stdout
+    m = json.loads(out.splitlines()[-1])
+    freed, rss_freed = m["full"] - m["small"], m["rss_full"] - m["rss_small"]
+    kept, room = sum(m["n_kept"]) * m["row"], (sum(m["rows"]) - sum(m["n_kept"])) * m["row"]
+    context = m["n_tokens"] * 30 * m["row"]
+    layer = m["full"] / 30
+    mb = {key: round(value / 1e6, 1) for key, value in m.items() if isinstance(value, int)}
+    print(f"{mb}, kept rows {kept / context:.3f} of the context's, freed {freed / 1e6:.1f}, resident {rss_freed / 1e6:.1f} MB less, "
+          f"peak {(m['peak'] - m['rss_full']) / 1e6:+.1f} MB over full")
+    assert m["small"] <= 0.27 * context + room
+    assert rss_freed >= 0.9 * freed
+    assert m["peak"] <= m["rss_full"] + layer + 32e6
