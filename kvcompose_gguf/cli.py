@@ -58,7 +58,7 @@ def run(
     threads: Threads = None,
 ) -> None:
     """Answer a question about a text from a compressed cache."""
-    from .demo import run
+    from .run import run
 
     run(
         model, context, question, compression_ratio,

@@ -191,7 +191,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     # llama_cpp.Llama
     #
 
-    def generate(self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any) -> Generator[int, Any, None]:
+    def generate(
+        self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
+    ) -> Generator[int, Any, None]:
         """As ``llama_cpp.Llama.generate``; a long prompt is compressed before its first token is sampled."""
         if self.kv_compressor is not None and reset:
             self._prepare(list(tokens), self.kv_compressor)

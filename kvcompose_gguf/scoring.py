@@ -35,7 +35,7 @@ def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: 
     n_free = n_cells - n_tokens
     if scoring_chunk is None and n_query > n_free:
         raise ContextLengthError(
-            f"scoring_chunk=None needs {n_tokens + n_query} cells, n_ctx has {n_cells}: raise n_ctx or set scoring_chunk"
+            f"scoring_chunk=None needs {n_tokens + n_query} cells, n_ctx is {n_cells}: raise n_ctx or set scoring_chunk"
         )
     if n_free < 1:
         raise ContextLengthError(f"{n_tokens} tokens fill n_ctx={n_cells}, scoring needs free cells: raise n_ctx")

@@ -139,7 +139,9 @@ def ensure(jobs: int | None = None) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-j", "--jobs", type=int, help="compiler processes, default: one per core")
-    parser.add_argument("--stock", action="store_true", help="llama.cpp without patches, for the tests: stays in the cache")
+    parser.add_argument(
+        "--stock", action="store_true", help="llama.cpp without patches, for the tests: stays in the cache"
+    )
     args = parser.parse_args()
     if args.stock:
         print(f"stock library: {cached_build(args.jobs, stock=True)}")

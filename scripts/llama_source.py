@@ -56,7 +56,9 @@ def own_sources() -> list[Path]:
     return sorted(PATCHES.glob("src/*"))
 
 
-def run(command: list[str], cwd: Path | None = None, log: Path | None = None, env: dict[str, str] | None = None) -> None:
+def run(
+    command: list[str], cwd: Path | None = None, log: Path | None = None, env: dict[str, str] | None = None
+) -> None:
     """Run ``command``; on failure end with the last lines of what it printed."""
     result = subprocess.run(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -123,9 +125,6 @@ def patched_tree(pin: Pin, folder: Path, n_patches: int | None = None) -> Path:
 
 def export_patches(tree: Path, folder: Path) -> list[Path]:
     """Write the commits of ``tree`` after ``pristine`` as patch files into ``folder``."""
-    run(
-        [*GIT, "format-patch", "-q", "--zero-commit", "--no-signature", "--no-numbered", "--full-index", "--keep-subject",
-         "-o", str(folder), "pristine..HEAD"],
-        cwd=tree,
-    )  # fmt: skip
+    options = ["--zero-commit", "--no-signature", "--no-numbered", "--full-index", "--keep-subject"]
+    run([*GIT, "format-patch", "-q", *options, "-o", str(folder), "pristine..HEAD"], cwd=tree)
     return sorted(folder.glob("*.patch"))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Work on the patches of llama.cpp.
 
-    python scripts/patches.py tree DIR      a patched git tree to edit: commits after `pristine` are the patches
-    python scripts/patches.py export DIR    write the tree's commits and src/llama-kvc* back to patches/
-    python scripts/patches.py check         the patches apply, and export again byte by byte
-    python scripts/patches.py prefixes      every prefix of the series compiles (an hour on 2 cores)
+python scripts/patches.py tree DIR      a patched git tree to edit: commits after `pristine` are the patches
+python scripts/patches.py export DIR    write the tree's commits and src/llama-kvc* back to patches/
+python scripts/patches.py check         the patches apply, and export again byte by byte
+python scripts/patches.py prefixes      every prefix of the series compiles (an hour on 2 cores)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check() -> None:
         want = patch_files()
         if [p.name for p in made] != [p.name for p in want]:
             raise BuildError(f"exported {[p.name for p in made]}, patches/ has {[p.name for p in want]}")
-        changed = [a.name for a, b in zip(made, want) if a.read_bytes() != b.read_bytes()]
+        changed = [a.name for a, b in zip(made, want, strict=True) if a.read_bytes() != b.read_bytes()]
         if changed:
             raise BuildError(f"not the same after applying and exporting: {changed}")
     print(f"{len(want)} patches apply and export byte-identical")

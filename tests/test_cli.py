@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from kvcompose_gguf import demo as demo_module
 from kvcompose_gguf import doctor as doctor_module
 from kvcompose_gguf import models
+from kvcompose_gguf import run as run_module
 from kvcompose_gguf.cli import app
 from kvcompose_gguf.errors import LibraryError
 from kvcompose_gguf.report import KVReport
@@ -130,7 +131,7 @@ def test_the_demo_prints_counts_layers_and_bytes() -> None:
 
 
 def test_a_context_window_that_is_too_small_is_refused(monkeypatch: pytest.MonkeyPatch, context: Path) -> None:
-    monkeypatch.setattr(demo_module, "token_counts", lambda path, texts: [3000, 10])
+    monkeypatch.setattr(run_module, "token_counts", lambda path, texts: [3000, 10])
     monkeypatch.setattr(models, "fetch", lambda name: Path("model.gguf"))
     line = failure([*run_arguments("smollm2", context), "--n-ctx", "1024"])
     assert "n_ctx=1024" in line

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcompose_gguf import KVCompose, KVReport, demo
+from kvcompose_gguf import KVCompose, KVReport, demo, run
 from kvcompose_gguf.demo import QUESTIONS, Answers, Question, document
 
 
@@ -109,9 +109,9 @@ def test_a_run_keeps_the_question_whole_and_makes_room_for_the_answer(monkeypatc
         seen.update(n_ctx=n_ctx, keep_last=method.keep_last)
         return llm
 
-    monkeypatch.setattr(demo, "load_model", load_model)
-    monkeypatch.setattr(demo, "token_counts", lambda path, texts: [1000, 40])
-    result = demo.answer_question(Path("m.gguf"), "Text.", "Why?", KVCompose(compression_ratio=0.5))
+    monkeypatch.setattr(run, "load_model", load_model)
+    monkeypatch.setattr(run, "token_counts", lambda path, texts: [1000, 40])
+    result = run.answer_question(Path("m.gguf"), "Text.", "Why?", KVCompose(compression_ratio=0.5))
     assert result.answer == "in chat"
     assert seen["n_ctx"] == result.n_ctx == 1536  # 1000 + 40 + 64 for the template + 256, rounded up
     assert seen["keep_last"] > 40

@@ -151,10 +151,14 @@ def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
     context = tiny.tokens(tiny.GQA, 2000)
     timer = threading.Timer(0.4, lambda: signal.raise_signal(signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def compress_for_ever() -> None:
         while True:
             llama.reset()
             llama.compress(context)
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_for_ever()
     timer.cancel()
     assert not llama._session.state().scoring
     llama.reset()

@@ -118,11 +118,11 @@ def _allocate_budget(composites: FloatArray, n_total: int, floor: int) -> LongAr
     rest = composites[:, floor:].copy().ravel()
     threshold = np.partition(rest, rest.size - n_rest)[rest.size - n_rest]
     # scores fall within a layer, so what lies above the threshold is a prefix
-    for l in range(n_layer):  # noqa: E741
+    for l in range(n_layer):
         while n_kept[l] < n_tokens and composites[l, n_kept[l]] > threshold:
             n_kept[l] += 1
             n_rest -= 1
-    for l in range(n_layer):  # noqa: E741
+    for l in range(n_layer):
         while n_rest > 0 and n_kept[l] < n_tokens and composites[l, n_kept[l]] == threshold:
             n_kept[l] += 1
             n_rest -= 1

@@ -143,7 +143,7 @@ class KVCompose:
             if _check_shapes("v_norms", v_norms, [layer.n_head_kv for layer in layers]) != n_tokens:
                 raise ConfigError("v_norms and attention are of different contexts")
 
-        def rank(l: int) -> tuple[FloatArray, np.ndarray]:  # noqa: E741
+        def rank(l: int) -> tuple[FloatArray, np.ndarray]:
             scores = self.token_scores(attention[l], layers[l].n_head_kv, v_norms[l] if v_norms is not None else None)
             ranking = aggregate.rank_tokens(scores)
             return aggregate.composite_scores(scores, ranking, self.agg_head), ranking
@@ -175,7 +175,7 @@ def _check_shapes(name: str, arrays: Sequence[FloatArray], n_heads: Sequence[int
     if len(arrays) != len(n_heads):
         raise ConfigError(f"{name} has {len(arrays)} layers, the cache has {len(n_heads)}")
     n_tokens = arrays[0].shape[-1]
-    for l, (array, n_head) in enumerate(zip(arrays, n_heads, strict=True)):  # noqa: E741
+    for l, (array, n_head) in enumerate(zip(arrays, n_heads, strict=True)):
         if array.shape != (n_head, n_tokens) or array.dtype != np.float32:
             raise ConfigError(f"{name}[{l}] is {array.dtype} {array.shape}, float32 {(n_head, n_tokens)} is needed")
         if not np.isfinite(array).all():

@@ -1,0 +1,71 @@
+"""The terminal's view of a report: answers side by side, kept tokens per layer, bytes and seconds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .report import KVReport
+
+if TYPE_CHECKING:
+    from .demo import DemoResult, Question
+
+
+def print_demo(result: DemoResult, console: Console) -> None:
+    """Answers side by side, layers, memory and time."""
+    console.print(answer_table(result))
+    console.print(layer_bars(result.report))
+    console.print(cost_table(result))
+
+
+def answer_table(result: DemoResult) -> Table:
+    """A row per question, with both answers and whether they are right, and the counts below."""
+    table = Table(show_footer=True, expand=True)
+    rounds = {"full cache": result.full, f"{result.report.compression_ratio:.0%} removed": result.compressed}
+    table.add_column("the sentence to finish", ratio=4)
+    for title, answers in rounds.items():
+        right = answers.right(result.questions)
+        table.add_column(title, f"{sum(right)} of {len(right)} right", ratio=3)
+    for i, question in enumerate(result.questions):
+        cells = [_marked(answers.texts[i], question) for answers in rounds.values()]
+        table.add_row(f"{question.prompt} …", *cells)
+    return table
+
+
+def layer_bars(report: KVReport) -> Table:
+    """Tokens that every layer keeps, as horizontal bars on the scale of the whole context."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    table.add_column(justify="right")
+    table.add_column(ratio=1)
+    table.add_column(justify="right")
+    table.add_row("layer", Text(f"of {report.n_tokens} tokens"), "kept", style="dim")
+    for il, n_kept in enumerate(report.n_kept.tolist()):
+        table.add_row(str(il), Bar(report.n_tokens, 0, n_kept, color="cyan"), str(n_kept))
+    return table
+
+
+def cost_table(result: DemoResult) -> Table:
+    """Bytes and seconds of both rounds."""
+    report, full, compressed = result.report, result.full, result.compressed
+    n_questions = len(result.questions)
+    table = Table("", "full cache", "compressed", caption="allocated: with the room for new tokens", expand=True)
+    table.add_row("document in the KV cache", _megabytes(report.kv_bytes_full), _megabytes(report.kv_bytes_kept))
+    table.add_row("KV cache allocated", _megabytes(full.n_bytes_kv), _megabytes(compressed.n_bytes_kv))
+    table.add_row("process memory (RSS)", _megabytes(full.n_bytes_rss), _megabytes(compressed.n_bytes_rss))
+    table.add_row(f"reading {report.n_tokens} tokens, once", f"{result.prefill_seconds:.1f} s", "")
+    table.add_row("compressing", "", f"{report.score_seconds + report.plan_seconds + report.compose_seconds:.1f} s")
+    table.add_row(f"{n_questions} answers", f"{full.seconds:.1f} s", f"{compressed.seconds:.1f} s")
+    return table
+
+
+def _marked(answer: str, question: Question) -> Text:
+    right = question.is_answered_by(answer)
+    return Text("✓ " if right else "✗ ", style="green" if right else "red").append(answer, style="default")
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB"

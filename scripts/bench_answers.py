@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Does a compressed cache still know the fact?
+
+    python scripts/bench_answers.py [--model smollm2] [--samples 20] [--n-tokens 2000]
+
+Regime: prompts of N tokens, the demo document's sentences in seeded order with one needle sentence at a seeded depth.
+The prompt is prefilled and scored once without the question, and composed at every ratio from the same scores. Greedy,
+16 tokens; right if the needle's number occurs. The last line is one JSON document. Give it the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from kvcompose_gguf import KVCompose, Llama, models
+from kvcompose_gguf.demo import document
+
+RATIOS = (0.0, 0.5, 0.75, 0.9)
+PLACES = ("boathouse", "library", "old mill", "north gate", "wine cellar", "bakery", "chapel", "greenhouse")
+
+
+def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, str]:
+    """Context tokens, the sentence to finish and the number that finishes it."""
+    rng = np.random.default_rng(seed)
+    sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", document().replace("#", "")) if len(s.strip()) > 20]
+    sentences = [sentences[i] for i in rng.permutation(len(sentences))]
+    place, number = PLACES[seed % len(PLACES)], str(rng.integers(1000, 10000))
+    question = f"The secret number of the {place} is"
+    text, used = [], 0
+    budget = n_tokens - len(llama._tokens(f"{question} {number}."))
+    for sentence in sentences:
+        used += len(llama._tokens(" " + sentence))
+        if used > budget:
+            break
+        text.append(sentence)
+    text.insert(int(rng.integers(1, len(text))), f"{question} {number}.")
+    return llama._prompt_tokens(" ".join(text)), question, number
+
+
+def answer(llama: Llama, prompt: list[int], n: int = 16) -> str:
+    out: list[int] = []
+    for token in llama.generate(prompt, temp=0.0):
+        out.append(token)
+        if len(out) == n:
+            break
+    return llama.detokenize(out).decode(errors="replace")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a fetched model's name or a .gguf file")
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--n-tokens", type=int, default=2000)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+
+    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    method = KVCompose(compression_ratio=0.5, keep_last=0)
+    llama = Llama(
+        path, n_ctx=args.n_tokens + 640, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
+        kv_compressor=method, verbose=False,
+    )  # fmt: skip
+    right = {ratio: 0 for ratio in RATIOS}
+    start = time.perf_counter()
+    for seed in range(args.samples):
+        context, question, number = haystack(llama, args.n_tokens, seed)
+        llama.reset()
+        llama._prefill(context)
+        attention, _ = llama._attention(context, method)
+        state = llama.save_state()
+        prompt = context + llama._tokens("\n\n" + question)
+        marks = []
+        for ratio in RATIOS:
+            llama.load_state(state)
+            if ratio:
+                plan = replace(method, compression_ratio=ratio).plan(attention, llama._session.layers)
+                llama._session.compose(plan)
+                llama._compressed = context
+            found = number in answer(llama, prompt)
+            right[ratio] += found
+            marks.append(f"{ratio:g}:{'+' if found else '-'}")
+        print(f"sample {seed}: {len(context)} tokens, {' '.join(marks)}", flush=True)
+    result = {
+        "model": Path(path).name, "samples": args.samples, "n_tokens": args.n_tokens,
+        "right": {str(ratio): count for ratio, count in right.items()}, "seconds": round(time.perf_counter() - start),
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

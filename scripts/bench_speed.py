@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""How much faster is decoding from a compressed cache, and what does compressing cost beside the prefill?
+
+    python scripts/bench_speed.py [--model smollm2] [--n-tokens 8000] [--ratio 0.75] [--threads 2]
+
+Regime: one prompt of N seeded tokens, flash attention, f16 cache; then 32-token runs at position N from the full and
+from the compressed cache, alternating in one process. The last line is one JSON document. Give it the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+from kvcompose_gguf import KVCompose, Llama, models
+from kvcompose_gguf.demo import document
+from kvcompose_gguf.native import library
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def context_tokens(llama: Llama, n_tokens: int) -> list[int]:
+    """Prose, repeated as often as it takes: the speed does not depend on what it says."""
+    tokens = llama._prompt_tokens(document())
+    return (tokens * (n_tokens // len(tokens) + 1))[:n_tokens]
+
+
+def decode_seconds(llama: Llama, n_tokens: int, n_decode: int) -> float:
+    """Wall time of ``n_decode`` single-token decodes at position ``n_tokens``, which are forgotten again."""
+    start = time.perf_counter()
+    for token in range(1000, 1000 + n_decode):
+        llama.eval([token])
+    seconds = time.perf_counter() - start
+    llama.n_tokens = n_tokens
+    llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a fetched model's name or a .gguf file")
+    parser.add_argument("--n-tokens", type=int, default=8000)
+    parser.add_argument("--ratio", type=float, default=0.75)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+
+    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    options = {
+        "n_ctx": args.n_tokens + 256, "n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": True,
+        "verbose": False,
+    }  # fmt: skip
+    full = Llama(path, **options)
+    tokens = context_tokens(full, args.n_tokens)
+    start = time.perf_counter()
+    full._prefill(tokens)
+    prefill_seconds = time.perf_counter() - start
+
+    small = Llama(path, kv_compressor=KVCompose(compression_ratio=args.ratio), **options)
+    small.load_state(full.save_state())  # one prefill for both
+    report = small.compress(tokens)
+
+    n_decode, runs = 32, {"full": [], "compressed": []}
+    for llama in (full, small):
+        decode_seconds(llama, args.n_tokens, 8)  # warm-up
+    for _ in range(args.repeats):
+        for name, llama in (("full", full), ("compressed", small)):
+            runs[name].append(n_decode / decode_seconds(llama, args.n_tokens, n_decode))
+
+    result = {
+        "model": Path(path).name, "n_tokens": args.n_tokens, "ratio": args.ratio, "threads": args.threads,
+        "cpu": cpu_name(), "commit": library.load().llama_cpp._lib.llama_kvc_commit().decode()[:9],
+        "decode_tokens_per_second": {
+            name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+            for name, values in runs.items()
+        },
+        "decode_speedup": statistics.median(runs["compressed"]) / statistics.median(runs["full"]),
+        "prefill_seconds": prefill_seconds, "score_seconds": report.score_seconds,
+        "score_over_prefill": report.score_seconds / prefill_seconds,
+        "plan_seconds": report.plan_seconds, "compose_seconds": report.compose_seconds,
+        "plan_and_compose_over_prefill": (report.plan_seconds + report.compose_seconds) / prefill_seconds,
+        "kv_bytes_full": report.kv_bytes_full, "kv_bytes_kept": report.kv_bytes_kept,
+        "kv_bytes_before": report.kv_bytes_before, "kv_bytes": report.kv_bytes,
+    }  # fmt: skip
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
