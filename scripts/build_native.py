@@ -10,6 +10,7 @@ A result is kept in the user's cache by a hash of version, patches and flags: th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -55,7 +56,7 @@ def cpu_id() -> str:
 def build_key(flags: list[str], stock: bool) -> str:
     digest = hashlib.sha256(b"stock" if stock else b"patched")
     patches = [] if stock else [*patch_files(), *own_sources()]
-    for path in [ROOT / "patches" / "LLAMA_CPP_VERSION", Path(__file__), *patches]:
+    for path in [ROOT / "patches" / "LLAMA_CPP_VERSION", *patches]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     digest.update("\0".join([sys.platform, platform.machine(), cpu_id(), *FLAGS, *flags]).encode())
     return digest.hexdigest()[:20]
@@ -98,7 +99,10 @@ def build(target: Path, flags: list[str], jobs: int, stock: bool) -> None:
         shutil.copytree(bindings, out / "bindings" / "llama_cpp", ignore=shutil.ignore_patterns("lib", "__pycache__"))
         shutil.copy(bindings.parent / "LICENSE.md", out / "bindings" / "LICENSE.llama-cpp-python.md")
         shutil.copy(tree / "LICENSE", out / "LICENSE.llama.cpp")
-        os.replace(out, target)
+        with contextlib.suppress(OSError):  # another process may have been faster with the same build
+            os.replace(out, target)
+    if not target.exists():
+        raise BuildError(f"{target} could not be written")
 
 
 def check_symbols(folder: Path) -> None:
