@@ -518,9 +518,13 @@ ggml_tensor * llama_kvc::mask(ggml_context * ctx, ggml_tensor * kq_mask, std::ve
         }
     }
 
-    // attention wants its mask contiguous
-    ggml_tensor * res = ggml_cont(ctx, ggml_view_2d(ctx, kq_mask,
-            kq_mask->ne[0] - off, kq_mask->ne[1], kq_mask->nb[1], off*kq_mask->nb[0]));
+    ggml_tensor * res = ggml_view_2d(ctx, kq_mask,
+            kq_mask->ne[0] - off, kq_mask->ne[1], kq_mask->nb[1], off*kq_mask->nb[0]);
+
+    // attention wants its mask contiguous, which one row is; devices may want it aligned as well
+    if (kq_mask->ne[1] > 1 || !ggml_backend_buffer_is_host(kv.layers[ikv_of(il)].k->buffer)) {
+        res = ggml_cont(ctx, res);
+    }
     ggml_format_name(res, "attn_kq_mask_off%u", off);
 
     cache.emplace_back(off, res);
