@@ -123,8 +123,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         (attention, chunk), score_seconds = _timed(lambda: self._attention(tokens, method))
         norms = value_norms(session, n_tokens) if method.add_v_norm else None
         plan, plan_seconds = _timed(lambda: method.plan(attention, session.layers, norms))
-        _, compose_seconds = _timed(lambda: session.compose(plan, method.n_room))
-        self._compressed = tokens
+        try:
+            _, compose_seconds = _timed(lambda: session.compose(plan, method.n_room))
+        finally:  # Ctrl-C may arrive after the cache has changed
+            self._compressed = tokens if session.state().n_composed else []
 
         self.kv_report = KVReport(
             n_tokens=n_tokens,
@@ -235,6 +237,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self._compressed:
             self._compressed = []
             self._ctx.kv_cache_clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: the arguments that make the same object, as in the original; without its cache."""
+        return super().__getstate__() | {"kv_compressor": self.kv_compressor}
 
     def save_state(self) -> Any:
         """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is."""

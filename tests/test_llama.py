@@ -185,6 +185,16 @@ def test_eval_never_compresses_and_refuses_positions_inside(make_llama):
         ({"max_kv_bytes": 0}, "max_kv_bytes"),
     ],
 )
+def test_a_pickled_object_keeps_its_compressor(make_llama):
+    import pickle
+
+    llama = make_llama(method=METHOD)
+    other = pickle.loads(pickle.dumps(llama))
+    assert other.kv_compressor == METHOD
+    assert greedy(other, CONTEXT, 4) == greedy(llama, CONTEXT, 4)
+    other.close()
+
+
 def test_bad_options_are_errors_of_the_packages_own(options, words):
     with pytest.raises(ConfigError, match=words):
         KVCompose(**options)
@@ -365,3 +375,32 @@ def test_importing_the_package_loads_no_library():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "llama_cpp" not in out
     assert "numba" not in out
+
+
+def test_from_pretrained_downloads_through_huggingface_hub(monkeypatch, tiny_model):
+    """The hub is out of reach here, so its two entry points are replaced; the signature is the real one."""
+    import inspect
+
+    import huggingface_hub
+
+    from kvcompose_gguf import Llama
+
+    path = tiny_model(tiny.GQA)
+    real = inspect.signature(huggingface_hub.hf_hub_download)
+
+    def download(*args, **kwargs):
+        real.bind(*args, **kwargs)
+        return str(path)
+
+    class Files:
+        def ls(self, repo_id, recursive):
+            return [{"name": f"{repo_id}/{path.name}"}]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Files)
+    llama = Llama.from_pretrained(
+        "org/repo", "*.gguf", kv_compressor=METHOD, n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False
+    )
+    greedy(llama, CONTEXT, 3)
+    assert llama._session.state().n_composed == N - 8
+    llama.close()
