@@ -175,16 +175,6 @@ def test_eval_never_compresses_and_refuses_positions_inside(make_llama):
         llama.eval([5])
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({}, "exactly one"),
-        ({"compression_ratio": 0.5, "n_kept": 3}, "exactly one"),
-        ({"compression_ratio": 1.0}, r"\[0, 1\)"),
-        ({"compression_ratio": -0.1}, r"\[0, 1\)"),
-        ({"max_kv_bytes": 0}, "max_kv_bytes"),
-    ],
-)
 def test_a_pickled_object_keeps_its_compressor(make_llama):
     import pickle
 
@@ -195,6 +185,16 @@ def test_a_pickled_object_keeps_its_compressor(make_llama):
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "exactly one"),
+        ({"compression_ratio": 0.5, "n_kept": 3}, "exactly one"),
+        ({"compression_ratio": 1.0}, r"\[0, 1\)"),
+        ({"compression_ratio": -0.1}, r"\[0, 1\)"),
+        ({"max_kv_bytes": 0}, "max_kv_bytes"),
+    ],
+)
 def test_bad_options_are_errors_of_the_packages_own(options, words):
     with pytest.raises(ConfigError, match=words):
         KVCompose(**options)
