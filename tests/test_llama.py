@@ -149,17 +149,22 @@ def test_an_exception_while_scoring_leaves_a_usable_object(make_llama, monkeypat
 def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
     llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, scoring_chunk=16), n_ctx=4096)
     context = tiny.tokens(tiny.GQA, 2000)
-    timer = threading.Timer(0.4, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
 
-    def compress_for_ever() -> None:
-        while True:
+    def compress_again_and_again() -> None:
+        for _ in range(100):
             llama.reset()
             llama.compress(context)
 
-    with pytest.raises(KeyboardInterrupt):
-        compress_for_ever()
-    timer.cancel()
+    # a process started in the background ignores SIGINT from its beginning
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.4, lambda: signal.raise_signal(signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compress_again_and_again()
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)
     assert not llama._session.state().scoring
     llama.reset()
     assert greedy(llama, CONTEXT[:90], 5) == greedy(make_llama(), CONTEXT[:90], 5)

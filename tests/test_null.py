@@ -17,8 +17,9 @@ GENERATE = """
 import hashlib, json, sys
 import numpy as np
 import llama_cpp
-path, n, flash, type_kv = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1", int(sys.argv[4])
-llama = llama_cpp.Llama(path, n_ctx=1024, n_threads=1, n_threads_batch=1, flash_attn=flash, type_k=type_kv, type_v=type_kv,
+path, n, flash, type_kv, threads = sys.argv[1], *map(int, sys.argv[2:])
+flash = flash == 1
+llama = llama_cpp.Llama(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads, flash_attn=flash, type_k=type_kv, type_v=type_kv,
                         verbose=False)
 prompt = [int(t) for t in np.random.default_rng(0).integers(3, 259, 100)]
 digest, tokens = hashlib.sha256(), []
@@ -44,11 +45,11 @@ def libraries() -> dict[str, Path]:
     return {"patched": library.library_dir(), "stock": Path(out.stdout.strip().splitlines()[-1].split(": ", 1)[1])}
 
 
-def run_both(libraries: dict[str, Path], model: str, n: int, flash: bool, type_kv: int) -> tuple[dict, dict]:
+def run_both(libraries: dict[str, Path], model: str, n: int, flash: bool, type_kv: int, threads: int) -> tuple[dict, dict]:
     results = {}
     for name, folder in libraries.items():
         env = os.environ | {"LLAMA_CPP_LIB_PATH": str(folder)}
-        command = [sys.executable, "-c", GENERATE, model, str(n), str(int(flash)), str(type_kv)]
+        command = [sys.executable, "-c", GENERATE, model, *map(str, (n, int(flash), type_kv, threads))]
         results[name] = json.loads(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
     assert results["patched"].pop("patched")
     assert not results["stock"].pop("patched")
@@ -57,12 +58,12 @@ def run_both(libraries: dict[str, Path], model: str, n: int, flash: bool, type_k
 
 @pytest.mark.parametrize(("flash", "type_kv"), [(False, 0), (False, 1), (True, 1), (True, 8)])
 def test_256_greedy_tokens_and_logits_are_bit_identical_on_a_tiny_model(libraries, tiny_model, flash, type_kv):
-    ours, stock = run_both(libraries, str(tiny_model(tiny.WIDE)), 256, flash, type_kv)
+    ours, stock = run_both(libraries, str(tiny_model(tiny.WIDE)), 256, flash, type_kv, threads=1)
     assert ours == stock
 
 
 @pytest.mark.model
 @pytest.mark.parametrize("flash", [False, True])
 def test_256_greedy_tokens_and_logits_are_bit_identical_on_smollm2(libraries, smollm2, flash):
-    ours, stock = run_both(libraries, smollm2, 256, flash, 1)
+    ours, stock = run_both(libraries, smollm2, 256, flash, 1, threads=2)
     assert ours == stock
