@@ -54,25 +54,25 @@ def test_layer_budgets_are_those_of_the_published_reference(make_smollm2, prose)
 
 def test_keeping_everything_changes_no_logits(make_smollm2, prose):
     llama = make_smollm2()
-    after = prose[700:764]
-    llama._prefill(prose[:700])
+    after = prose[400:464]
+    llama._prefill(prose[:400])
     want = []
     for token in after:
         llama.eval([token])
         want.append(last_logits(llama))
-    llama._prefill(prose[:700])
-    llama._session.compose(CompositionPlan.keep_all(700, [3] * 30))
+    llama._prefill(prose[:400])
+    llama._session.compose(CompositionPlan.keep_all(400, [3] * 30))
     for token, logits in zip(after, want, strict=True):
         llama.eval([token])
         assert np.abs(last_logits(llama) - logits).max() <= 1e-3
-    assert llama._session.state().n_composed == 700
+    assert llama._session.state().n_composed == 400
 
 
 def test_a_needle_is_found_in_a_quarter_of_the_cache(make_smollm2, prose):
     from kvcompose_gguf import Llama
 
     llama: Llama = make_smollm2(KVCompose(compression_ratio=0.75, keep_last=0))
-    text = llama.detokenize(prose[:500]) + b"\nThe password of the boathouse is 7419.\n" + llama.detokenize(prose[500:])
+    text = llama.detokenize(prose[:250]) + b"\nThe password of the boathouse is 7419.\n" + llama.detokenize(prose[500:800])
     context = llama._prompt_tokens(text)
     report = llama.compress(context)
     prompt = context + llama._tokens("\n\nThe password of the boathouse is")
@@ -95,12 +95,12 @@ def test_a_prompt_continues_when_the_tokenizer_merges_across_the_seam(make_smoll
 
 def test_a_chat_is_compressed_and_continued(make_smollm2, prose):
     llama = make_smollm2(KVCompose(compression_ratio=0.5))
-    document = llama.detokenize(prose[:600]).decode()
+    document = llama.detokenize(prose[:400]).decode()
     messages = [{"role": "user", "content": f"{document}\n\nWhat is this about?"}]
     first = llama.create_chat_completion(messages, max_tokens=12, temperature=0.0)["choices"][0]["message"]
     report = llama.kv_report
     assert report is not None
-    assert report.n_tokens > 550
+    assert report.n_tokens > 350
     again = [*messages, first, {"role": "user", "content": "And who is in it?"}]
     llama.create_chat_completion(again, max_tokens=4, temperature=0.0)
     assert llama.kv_report is report

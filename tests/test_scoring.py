@@ -46,7 +46,7 @@ def test_no_chunk_size_keeps_the_whole_query_if_it_fits(n_query: int, n_tokens: 
 
 @pytest.mark.parametrize("n_free", [-1, 0, 1, 9])
 def test_no_chunk_size_is_refused_if_the_query_does_not_fit(n_free: int) -> None:
-    with pytest.raises(ContextLengthError, match=rf"scoring_chunk=None needs 110 cells, n_ctx has {100 + n_free}"):
+    with pytest.raises(ContextLengthError, match=rf"scoring_chunk=None needs 110 cells, n_ctx is {100 + n_free}"):
         chunk_size(None, 10, 100, 100 + n_free)
 
 
