@@ -240,7 +240,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: the arguments that make the same object, as in the original; without its cache."""
-        return super().__getstate__() | {"kv_compressor": self.kv_compressor}
+        return {**super().__getstate__(), "kv_compressor": self.kv_compressor}
 
     def save_state(self) -> Any:
         """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is."""
