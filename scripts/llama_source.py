@@ -56,15 +56,11 @@ def own_sources() -> list[Path]:
     return sorted(PATCHES.glob("src/*"))
 
 
-def run(
-    command: list[str], cwd: Path | None = None, log: Path | None = None, env: dict[str, str] | None = None
-) -> None:
+def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
     """Run ``command``; on failure end with the last lines of what it printed."""
     result = subprocess.run(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    if log:
-        log.write_text(result.stdout)
     if result.returncode:
         tail = "\n".join(result.stdout.splitlines()[-25:])
         raise BuildError(f"{tail}\n\nfailed with exit code {result.returncode}: {' '.join(map(str, command))}")

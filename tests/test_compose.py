@@ -45,8 +45,12 @@ def decode_one_by_one(llama: Any, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n_kept", [[40, 200, 7], [300, 1, 150], [64, 64, 64], [0, 300, 20]], ids=str)
-@pytest.mark.parametrize("flash_attn", [False, True], ids=["transposed-v", "flash"])
-@pytest.mark.parametrize("config", [tiny.GQA, tiny.MHA], ids=["grouped-query", "multi-head"])
+@pytest.mark.parametrize(
+    ("config", "flash_attn"),
+    # flash attention rounds f32 keys and values to f16 (llama-graph.cpp, build_attn_mha): smaller attention outputs there
+    [(tiny.GQA, False), (tiny.MHA, False), (tiny.GQA_SOFT, True), (tiny.MHA_SOFT, True)],
+    ids=["grouped-query", "multi-head", "grouped-query-flash", "multi-head-flash"],
+)
 def test_compacted_equals_masked(make_llama, config, flash_attn, n_kept):
     context, after = tiny.tokens(config, N), tiny.tokens(config, 24, seed=1)
     plan = random_plan(config, n_kept)
@@ -57,13 +61,14 @@ def test_compacted_equals_masked(make_llama, config, flash_attn, n_kept):
     llama._session.compose(plan)
     got = decode_one_by_one(llama, after)
 
-    # flash attention rounds f32 keys and values to f16 (llama-graph.cpp, build_attn_mha)
-    error, bound = np.abs(got - want).max(), 1e-3 if not flash_attn else 1e-2
-    assert error <= bound, f"largest difference {error:.2e}"
+    error = np.abs(got - want).max()
+    print(f"largest difference {error:.2e}")
+    assert error <= 1e-3, f"largest difference {error:.2e}"
     full = NumpyLlama(config)
     full.forward(context)
     if min(n_kept) < 200:
-        assert np.abs(full.forward(after)[0] - want).max() > 0.1  # the plan matters, so the test can fail
+        effect = np.abs(full.forward(after)[0] - want).max()
+        assert effect > 50 * error, f"the plan changes logits by {effect:.2e} only, the test could not fail"
 
 
 def test_a_batch_after_composing_equals_single_tokens(make_llama):

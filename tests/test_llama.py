@@ -361,7 +361,7 @@ def test_every_budget_is_kept(make_llama):
 
 
 def test_a_stock_library_is_refused_loudly(tmp_path):
-    """A llama_cpp that has loaded another libllama must not be compressed silently not at all."""
+    """The stock class would swallow kv_compressor= silently; ours says that nothing could be compressed."""
     code = (
         "import sys, types\n"
         "module = types.ModuleType('llama_cpp'); module.__version__ = '0.3.36'\n"

@@ -39,6 +39,8 @@ GQA = TinyConfig()
 MHA = TinyConfig(n_head_kv=4, seed=8)
 # flash attention rounds keys and values to f16: with small attention outputs its error stays out of deeper layers
 GQA_QUIET = TinyConfig(output_scale=0.01)
+GQA_SOFT = TinyConfig(output_scale=0.1)  # what attention sees still matters, its rounding less
+MHA_SOFT = TinyConfig(n_head_kv=4, output_scale=0.1, seed=8)
 MHA_QUIET = TinyConfig(n_head_kv=4, output_scale=0.01, seed=8)
 WIDE = TinyConfig(n_head=4, n_head_kv=2, n_embd_head=64, seed=9)  # heads of 64: quantized rows are Hadamard-rotated
 

@@ -100,7 +100,7 @@ class KVCompose:
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
 
     def _check_types(self) -> None:
-        number, optional_number, optional_int = (int, float), (int, float, NoneType), (int, NoneType)
+        optional_number, optional_int = (int, float, NoneType), (int, NoneType)
         kinds: dict[str, tuple[type, ...]] = {
             "compression_ratio": optional_number, "n_kept": optional_number, "max_kv_bytes": optional_int,
             "scoring_chunk": optional_int, "keep_token_lower_bound": (int,), "n_sink": (int,), "keep_last": (int,),
@@ -109,7 +109,7 @@ class KVCompose:
         for name, kind in kinds.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kind):
-                what = "a number" if number[1] in kind else "an integer"
+                what = "a number" if float in kind else "an integer"
                 raise ConfigError(f"{name}={value!r} is not {what}")
 
     def n_composites(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
