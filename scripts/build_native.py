@@ -2,7 +2,7 @@
 """Build the patched llama.cpp and put it where kvcompose_gguf finds it (kvcompose_gguf/lib).
 
     python scripts/build_native.py
-    CMAKE_ARGS="-DGGML_CUDA=on" python scripts/build_native.py      (GGML_METAL, GGML_VULKAN, GGML_RPC, … alike)
+    CMAKE_ARGS="-DGGML_CUDA=on" python scripts/build_native.py      (GGML_METAL, GGML_VULKAN, … alike)
 
 A result is kept in the user's cache by a hash of version, patches and flags: the next checkout or CI run copies it.
 """
@@ -31,6 +31,7 @@ LIB_DIR = ROOT / "kvcompose_gguf" / "lib"
 FLAGS = [
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
+    "-DGGML_RPC=ON",  # small, and nothing listens unless `kvcompose rpc-server` is started
     # next to each other in one folder, without the symlinks that a wheel cannot hold
     "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
@@ -92,7 +93,7 @@ def build(target: Path, flags: list[str], jobs: int, stock: bool) -> None:
         patterns = ("*.so", "*.dylib", "*.dll", "*.metallib")
         for path in (p for pattern in patterns for p in (work / "build" / "bin").rglob(pattern)):
             shutil.copy(path, out / path.name)
-        if not stock:
+        if not stock and "-fsanitize" not in " ".join(flags):  # which needs its runtime loaded first
             check_symbols(out)
 
         _, bindings = unpack(pin, work / "sdist")
@@ -114,13 +115,14 @@ def check_symbols(folder: Path) -> None:
         raise BuildError(f"{library.name} was built without the patches")
 
 
-def cached_build(jobs: int | None = None, stock: bool = False) -> Path:
+def cached_build(jobs: int | None = None, stock: bool = False, flags: list[str] | None = None) -> Path:
     """The libraries in the user's cache, compiled if they are not there yet.
 
     Args:
         stock: llama.cpp as it is, which tests compare with.
+        flags: for cmake instead of those in CMAKE_ARGS.
     """
-    flags = user_flags()
+    flags = user_flags() if flags is None else flags
     target = CACHE / "native" / build_key(flags, stock)
     if not target.exists():
         start = time.monotonic()

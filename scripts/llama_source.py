@@ -52,8 +52,17 @@ def patch_files() -> list[Path]:
     return sorted(PATCHES.glob("*.patch"))
 
 
+#: folders of patches/src, and where their files belong in llama.cpp
+OWN_SOURCES = {"llama": "src", "ggml-cpu": "ggml/src/ggml-cpu"}
+
+
 def own_sources() -> list[Path]:
-    return sorted(PATCHES.glob("src/*"))
+    return sorted(PATCHES.glob("src/*/*"))
+
+
+def place_of(source: Path) -> Path:
+    """Where one of our own files goes, relative to llama.cpp's root."""
+    return Path(OWN_SOURCES[source.parent.name]) / source.name
 
 
 def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
@@ -115,7 +124,7 @@ def patched_tree(pin: Pin, folder: Path, n_patches: int | None = None) -> Path:
     if files:
         run([*GIT, "am", "-q", "--keep-non-patch", "--committer-date-is-author-date", *map(str, files)], cwd=folder)
         for source in own_sources():
-            shutil.copy(source, folder / "src")
+            shutil.copy(source, folder / place_of(source))
     return folder
 
 

@@ -2,7 +2,7 @@
 """Work on the patches of llama.cpp.
 
 python scripts/patches.py tree DIR      a patched git tree to edit: commits after `pristine` are the patches
-python scripts/patches.py export DIR    write the tree's commits and src/llama-kvc* back to patches/
+python scripts/patches.py export DIR    write the tree's commits and our own files in it back to patches/
 python scripts/patches.py check         the patches apply, and export again byte by byte
 python scripts/patches.py prefixes      every prefix of the series compiles (an hour on 2 cores)
 """
@@ -18,13 +18,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from build_native import FLAGS, user_flags
-from llama_source import PATCHES, BuildError, export_patches, patch_files, patched_tree, read_pin, run
+from llama_source import (
+    PATCHES,
+    BuildError,
+    export_patches,
+    own_sources,
+    patch_files,
+    patched_tree,
+    place_of,
+    read_pin,
+    run,
+)
 
 
 def tree(folder: Path) -> None:
     patched_tree(read_pin(), folder)
-    (folder / ".git" / "info" / "exclude").write_text("src/llama-kvc*\n")
-    print(f"{folder}: {len(patch_files())} commits after `pristine`; own sources are src/llama-kvc*")
+    own = [str(place_of(source)) for source in own_sources()]
+    (folder / ".git" / "info" / "exclude").write_text("\n".join([*own, ""]))
+    print(f"{folder}: {len(patch_files())} commits after `pristine`; our own files are {', '.join(own)}")
 
 
 def export(folder: Path) -> None:
@@ -32,9 +43,9 @@ def export(folder: Path) -> None:
         path.unlink()
     for path in export_patches(folder, PATCHES):
         print(path.name)
-    for path in (folder / "src").glob("llama-kvc*"):
-        if not path.is_symlink():
-            shutil.copy(path, PATCHES / "src")
+    for source in own_sources():
+        if not (folder / place_of(source)).is_symlink():
+            shutil.copy(folder / place_of(source), source)
 
 
 def check() -> None:

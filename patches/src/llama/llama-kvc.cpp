@@ -4,6 +4,7 @@
 #include "llama-context.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-kvc-cache.h"
 #include "llama-model.h"
 #include "llama-version.h"
@@ -66,11 +67,12 @@ static int32_t get_kv(llama_context * ctx, llama_kv_cache ** out) {
         return unsupported("multi-head latent attention (MLA) stores no per-head keys");
     }
 
-    auto * kv = dynamic_cast<llama_kv_cache *>(ctx->get_memory());
+    auto * kv = llama_kvc_cache(ctx->get_memory());
     if (!kv) {
-        return unsupported(hparams.swa_type != LLAMA_SWA_TYPE_NONE
-            ? "models with sliding-window attention are not supported yet"
-            : "this model's kind of cache is not a plain KV cache");
+        return unsupported("this model's kind of cache is neither a plain KV cache nor one with sliding windows");
+    }
+    if (kv->get_layer_ids().empty()) {
+        return unsupported("every layer has a sliding window, whose cache does not grow");
     }
     if (hparams.use_alibi) {
         return unsupported("ALiBi needs one position per cell, a composite has one per head");
@@ -123,6 +125,9 @@ int32_t llama_kvc_get_cache(llama_context * ctx, llama_kvc_cache_info * info, si
         info->n_cells_used  = kvc.n_cells_used();
         info->n_composed    = kvc.n_composed();
         info->scoring       = kvc.scoring();
+        if (const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(ctx->get_memory())) {
+            info->n_cells_swa = iswa->get_swa()->get_size();
+        }
         for (uint32_t ikv = 0; ikv < info->n_layer; ++ikv) {
             info->n_bytes += kvc.n_bytes(ikv);
         }
@@ -214,18 +219,57 @@ int32_t llama_kvc_get_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, vo
     });
 }
 
-int32_t llama_kvc_scores_begin(llama_context * ctx, llama_kvc_agg agg, uint32_t n_cells) {
+int32_t llama_kvc_reserve(llama_context * ctx, uint32_t n_cells) {
     return guarded([&]() -> int32_t {
         llama_kv_cache * kv = nullptr;
         if (const int32_t status = get_kv(ctx, &kv)) {
             return status;
         }
-        if (agg != LLAMA_KVC_AGG_MAX && agg != LLAMA_KVC_AGG_MEAN) {
-            return fail(LLAMA_KVC_ERR_ARGUMENT, format("agg = %d", (int) agg));
+        if (n_cells > kv->get_size()) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("n_cells = %u, the cache can have %u", n_cells, kv->get_size()));
         }
 
         auto & kvc = kv->make_kvc();
 
+        kvc.reserve(kvc.composed() ? n_cells : std::min<uint32_t>(kv->get_size(), GGML_PAD(n_cells, 256)));
+        if (kvc.pending()) {
+            ctx->synchronize();
+            ctx->memory_update(true);
+        }
+
+        return kvc.n_cells_alloc() >= n_cells ? LLAMA_KVC_OK : fail(LLAMA_KVC_ERR_MEMORY, format("no memory for %u cells", n_cells));
+    });
+}
+
+int32_t llama_kvc_set_fast_attention(llama_context * ctx, int32_t on) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        if (const int32_t status = get_kv(ctx, &kv)) {
+            return status;
+        }
+
+        kv->make_kvc().set_fast(on != 0);
+
+        return LLAMA_KVC_OK;
+    });
+}
+
+int32_t llama_kvc_scores_begin(llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        if (const int32_t status = get_kv(ctx, &kv)) {
+            return status;
+        }
+        if (agg != LLAMA_KVC_AGG_MAX && agg != LLAMA_KVC_AGG_SUM) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("agg = %d", agg));
+        }
+
+        auto & kvc = kv->make_kvc();
+
+        if (kvc.pending()) { // a composed cache that was cleared since
+            ctx->synchronize();
+            ctx->memory_update(true);
+        }
         if (kvc.composed()) {
             return fail(LLAMA_KVC_ERR_STATE, "the cache is composed, its cells are no single tokens");
         }
@@ -237,7 +281,7 @@ int32_t llama_kvc_scores_begin(llama_context * ctx, llama_kvc_agg agg, uint32_t 
         }
 
         ctx->synchronize();
-        kvc.scores_begin(agg, n_cells);
+        kvc.scores_begin((llama_kvc_agg) agg, n_cells, max_bytes);
         ctx->kvc_reserve(); // the scheduler has to take larger graphs
 
         return LLAMA_KVC_OK;
@@ -264,6 +308,7 @@ int32_t llama_kvc_scores_get(llama_context * ctx, uint32_t ikv, float * dst, siz
             return fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u has %zu scores, the caller wants %zu", ikv, n_want, n));
         }
 
+        ctx->synchronize(); // a decode without outputs may still be running on its device
         kvc.scores_get(ikv, dst);
 
         return LLAMA_KVC_OK;
@@ -357,7 +402,13 @@ int32_t llama_kvc_compose(
 
         // the cache's own way of changing: update() applies the plan, then old graphs are dropped
         kvc.set_plan(std::move(plan));
-        ctx->memory_update(true);
+        try {
+            ctx->memory_update(true);
+        } catch (...) {
+            kvc.drop_plan(); // its arrays are the caller's
+            throw;
+        }
+        kvc.drop_plan();
         ctx->sched_reserve(); // compute buffers for the smaller cache
 
         return kvc.composed() ? LLAMA_KVC_OK : fail(LLAMA_KVC_ERR_INTERNAL, "the memory update did not compose the cache");

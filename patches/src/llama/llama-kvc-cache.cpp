@@ -3,6 +3,8 @@
 #include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-io.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <cstring>
@@ -12,10 +14,36 @@
 #include <malloc.h>
 #endif
 
+llama_kv_cache * llama_kvc_cache(llama_memory_i * memory) {
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return iswa->get_base();
+    }
+
+    return dynamic_cast<llama_kv_cache *>(memory);
+}
+
 llama_kvc * llama_kvc_get(llama_memory_i * memory) {
-    auto * kv = dynamic_cast<llama_kv_cache *>(memory);
+    auto * kv = llama_kvc_cache(memory);
 
     return kv ? kv->get_kvc() : nullptr;
+}
+
+static thread_local uint32_t g_start_cells = 0;
+
+void llama_kvc_set_start_cells(uint32_t n_cells) {
+    g_start_cells = n_cells;
+}
+
+uint32_t llama_kvc_start_rows(const llama_model & model, uint32_t kv_size) {
+    // in these kinds of memory the cache is a part, and a part cannot grow by itself
+    const bool is_part = llama_model_is_hybrid(&model) || model.hparams.is_mla() || model.hparams.indexer_head_size > 0;
+
+    return g_start_cells == 0 || is_part ? kv_size : std::min<uint32_t>(kv_size, GGML_PAD(g_start_cells, 256));
+}
+
+llama_kvc::llama_kvc(llama_kv_cache & kv) : kv(kv) {
+    n_start = kv.layers.empty() ? kv.get_size() : n_rows(0);
+    set_layout(n_start);
 }
 
 //
@@ -128,8 +156,8 @@ bool llama_kvc::rebuild(uint32_t ikv, uint32_t n_rows_new, uint32_t n_move, cons
     ggml_tensor * v_stream = ggml_view_2d(ctx.get(), v, v->ne[0], n_rows_new, v->nb[1], 0);
 
     ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
-    if (!buf) {
-        return false;
+    if (!buf || k->buffer != buf.get() || v->buffer != buf.get()) {
+        return false; // no memory, or more than one buffer of the device can be
     }
 
     // free rows are masked, but 0*NaN would still reach the output
@@ -192,23 +220,21 @@ bool llama_kvc::rebuild(uint32_t ikv, uint32_t n_rows_new, uint32_t n_move, cons
     return true;
 }
 
-void llama_kvc::gather_in_place(uint32_t ikv, uint32_t n_kept, const int32_t * cells, llama_kvc_gather_t gather) {
+void llama_kvc::gather_in_place(uint32_t ikv, uint32_t n_kept, const int32_t * cells, llama_kvc_gather_t gather, std::vector<uint8_t> & stage) {
     auto & layer = kv.layers[ikv];
 
     const int64_t n_head_kv = kv.hparams.n_head_kv(layer.il);
     const bool    is_host   = ggml_backend_buffer_is_host(layer.k->buffer);
 
     const auto move = [&](ggml_tensor * t, const row_layout & l) {
-        std::vector<uint8_t> host;
         uint8_t * data = (uint8_t *) t->data;
         if (!is_host) {
-            host.resize(ggml_nbytes(t));
-            ggml_backend_tensor_get(t, host.data(), 0, host.size());
-            data = host.data();
+            ggml_backend_tensor_get(t, stage.data(), 0, ggml_nbytes(t));
+            data = stage.data();
         }
         gather(data, data, cells, l.n_head, n_kept, l.n_chunk, l.n_bytes, l.cell, l.head, l.chunk, l.cell, l.head, l.chunk);
         if (!is_host) {
-            ggml_backend_tensor_set(t, host.data(), 0, host.size());
+            ggml_backend_tensor_set(t, stage.data(), 0, ggml_nbytes(t));
         }
     };
 
@@ -256,19 +282,22 @@ std::string llama_kvc::check_compose(uint32_t n_tokens) const {
 }
 
 bool llama_kvc::pending() const {
-    return pending_plan || n_wanted > n_alloc || (active() && kv.v_cells[0].get_used() == 0);
+    if (pending_plan || std::max(n_wanted, n_reserved) > n_alloc) {
+        return true;
+    }
+
+    return kv.v_cells[0].get_used() == 0 && (composed() || n_alloc != n_empty());
 }
 
 void llama_kvc::apply_pending() {
     if (pending_plan) {
         compose();
-    } else if (active() && kv.v_cells[0].get_used() == 0) {
-        // an emptied cache is llama.cpp's own again
+    } else if (kv.v_cells[0].get_used() == 0) {
         n_past = 0;
         offs.clear();
-        resize(kv.get_size());
-    } else if (n_wanted > n_alloc) {
-        resize(n_wanted);
+        resize(std::min(kv.get_size(), std::max(n_empty(), n_wanted)));
+    } else {
+        resize(std::max({ n_alloc, n_wanted, n_reserved }));
     }
 
     n_wanted = 0;
@@ -277,30 +306,43 @@ void llama_kvc::apply_pending() {
 void llama_kvc::compose() {
     const auto p = std::move(pending_plan);
 
+    n_reserved = 0; // was for the tokens that are composed now
+
     const uint32_t n_layer = kv.layers.size();
     const uint32_t n_max   = *std::max_element(p->n_kept.begin(), p->n_kept.end());
 
-    const uint32_t n_alloc_new = std::min(kv.get_size(), n_max + std::max(p->n_room, 1u));
+    const uint32_t n_alloc_new = std::min<uint64_t>(kv.get_size(), uint64_t(n_max) + std::max(p->n_room, 1u));
 
     auto & cells = kv.v_cells[0];
 
-    // if this throws, what is left is a composed cache without cells, which the next update makes a full one
+    // what may throw comes first
+    std::vector<uint32_t> offs_new(n_layer);
+    size_t n_stage = 0;
+    for (uint32_t ikv = 0; ikv < n_layer; ++ikv) {
+        const auto & layer = kv.layers[ikv];
+
+        offs_new[ikv] = n_max - p->n_kept[ikv];
+        if (!ggml_backend_buffer_is_host(layer.k->buffer)) {
+            n_stage = std::max({ n_stage, ggml_nbytes(layer.k), ggml_nbytes(layer.v) });
+        }
+    }
+    std::vector<uint8_t> stage(n_stage);
+    groups.reserve(n_layer);
+    group_of.reserve(n_layer);
+
     cells.reset();
     kv.v_heads[0] = 0;
     n_past = p->n_tokens;
-    offs.resize(n_layer);
+    offs.swap(offs_new);
 
     // a layer at a time: the peak is the old cache and one layer
     for (uint32_t ikv = 0; ikv < n_layer; ++ikv) {
-        const uint32_t n_kept = p->n_kept[ikv];
-
-        offs[ikv] = n_max - n_kept;
-
+        const uint32_t n_kept     = p->n_kept[ikv];
         const uint32_t n_rows_new = n_alloc_new - offs[ikv];
 
         // the rows always fit where they are, so that a failed allocation costs memory and not the cache
-        if (n_rows_new >= n_rows(ikv) || !rebuild(ikv, n_rows_new, n_kept, p->cells[ikv], p->gather)) {
-            gather_in_place(ikv, n_kept, p->cells[ikv], p->gather);
+        if (n_rows_new == n_rows(ikv) || !rebuild(ikv, n_rows_new, n_kept, p->cells[ikv], p->gather)) {
+            gather_in_place(ikv, n_kept, p->cells[ikv], p->gather, stage);
         }
     }
 
@@ -311,8 +353,17 @@ void llama_kvc::compose() {
     }
     kv.v_heads[0] = n_max;
 
-    set_layout(n_alloc_new);
+    set_layout(std::min(n_alloc_new, n_cells_of_all()));
     trim();
+}
+
+uint32_t llama_kvc::n_cells_of_all() const {
+    uint32_t res = kv.get_size();
+    for (uint32_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
+        res = std::min(res, n_rows(ikv) + (offs.empty() ? 0 : offs[ikv]));
+    }
+
+    return res;
 }
 
 void llama_kvc::resize(uint32_t n_alloc_new) {
@@ -331,11 +382,13 @@ void llama_kvc::resize(uint32_t n_alloc_new) {
     if (!ok) {
         // some layers are resized, some are not: go on with what all of them have
         LLAMA_LOG_ERROR("%s: no memory for %u cells\n", __func__, n_alloc_new);
-        for (uint32_t ikv = 0; ikv < kv.layers.size(); ++ikv) {
-            n_alloc_new = std::min(n_alloc_new, n_rows(ikv) + (offs.empty() ? 0 : offs[ikv]));
-        }
+        n_alloc_new = std::min(n_alloc_new, n_cells_of_all());
+        n_reserved  = 0; // not again with every decode
     }
 
+    if (n_alloc_new < n_alloc) {
+        trim();
+    }
     set_layout(n_alloc_new);
 }
 
@@ -355,9 +408,21 @@ bool llama_kvc::fits(const llama_kv_cache::slot_info_vec_t & sinfos) {
     }
 
     // a quarter more, so that a long answer is copied a few times only
-    n_wanted = std::min(kv.get_size(), n_cells + std::max(256u, n_cells/4));
+    n_wanted = n_cells + std::max(256u, n_cells/4);
+    if (!composed()) {
+        n_wanted = GGML_PAD(n_wanted, 256); // the views' own padding: graphs are those of a fixed cache
+    }
+    n_wanted = std::min(kv.get_size(), n_wanted);
 
     return false;
+}
+
+bool llama_kvc::reserve_rows(uint32_t n_cells) {
+    if (n_cells > n_alloc) {
+        resize(std::min<uint32_t>(kv.get_size(), composed() ? n_cells : GGML_PAD(n_cells, 256)));
+    }
+
+    return n_alloc >= std::min(n_cells, kv.get_size());
 }
 
 bool llama_kvc::can_seq_rm(llama_pos p0, llama_pos p1) const {
@@ -557,6 +622,12 @@ std::string llama_kv_cache::kvc_unsupported() const {
     for (const auto & layer : layers) {
         if (!layer.v) {
             return "the cache stores no values";
+        }
+        if (hparams.n_head_kv(layer.il) == 0) {
+            return format("layer %u has no attention heads", layer.il);
+        }
+        if (!hparams.no_alloc && layer.k->buffer != layer.v->buffer) {
+            return "a layer is larger than one buffer of its device";
         }
         if (hparams.n_embd_head_k(layer.il) % ggml_blck_size(layer.k->type) != 0 ||
             hparams.n_embd_head_v(layer.il) % ggml_blck_size(layer.v->type) != 0) {

@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 1
+#define LLAMA_KVC_ABI 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -27,8 +27,8 @@ enum llama_kvc_status {
 };
 
 enum llama_kvc_agg {
-    LLAMA_KVC_AGG_MAX  = 0,
-    LLAMA_KVC_AGG_MEAN = 1,
+    LLAMA_KVC_AGG_MAX = 0,
+    LLAMA_KVC_AGG_SUM = 1,
 };
 
 struct llama_kvc_cache_info {
@@ -38,7 +38,8 @@ struct llama_kvc_cache_info {
     uint32_t n_cells_used;  // index of the last used cell + 1
     uint32_t n_composed;    // tokens that were composed, 0: the cache is not composed
     int32_t  scoring;       // 1 between llama_kvc_scores_begin and llama_kvc_scores_end
-    uint64_t n_bytes;       // bytes of all K and V buffers
+    uint32_t n_cells_swa;   // cells of the layers with a sliding window, which are not compressed; 0: there are none
+    uint64_t n_bytes;       // bytes of all K and V buffers, without those of sliding-window layers
 };
 
 struct llama_kvc_layer_info {
@@ -73,6 +74,10 @@ LLAMA_API uint32_t     llama_kvc_abi(void);
 LLAMA_API const char * llama_kvc_commit(void); // llama.cpp commit this library was built from
 LLAMA_API const char * llama_kvc_last_error(void);
 
+// Contexts that this thread creates from now on start with n_cells cells a layer (rounded up to 256) instead of n_ctx,
+// and grow and shrink with what they hold. 0: llama.cpp's own way, the default.
+LLAMA_API void llama_kvc_set_start_cells(uint32_t n_cells);
+
 LLAMA_API int32_t llama_kvc_supported(struct llama_context * ctx);
 
 // size = sizeof(*info) of the caller: a mismatch is an argument error, not a corrupted stack
@@ -82,9 +87,19 @@ LLAMA_API int32_t llama_kvc_get_layer(struct llama_context * ctx, uint32_t ikv, 
 // copies bytes of a layer's K (is_v = 0) or V tensor to dst, from host or device memory
 LLAMA_API int32_t llama_kvc_get_tensor(struct llama_context * ctx, uint32_t ikv, int32_t is_v, void * dst, size_t offset, size_t size);
 
+// Makes room for n_cells cells now, so that the cache need not grow in steps; it is kept until the next compose or
+// call. Room that an empty cache has beyond n_cells and its start is given back.
+LLAMA_API int32_t llama_kvc_reserve(struct llama_context * ctx, uint32_t n_cells);
+
+// on = 1: batches of 16 and more tokens use a flash attention kernel of our own on the CPU: the same up to rounding, faster,
+// and for quantized keys and values several times so. 0, the default: llama.cpp's.
+LLAMA_API int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32_t on);
+
 // From here on decodes collect, for every layer and query head, the attention probabilities of the cells
 // [0, n_cells), reduced over the query tokens of all decodes until llama_kvc_scores_end.
-LLAMA_API int32_t llama_kvc_scores_begin(struct llama_context * ctx, enum llama_kvc_agg agg, uint32_t n_cells);
+//   agg        llama_kvc_agg
+//   max_bytes  of working memory beside the scores themselves (float32, n_layer*n_head*n_cells)
+LLAMA_API int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
 // dst: float32 [n_head][n_cells] of layer ikv; n = its number of floats
 LLAMA_API int32_t llama_kvc_scores_get  (struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
 LLAMA_API int32_t llama_kvc_scores_end  (struct llama_context * ctx);

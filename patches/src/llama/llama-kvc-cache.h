@@ -9,6 +9,7 @@
 #include "llama-kvc.h"
 #include "llama-kv-cache.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -17,7 +18,7 @@ struct llm_graph_context;
 
 class llama_kvc {
 public:
-    explicit llama_kvc(llama_kv_cache & kv) : kv(kv) {}
+    explicit llama_kvc(llama_kv_cache & kv);
 
     struct plan {
         uint32_t                 n_tokens;
@@ -34,21 +35,25 @@ public:
     // scores
     //
 
-    void scores_begin(llama_kvc_agg agg, uint32_t n_cells);
+    // throws std::bad_alloc and changes nothing if there is no memory for the scores
+    void scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_bytes);
     void scores_end();
 
-    bool   scoring()       const { return score_n_cells > 0; }
+    bool scoring() const { return score_n_cells > 0; }
 
     // graph nodes on top of the model's own: score branches, and the masks and indices of composed layers
-    size_t n_extra_nodes() const;
+    size_t n_extra_nodes(uint32_t n_tokens) const;
 
-    // side branch of attention: softmax(q*k), reduced over the query tokens, marked as output in g.res
+    // flash attention of batches by our own kernel on the CPU, which is faster than ggml's and takes quantized rows
+    void set_fast(bool on) { n_epoch += fast != on; fast = on; }
+
+    // called for every attention that has been built: chooses the kernel and, while scoring, reduces the probabilities
+    // over the query tokens into the layer's scores, which stay beside the layer. Without flash attention they are there to be read; on the CPU flash attention reduces them on its way
+    // (ggml-cpu-kvc.h); on devices a side branch computes them again.
+    //   cur: the attention's output, made from
     //   q [n_embd_head_k, n_head, n_tokens], k [n_embd_head_k, n_head_kv, n_kv], kq_mask [n_kv, n_tokens]
-    void build_scores(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
+    void attend(const llm_graph_context & g, ggml_tensor * cur, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
             ggml_tensor * sinks, float kq_scale, int il) const;
-
-    // after a graph has run: reduce its score outputs into the host's
-    void collect(const std::vector<std::pair<int, ggml_tensor *>> & outputs, ggml_backend_sched_t sched, uint32_t n_tokens);
 
     // [n_head][n_cells] of a layer, reduced over all query tokens so far
     void scores_get(uint32_t ikv, float * dst) const;
@@ -63,6 +68,11 @@ public:
     uint32_t n_composed() const { return n_past; }
     bool     active()   const { return composed() || n_alloc < kv.get_size(); }
 
+    // cells to allocate at least, from the next update on; what is not needed any more is given back when it is empty
+    void reserve(uint32_t n_cells) { n_reserved = n_cells; }
+    // at once, for a state that is about to be read; false: no memory
+    bool reserve_rows(uint32_t n_cells);
+
     uint32_t n_cells_alloc() const { return n_alloc; }
     uint32_t n_rows_used(uint32_t ikv) const;
     uint32_t n_cells_used() const;
@@ -72,6 +82,7 @@ public:
     std::string check_compose(uint32_t n_tokens) const;
 
     void set_plan(plan p) { pending_plan = std::make_unique<plan>(std::move(p)); }
+    void drop_plan() { pending_plan.reset(); }
 
     // llama_memory_i protocol: a change is noted first, carried out by init_update() + update()
     bool pending() const;
@@ -111,16 +122,30 @@ public:
 private:
     struct group { uint32_t off; uint32_t n_rows; };
 
+    struct score_buffer {
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+        ggml_tensor *           acc = nullptr; // F32 [n_cells, n_head], where the layer's rows are
+    };
+
+    int64_t score_block(int64_t n_kv, int64_t n_group, int64_t n_tokens) const;
+
     uint32_t ikv_of(int32_t il) const { return kv.map_layer_ids.at(il); }
     uint32_t n_rows(uint32_t ikv) const { return (uint32_t) kv.layers[ikv].k->ne[1]; }
+
+    // cells that a cache without contents has
+    uint32_t n_empty() const { return std::min(kv.get_size(), std::max(n_start, n_reserved)); }
+
+    // cells that every layer has room for
+    uint32_t n_cells_of_all() const;
 
     void compose();
     void resize(uint32_t n_alloc_new);
     // moves rows into tensors of n_rows_new rows: the gathered ones, or the first n_move if there is no gather
     // false: no memory for the new tensors, the layer is as it was
     bool rebuild(uint32_t ikv, uint32_t n_rows_new, uint32_t n_move, const int32_t * cells, llama_kvc_gather_t gather);
-    // the same within the tensors that the layer has
-    void gather_in_place(uint32_t ikv, uint32_t n_kept, const int32_t * cells, llama_kvc_gather_t gather);
+    // the same within the tensors that the layer has; stage has room for one of them if it is not in host memory
+    void gather_in_place(uint32_t ikv, uint32_t n_kept, const int32_t * cells, llama_kvc_gather_t gather, std::vector<uint8_t> & stage);
     void set_layout(uint32_t n_alloc_new);
     void trim() const;
 
@@ -128,15 +153,20 @@ private:
 
     uint64_t n_epoch = 1;
 
-    llama_kvc_agg      score_agg     = LLAMA_KVC_AGG_MAX;
-    uint32_t           score_n_cells = 0;
-    uint64_t           score_n_query = 0;
-    std::vector<size_t> score_offs; // [n_layer + 1] into score_data
-    std::vector<float>  score_data;
+    static constexpr int64_t fast_n_tokens = 16; // a smaller batch is ggml's
 
-    uint32_t n_past   = 0;                // tokens composed, 0: not composed
-    uint32_t n_alloc  = kv.get_size();
-    uint32_t n_wanted = 0;                // cells that the last batch did not fit into
+    bool fast = false;
+
+    llama_kvc_agg score_agg       = LLAMA_KVC_AGG_MAX;
+    uint32_t      score_n_cells   = 0;
+    size_t        score_max_bytes = 0;
+    std::vector<score_buffer> score_buffers; // per cached layer
+
+    uint32_t n_past     = 0;              // tokens composed, 0: not composed
+    uint32_t n_start    = 0;              // cells of an empty cache
+    uint32_t n_alloc    = 0;
+    uint32_t n_reserved = 0;
+    uint32_t n_wanted   = 0;              // cells that the last batch did not fit into
 
     std::vector<uint32_t> offs;           // per cached layer
     std::vector<uint32_t> group_of;       // per cached layer
@@ -145,5 +175,11 @@ private:
     std::unique_ptr<plan> pending_plan;
 };
 
-// the compression state of a context's memory, nullptr if it has none
+// the cache of a memory that compression can work on: a plain one, or the full-attention half of one with sliding windows
+llama_kv_cache * llama_kvc_cache(llama_memory_i * memory);
+
+// its compression state, nullptr if it has none
 llama_kvc * llama_kvc_get(llama_memory_i * memory);
+
+// rows that the layers of a new cache of kv_size cells start with (llama_kvc_set_start_cells)
+uint32_t llama_kvc_start_rows(const llama_model & model, uint32_t kv_size);
