@@ -48,7 +48,8 @@ class CacheState:
         n_cells_used: index of the last used cell + 1.
         n_composed: tokens that were compressed, 0 if the cache is a full one.
         scoring: attention scores are being collected.
-        n_bytes: bytes of all K and V buffers.
+        n_cells_swa: cells of the layers with a sliding window, which are not compressed; 0 if there are none.
+        n_bytes: bytes of the K and V buffers of all other layers.
     """
 
     n_cells: int
@@ -56,4 +57,5 @@ class CacheState:
     n_cells_used: int
     n_composed: int
     scoring: bool
+    n_cells_swa: int
     n_bytes: int

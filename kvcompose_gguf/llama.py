@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from . import kernels, seam
-from .errors import ConfigError, ContextLengthError, StateError
+from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
 from .geometry import KVCells
 from .methods.kvcompose import KVCompose
 from .native import library
-from .native.session import KVSession
+from .native.session import KVSession, start_small
 from .report import KVReport
-from .scoring import collect_attention, value_norms
+from .scoring import Attention, collect_attention, value_norms
 
 llama_cpp = library.load()
 
 T = TypeVar("T")
+
+#: cells of an empty elastic cache, and those that are kept free behind a prompt
+START_CELLS = 256
 
 
 class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
@@ -31,12 +35,18 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     Args:
         kv_compressor: the method and its options, or ``None``.
+        elastic: the cache has memory for what it holds and not for all of ``n_ctx``: it grows in steps, shrinks when
+            composed and is small again after ``reset()``. False: all of it from the start, as in the original.
         **kwargs: as for ``llama_cpp.Llama``.
     Raises:
         UnsupportedError: this model, its cache or the other arguments cannot be combined with compression.
     """
 
-    def __init__(self, model_path: str, *, kv_compressor: KVCompose | None = None, **kwargs: Any) -> None:
+    n_tokens: int  # of llama_cpp.Llama: tokens in the cache
+
+    def __init__(
+        self, model_path: str, *, kv_compressor: KVCompose | None = None, elastic: bool = True, **kwargs: Any
+    ) -> None:
         self._stack = contextlib.ExitStack()  # what the original's close() closes, should this not get further
         self._method: KVCompose | None = None
         _check_method(kv_compressor)
@@ -44,7 +54,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self.kv_report: KVReport | None = None
         self._compressed: list[int] = []  # tokens of the compressed context, empty: the cache is a full one
         self._kv_session: KVSession | None = None
-        super().__init__(model_path, **kwargs)
+        self._swa_state: Any = None  # of the sliding-window layers at the end of the compressed context
+        # embed() empties the cache before every batch: it would shrink and grow each time
+        self._elastic = elastic and not kwargs.get("embedding", False)
+        self._n_seen = 0  # tokens that came through eval(): image handlers decode past it
+        with start_small(START_CELLS if self._elastic else 0):
+            super().__init__(model_path, **kwargs)
         try:
             self.kv_compressor = kv_compressor
         except Exception:
@@ -60,8 +75,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def kv_compressor(self, method: KVCompose | None) -> None:
         _check_method(method)
         if method is not None:
-            self._session  # noqa: B018  (raises if this context cannot be compressed)
+            self._session.set_fast_attention(True)  # raises if this context cannot be compressed
             kernels.warm_up()
+        elif self._kv_session is not None:
+            self._session.set_fast_attention(False)
         self._method = method
 
     @property
@@ -98,21 +115,21 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of all K and V buffers, now."""
+        """Bytes of all K and V buffers, now; sliding-window layers, which stay as they are, do not count."""
         return self._session.state().n_bytes
 
-    def _compress(self, tokens: list[int], method: KVCompose) -> KVReport:
-        """prefill -> scores -> plan -> compose"""
+    def _compress(self, tokens: list[int], method: KVCompose, suffix: Sequence[int] = ()) -> KVReport:
+        """prefill -> scores -> plan -> compose; ``suffix`` is what follows the context in its prompt."""
         n_tokens = len(tokens)
         if n_tokens >= self._n_ctx:
             raise ContextLengthError(f"{n_tokens} tokens do not fit into n_ctx={self._n_ctx} with room for an answer")
 
         session = self._session
-        n_prefilled, prefill_seconds = _timed(lambda: self._prefill(tokens))
-        kv_bytes_before = session.state().n_bytes
         kv_bytes_full = n_tokens * sum(layer.n_bytes_row for layer in session.layers)
 
         if n_tokens < method.min_tokens:
+            n_prefilled, prefill_seconds = _timed(lambda: self._prefill(tokens))
+            kv_bytes_before = session.state().n_bytes
             n_kept = np.full(len(session.layers), n_tokens)
             self.kv_report = KVReport(
                 n_tokens, n_kept, kv_bytes_full, kv_bytes_full, kv_bytes_before, kv_bytes_before,
@@ -120,13 +137,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             )  # fmt: skip
             return self.kv_report
 
-        (attention, chunk), score_seconds = _timed(lambda: self._attention(tokens, method))
+        attention = self._attention(tokens, suffix, method)
+        kv_bytes_before = session.state().n_bytes
         norms = value_norms(session, n_tokens) if method.add_v_norm else None
-        plan, plan_seconds = _timed(lambda: method.plan(attention, session.layers, norms))
+        plan, plan_seconds = _timed(lambda: method.plan(attention.layers, session.layers, norms))
+        swa_state = self._save_swa()
         try:
             _, compose_seconds = _timed(lambda: session.compose(plan, method.n_room))
         finally:  # Ctrl-C may arrive after the cache has changed
             self._compressed = tokens if session.state().n_composed else []
+            self._swa_state = swa_state
 
         self.kv_report = KVReport(
             n_tokens=n_tokens,
@@ -135,18 +155,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             kv_bytes_kept=int(sum(n * layer.n_bytes_row for n, layer in zip(plan.n_kept, session.layers, strict=True))),
             kv_bytes_before=kv_bytes_before,
             kv_bytes=session.state().n_bytes,
-            prefill_seconds=prefill_seconds,
-            score_seconds=score_seconds,
+            prefill_seconds=attention.prefill_seconds,
+            score_seconds=attention.score_seconds,
             plan_seconds=plan_seconds,
             compose_seconds=compose_seconds,
-            n_prefilled=n_prefilled,
-            scoring_chunk=chunk,
+            n_prefilled=attention.n_prefilled,
+            scoring_chunk=attention.chunk,
         )
         return self.kv_report
 
-    def _prefill(self, tokens: list[int]) -> int:
+    def _prefill(self, tokens: list[int], keep_prefix: bool = True) -> int:
         """Bring exactly ``tokens`` into a full cache; returns how many had to be evaluated."""
-        n_reused = 0 if self._compressed else seam.common_prefix(self._input_ids.tolist(), tokens)
+        n_reused = 0 if self._compressed or not keep_prefix else seam.common_prefix(self._input_ids.tolist(), tokens)
+        if n_reused < self.n_tokens and self._session.state().n_cells_swa:
+            n_reused = 0  # sliding windows forget: going back needs tokens that they do not have any more
         if n_reused == 0 or not self._ctx.kv_cache_seq_rm(-1, n_reused, -1):
             self.reset()
             n_reused = 0
@@ -156,13 +178,45 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self.eval(tokens[n_reused:])
         return len(tokens) - n_reused
 
-    def _attention(self, tokens: list[int], method: KVCompose) -> tuple[list[Any], int]:
-        queries = [tokens] if method.scoring == "repeat" else [self._tokens(text) for text in method.prompts]
-        self._requires_eval = True  # the logits will be another decode's
-        return collect_attention(
-            self._session, _Decoder(self), queries, len(tokens), method.agg_task, method.scoring_chunk,
-            method.max_score_bytes,
-        )  # fmt: skip
+    def _attention(self, tokens: list[int], suffix: Sequence[int], method: KVCompose) -> Attention:
+        try:
+            return collect_attention(self._session, _Decoder(self), method, tokens, suffix, self._tokens)
+        finally:
+            self._requires_eval = True  # the logits are another decode's
+
+    def _save_swa(self) -> Any:
+        """State of the sliding-window layers, which lose what lies behind their window; None if they lose nothing."""
+        state = self._session.state()
+        if not 0 < state.n_cells_swa < state.n_cells:
+            return None
+        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size_ext(self.ctx, 0, flags))()
+        llama_cpp.llama_state_seq_get_data_ext(self.ctx, buffer, len(buffer), 0, flags)
+        return buffer
+
+    def _load_swa(self, buffer: Any) -> None:
+        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        if llama_cpp.llama_state_seq_set_data_ext(self.ctx, buffer, len(buffer), 0, flags) != len(buffer):
+            raise NativeError("the sliding-window layers could not be brought back to the end of the context")
+
+    def _back_to_context(self) -> None:
+        """Forget what follows the compressed context, with the sliding windows as they were at its end."""
+        n_context, self.n_tokens = len(self._compressed), 0  # if this does not get to its end, all is forgotten
+        self._ctx.kv_cache_seq_rm(-1, n_context, -1)
+        self._load_swa(self._swa_state)
+        self.n_tokens = n_context
+
+    @contextlib.contextmanager
+    def _on_top(self, pos: int) -> Iterator[None]:
+        swa_state = self._save_swa()
+        n_tokens, self.n_tokens = self.n_tokens, 0  # as above
+        try:
+            yield
+        finally:
+            self._ctx.kv_cache_seq_rm(-1, pos, -1)
+            if swa_state is not None:
+                self._load_swa(swa_state)
+            self.n_tokens = n_tokens
 
     #
     # tokens
@@ -197,20 +251,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
     ) -> Generator[int, Any, None]:
         """As ``llama_cpp.Llama.generate``; a long prompt is compressed before its first token is sampled."""
-        if self.kv_compressor is not None and reset:
+        if reset and (self.kv_compressor is not None or self._compressed):
             self._prepare(list(tokens), self.kv_compressor)
         yield from super().generate(tokens, *args, reset=reset, **kwargs)
 
-    def _prepare(self, tokens: list[int], method: KVCompose) -> None:
+    def _prepare(self, tokens: list[int], method: KVCompose | None) -> None:
         """Leave a cache that holds the compressed beginning of ``tokens``, for generate() to go on from."""
         if self._compressed:
             # the last token's logits are needed, so at least one has to be left to evaluate
             if len(tokens) > len(self._compressed) and tokens[: len(self._compressed)] == self._compressed:
+                if self._swa_state is not None and seam.common_prefix(self._input_ids.tolist(), tokens) < self.n_tokens:
+                    self._back_to_context()
                 return
             self.reset()
+        if self.n_tokens > self._n_seen:
+            return  # part of the prompt is no text: its tokens cannot be evaluated again
+        if method is None:
+            return
         n_context = len(tokens) - max(1, method.keep_last)
         if n_context >= method.min_tokens:
-            self._compress(tokens[:n_context], method)
+            self._compress(tokens[:n_context], method, tokens[n_context:])
 
     def _create_completion(self, prompt: Any, suffix: str | None = None, echo: bool = False, **kwargs: Any) -> Any:
         # only here are a prompt's tokens still unknown to the caller, whose offsets have to agree with them
@@ -229,23 +289,36 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             )
         if self._compressed and self.n_tokens == 0:
             self.reset()
+        if self._elastic and len(tokens) > START_CELLS and not self._compressed:
+            self._reserve(self.n_tokens + len(tokens) + START_CELLS)
         super().eval(tokens)
+        self._n_seen = self.n_tokens
+
+    def _reserve(self, n_cells: int) -> None:
+        """One step instead of several; contexts that cannot be compressed, or have no memory for it, grow in steps."""
+        with contextlib.suppress(UnsupportedError, NativeError):
+            self._session.reserve(min(n_cells, self._session.state().n_cells))
 
     def reset(self) -> None:
-        """Forget everything; a compressed cache becomes a full one again."""
+        """Forget everything; a compressed cache becomes a full one again, and an elastic one small."""
         super().reset()
-        if self._compressed:
+        self._n_seen = 0
+        if self._compressed or self._elastic:
             self._compressed = []
+            self._swa_state = None
             self._ctx.kv_cache_clear()
+        if self._elastic:
+            self._reserve(0)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling: the arguments that make the same object, as in the original; without its cache."""
-        return {**super().__getstate__(), "kv_compressor": self.kv_compressor}
+        return {**super().__getstate__(), "kv_compressor": self.kv_compressor, "elastic": self._elastic}
 
     def save_state(self) -> Any:
         """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is."""
         state = super().save_state()
         state.kv_compressed = list(self._compressed)
+        state.kv_swa = self._swa_state
         return state
 
     def load_state(self, state: Any) -> None:
@@ -263,6 +336,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self.n_tokens = 0
             raise StateError(f"the state cannot be loaded into this context: {error}") from error
         self._compressed = list(getattr(state, "kv_compressed", []))
+        self._swa_state = getattr(state, "kv_swa", None)
+        self._n_seen = self.n_tokens
 
 
 def _check_method(method: Any) -> None:
@@ -277,14 +352,17 @@ class _Decoder:
         self._llama = llama
         self.n_batch = llama.n_batch
 
+    def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
+        return self._llama._prefill(list(tokens), keep_prefix)
+
     def decode(self, tokens: Sequence[int], pos: int) -> None:
         llama = self._llama
         llama._batch.set_batch(batch=tokens, n_past=pos, logits_all=False)
         llama._batch.batch.logits[len(tokens) - 1] = False  # no output: the model's head is not computed
         llama._ctx.decode(llama._batch)
 
-    def remove(self, pos: int) -> None:
-        self._llama._ctx.kv_cache_seq_rm(-1, pos, -1)
+    def on_top(self, pos: int) -> contextlib.AbstractContextManager[None]:
+        return self._llama._on_top(pos)
 
 
 def _timed(function: Callable[[], T]) -> tuple[T, float]:

@@ -20,7 +20,7 @@ class KVReport:
         kv_bytes_before, kv_bytes: bytes that the cache had and has allocated, including room for new tokens.
         prefill_seconds, score_seconds, plan_seconds, compose_seconds: wall time of the steps.
         n_prefilled: tokens evaluated by the prefill; less than ``n_tokens`` if a prefix was in the cache.
-        scoring_chunk: query tokens on top of the context at a time, as it was possible.
+        scoring_chunk: query tokens at a time, as it was possible; 0 if they were the prefill's own.
     """
 
     n_tokens: int

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -118,7 +118,7 @@ def load_model(
     """
     from .llama import Llama
 
-    options = {} if threads is None else {"n_threads": threads, "n_threads_batch": threads}
+    options: dict[str, Any] = {} if threads is None else {"n_threads": threads, "n_threads_batch": threads}
     try:
         return Llama(
             str(model_path), n_ctx=n_ctx, flash_attn=flash_attn, kv_compressor=method, verbose=False, **options

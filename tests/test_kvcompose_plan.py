@@ -201,6 +201,25 @@ def test_each_option_changes_what_is_kept(option: dict[str, Any], bought: dict[s
     assert assert_as_specified(attention, layers, v_norms, bought | option)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"scoring": "prompts", "prompts": ["What?"]},
+        {"scoring": "window", "window": 1},
+        {"scoring": "prefill"},
+        {"scoring_fraction": 0.1},
+        {"scoring_chunk": None},
+        {"agg_task": "mean"},
+    ],
+    ids=str,
+)
+def test_whose_attention_it_is_makes_no_difference_to_what_is_made_of_it(option: dict[str, Any]) -> None:
+    attention, layers, v_norms = inputs("continuous")
+    default = KVCompose(n_kept=6).plan(attention, layers, v_norms)
+    changed = KVCompose(n_kept=6, **option).plan(attention, layers, v_norms)
+    assert [cells.tolist() for cells in changed.cells] == [cells.tolist() for cells in default.cells]
+
+
 # sums and means of these are exact in float32, in any order
 SIXTEENTHS = st.integers(0, 16).map(lambda n: n / 16)
 QUARTERS = st.integers(1, 8).map(lambda n: n / 4)
@@ -386,6 +405,7 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         ({"scoring_chunk": -1}, "scoring_chunk=-1 is not positive"),
         ({"min_tokens": 0}, "min_tokens=0 is not positive"),
         ({"min_tokens": -1}, "min_tokens=-1 is not positive"),
+        ({"n_room": 1 << 31}, "is not below 2\\^31"),
         ({"max_score_bytes": 0}, "max_score_bytes=0 is not positive"),
         ({"max_score_bytes": -1}, "max_score_bytes=-1 is not positive"),
         ({"n_room": 0}, "n_room=0 is not positive"),
@@ -396,12 +416,28 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         ({"agg_task": "median"}, "agg_task='median' is neither 'max' nor 'mean'"),
         ({"agg_group": "Mean"}, "agg_group='Mean' is neither"),
         ({"agg_head": None}, "agg_head=None is neither"),
-        ({"scoring": "window"}, "scoring='window' is neither 'repeat' nor 'prompts'"),
+        ({"scoring": "windows"}, "scoring='windows' is none of 'repeat', 'prompts', 'window', 'prefill'"),
+        ({"scoring": None}, "scoring=None is none of"),
+        ({"scoring": ["repeat"]}, r"scoring=\['repeat'\] is none of"),
+        ({"scoring_fraction": 0}, r"scoring_fraction=0 is not in \(0, 1\]"),
+        ({"scoring_fraction": -0.5}, "scoring_fraction=-0.5 is not in"),
+        ({"scoring_fraction": 1.01}, "scoring_fraction=1.01 is not in"),
+        ({"scoring_fraction": 50}, "scoring_fraction=50 is not in"),
+        ({"scoring_fraction": float("nan")}, "scoring_fraction=nan is not in"),
+        ({"scoring_fraction": float("inf")}, "scoring_fraction=inf is not in"),
+        ({"scoring_fraction": 2, "scoring": "window"}, "scoring_fraction=2 is not in"),
+        ({"scoring_fraction": 0.5, "scoring": "window"}, "scoring_fraction=0.5 needs scoring='repeat'"),
+        ({"scoring_fraction": 0.5, "scoring": "prefill"}, "scoring_fraction=0.5 needs scoring='repeat'"),
+        ({"scoring_fraction": 0.5, "scoring": "prompts", "prompts": ["What?"]}, "needs scoring='repeat'"),
+        ({"window": 0}, "window=0 is not positive"),
+        ({"window": -1, "scoring": "window"}, "window=-1 is not positive"),
         ({"scoring": "prompts"}, r"prompts=\(\) is needed"),
         ({"scoring": "prompts", "prompts": []}, r"prompts=\[\] is needed"),
         ({"scoring": "prompts", "prompts": "What?"}, "prompts='What\\?' is needed, as a list"),
         ({"scoring": "prompts", "prompts": ""}, "prompts='' is needed"),
         ({"prompts": ["What?"]}, "with scoring='prompts' only"),
+        ({"scoring": "window", "prompts": ["What?"]}, "with scoring='prompts' only"),
+        ({"scoring": "prefill", "prompts": ["What?"]}, "with scoring='prompts' only"),
         ({"scoring": "repeat", "prompts": "What?"}, "as a list of texts"),
     ],
     ids=str,
@@ -416,6 +452,12 @@ def test_an_option_out_of_its_range_is_refused_by_name_and_value(option: dict[st
     [
         {"scoring": "prompts", "prompts": ["What?"]},
         {"scoring": "prompts", "prompts": ("What?", "Who?")},
+        {"scoring": "prompts", "prompts": ["What?"], "scoring_fraction": 1},
+        {"scoring": "repeat", "scoring_fraction": 1},
+        {"scoring": "repeat", "scoring_fraction": 1e-9},
+        {"scoring": "window", "window": 1},
+        {"scoring": "window", "window": 1 << 40, "scoring_fraction": 1.0},
+        {"scoring": "prefill"},
         {"scoring_chunk": None},
         {"scoring_chunk": 1},
         {"keep_last": 0, "n_sink": 0, "keep_token_lower_bound": 0},
@@ -438,7 +480,7 @@ def test_the_defaults_are_the_papers() -> None:
     assert (method.agg_task, method.agg_group, method.agg_head) == ("max", "mean", "mean")
     assert (method.add_v_norm, method.add_mean_across_heads) == (False, True)
     assert (method.keep_token_lower_bound, method.n_sink, method.first_layer_rule) == (0, 0, False)
-    assert method.scoring == "repeat"
+    assert (method.scoring, method.scoring_fraction) == ("repeat", 1)
 
 
 @pytest.mark.parametrize("floor", [{"keep_token_lower_bound": 7}, {"n_sink": 7}, {"keep_token_lower_bound": 10**6}])
@@ -518,8 +560,15 @@ def test_another_number_of_attention_layers_is_refused(n_given: int) -> None:
         {"compression_ratio": 0.5, "n_sink": 1.5},
         {"compression_ratio": 0.5, "scoring_chunk": 1.5},
         {"compression_ratio": 0.5, "min_tokens": None},
+        {"compression_ratio": 0.5, "scoring_fraction": "0.5"},
+        {"compression_ratio": 0.5, "scoring_fraction": None},
+        {"compression_ratio": 0.5, "scoring_fraction": True},
+        {"compression_ratio": 0.5, "scoring": "window", "window": 64.0},
+        {"compression_ratio": 0.5, "scoring": "window", "window": None},
+        {"compression_ratio": 0.5, "scoring": "window", "window": True},
         {"compression_ratio": 0.5, "scoring": "prompts", "prompts": b"What?"},
         {"compression_ratio": 0.5, "scoring": "prompts", "prompts": [1]},
+        {"compression_ratio": 0.5, "prompts": None},
     ],
     ids=str,
 )

@@ -19,6 +19,8 @@ from ..plan import CompositionPlan
 
 T = TypeVar("T")
 
+SCORING = ("repeat", "prompts", "window", "prefill")
+
 
 @dataclass(frozen=True)
 class KVCompose:
@@ -30,8 +32,14 @@ class KVCompose:
         compression_ratio: fraction of the context's KV entries that is REMOVED, in [0, 1).
         max_kv_bytes: bytes that the kept rows may take, all layers; the room for new tokens comes on top.
         n_kept: tokens kept per layer, on average over layers.
-        scoring: whose attention judges the context: ``"repeat"``, the context itself a second time, or ``"prompts"``,
-            the ``prompts`` given (task-aware).
+        scoring: whose attention judges the context: ``"repeat"``, the context itself a second time; ``"prompts"``, the
+            ``prompts`` given (task-aware); ``"window"``, the last tokens of the prompt, or ``"prefill"``, all of the
+            context's own tokens while they are prefilled. The last two need no second pass. With ``agg_task="mean"``
+            they count for each token only the queries that could see it.
+        scoring_fraction: share of the context that is run a second time, in pieces spread over all of it, for
+            ``scoring="repeat"``: less time for less quality.
+        window: last prompt tokens that judge, for ``scoring="window"``; they may lie behind the context, in the
+            question.
         prompts: texts that are each run on top of the context, for ``scoring="prompts"``.
         scoring_chunk: query tokens that are on top of the context at a time and removed again before the next; ``None``
             keeps the whole repeat until the end, as the reference does, in a cache of 2N.
@@ -49,7 +57,8 @@ class KVCompose:
         keep_last: last prompt tokens that are not compressed but evaluated on top of the compressed context. The paper
             has no prompt after the context; a chat's last tokens are the question, so they stay whole by default.
         min_tokens: contexts shorter than this are left as they are.
-        max_score_bytes: bound of the score matrix in the compute buffer; it limits the tokens of one scoring decode.
+        max_score_bytes: bound of the memory that scoring works in, at any context length; the scores themselves
+            (float32, layers x query heads x tokens) come on top.
         n_room: free cells to allocate behind the composites; the cache grows by itself beyond them.
     Raises:
         ConfigError: an option out of its range, or not exactly one budget.
@@ -59,6 +68,8 @@ class KVCompose:
     max_kv_bytes: int | None = None
     n_kept: float | None = None
     scoring: str = "repeat"
+    scoring_fraction: float = 1.0
+    window: int = 64
     prompts: Sequence[str] = ()
     scoring_chunk: int | None = 512
     agg_task: str = "max"
@@ -82,19 +93,26 @@ class KVCompose:
             raise ConfigError(f"exactly one of {', '.join(budgets)} is needed, {len(given)} given: {given}")
         if self.compression_ratio is not None and not 0 <= self.compression_ratio < 1:
             raise ConfigError(f"compression_ratio={self.compression_ratio}, the fraction removed, is not in [0, 1)")
-        for name in ("max_kv_bytes", "n_kept", "min_tokens", "max_score_bytes", "n_room", "scoring_chunk"):
+        for name in ("max_kv_bytes", "n_kept", "min_tokens", "max_score_bytes", "n_room", "scoring_chunk", "window"):
             value = getattr(self, name)
             if value is not None and not 0 < value < np.inf:
                 raise ConfigError(f"{name}={value} is not positive and finite")
+        if self.n_room >= 1 << 31:
+            raise ConfigError(f"n_room={self.n_room} is not below 2^31")
         for name in ("keep_token_lower_bound", "n_sink", "keep_last"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         for name in ("agg_task", "agg_group", "agg_head"):
             if getattr(self, name) not in ("max", "mean"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is neither 'max' nor 'mean'")
-        if self.scoring not in ("repeat", "prompts"):
-            raise ConfigError(f"scoring={self.scoring!r} is neither 'repeat' nor 'prompts'")
-        if isinstance(self.prompts, (str, bytes)) or not all(isinstance(text, str) and text for text in self.prompts):
+        if self.scoring not in SCORING:
+            raise ConfigError(f"scoring={self.scoring!r} is none of {', '.join(map(repr, SCORING))}")
+        if not 0 < self.scoring_fraction <= 1:
+            raise ConfigError(f"scoring_fraction={self.scoring_fraction} is not in (0, 1]")
+        if self.scoring_fraction != 1 and self.scoring != "repeat":
+            raise ConfigError(f"scoring_fraction={self.scoring_fraction} needs scoring='repeat'")
+        is_list = isinstance(self.prompts, (list, tuple))
+        if not is_list or not all(isinstance(text, str) and text for text in self.prompts):
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts")
         if (self.scoring == "prompts") != bool(self.prompts):
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
@@ -103,6 +121,7 @@ class KVCompose:
         optional_number, optional_int = (int, float, NoneType), (int, NoneType)
         kinds: dict[str, tuple[type, ...]] = {
             "compression_ratio": optional_number, "n_kept": optional_number, "max_kv_bytes": optional_int,
+            "scoring_fraction": (int, float), "window": (int,),
             "scoring_chunk": optional_int, "keep_token_lower_bound": (int,), "n_sink": (int,), "keep_last": (int,),
             "min_tokens": (int,), "max_score_bytes": (int,), "n_room": (int,),
         }  # fmt: skip

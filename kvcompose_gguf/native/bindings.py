@@ -18,7 +18,7 @@ ERR_MEMORY = -4
 ERR_INTERNAL = -5
 
 # enum llama_kvc_agg
-AGG = {"max": 0, "mean": 1}
+AGG = {"max": 0, "sum": 1}
 
 
 # struct llama_kvc_cache_info
@@ -30,6 +30,7 @@ class CacheInfo(ctypes.Structure):
         ("n_cells_used", ctypes.c_uint32),
         ("n_composed", ctypes.c_uint32),
         ("scoring", ctypes.c_int32),
+        ("n_cells_swa", ctypes.c_uint32),
         ("n_bytes", ctypes.c_uint64),
     ]
 
@@ -78,8 +79,14 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_CONTEXT, ctypes.c_uint32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
     ),
-    # int32_t llama_kvc_scores_begin(struct llama_context * ctx, enum llama_kvc_agg agg, uint32_t n_cells);
-    "llama_kvc_scores_begin": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32, ctypes.c_uint32]),
+    # void llama_kvc_set_start_cells(uint32_t n_cells);
+    "llama_kvc_set_start_cells": (None, [ctypes.c_uint32]),
+    # int32_t llama_kvc_reserve(struct llama_context * ctx, uint32_t n_cells);
+    "llama_kvc_reserve": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32]),
+    # int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32_t on);
+    "llama_kvc_set_fast_attention": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32]),
+    # int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
+    "llama_kvc_scores_begin": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32, ctypes.c_uint32, ctypes.c_size_t]),
     # int32_t llama_kvc_scores_get(struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
     "llama_kvc_scores_get": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32, c_float_p, ctypes.c_size_t]),
     # int32_t llama_kvc_scores_end(struct llama_context * ctx);

@@ -23,6 +23,17 @@ _EXCEPTIONS: dict[int, type[Exception]] = {
 }
 
 
+@contextmanager
+def start_small(n_cells: int) -> Iterator[None]:
+    """Contexts that this thread creates inside of the ``with`` begin with ``n_cells`` cells and grow as they fill."""
+    lib = bindings.declare(library.load().llama_cpp._lib)
+    lib.llama_kvc_set_start_cells(n_cells)
+    try:
+        yield
+    finally:
+        lib.llama_kvc_set_start_cells(0)
+
+
 class KVSession:
     """Scores, geometry and compose of one ``llama_context``.
 
@@ -80,6 +91,7 @@ class KVSession:
             n_cells_used=info.n_cells_used,
             n_composed=info.n_composed,
             scoring=bool(info.scoring),
+            n_cells_swa=info.n_cells_swa,
             n_bytes=info.n_bytes,
         )
 
@@ -106,15 +118,31 @@ class KVSession:
         self._call("llama_kvc_get_tensor", ikv, int(is_v), copy.ctypes.data_as(ctypes.c_void_p), 0, n_bytes)
         return copy
 
+    def reserve(self, n_cells: int) -> None:
+        """Make room for ``n_cells`` cells at once, so that the cache need not grow in steps.
+
+        The room is kept until the next compose or call; what an empty cache has beyond it is given back.
+
+        Raises:
+            ConfigError: more cells than the context has.
+            NativeError: no memory for them; the cache is as it was.
+        """
+        self._call("llama_kvc_reserve", n_cells)
+
+    def set_fast_attention(self, on: bool) -> None:
+        """Flash attention of batches by the package's own CPU kernel: llama.cpp's up to rounding, and faster."""
+        self._call("llama_kvc_set_fast_attention", int(on))
+
     @contextmanager
-    def scoring(self, agg_task: str, n_cells: int) -> Iterator[None]:
+    def scoring(self, agg: str, n_cells: int, max_bytes: int) -> Iterator[None]:
         """Decodes inside of the ``with`` collect attention on the cells ``[0, n_cells)``; off again on any exit.
 
         Args:
-            agg_task: ``"max"`` or ``"mean"`` over the query tokens of all decodes.
+            agg: ``"max"`` or ``"sum"`` over the query tokens of all decodes.
+            max_bytes: working memory beside the scores themselves, float32 ``n_layer x n_head x n_cells``.
         """
-        self._call("llama_kvc_scores_begin", bindings.AGG[agg_task], n_cells)
         try:
+            self._call("llama_kvc_scores_begin", bindings.AGG[agg], n_cells, max_bytes)
             yield
         finally:
             self._call("llama_kvc_scores_end")
