@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import tiny
+import tiny_gguf
 
 if TYPE_CHECKING:
     from kvcompose_gguf import KVCompose, Llama
@@ -29,7 +30,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinyC
 
     def path(config: tiny.TinyConfig) -> Path:
         if config not in paths:
-            paths[config] = tiny.write(config, folder / f"tiny-{len(paths)}.gguf")
+            paths[config] = tiny_gguf.write(config, folder / f"tiny-{len(paths)}.gguf")
         return paths[config]
 
     return path

@@ -151,7 +151,7 @@ def test_rows_are_moved_byte_by_byte(make_llama, cache):
 
 
 def test_layers_are_allocated_at_their_own_size(make_llama):
-    llama = make_llama(n_ctx=2048)
+    llama = make_llama(n_ctx=2048, elastic=False)
     full = llama.kv_bytes
     llama._prefill(tiny.tokens(tiny.GQA, N))
     llama._session.compose(random_plan(tiny.GQA, [40, 200, 7]), n_room=100)

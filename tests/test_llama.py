@@ -107,7 +107,7 @@ def test_short_prompts_are_left_alone(make_llama):
 
 
 def test_reset_gives_a_full_cache_back(make_llama):
-    llama = make_llama(method=METHOD)
+    llama = make_llama(method=METHOD, elastic=False)
     full = llama.kv_bytes
     llama.compress(CONTEXT)
     assert llama.kv_bytes < full
@@ -409,3 +409,28 @@ def test_from_pretrained_downloads_through_huggingface_hub(monkeypatch, tiny_mod
     greedy(llama, CONTEXT, 3)
     assert llama._session.state().n_composed == N - 8
     llama.close()
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+@pytest.mark.parametrize("scoring", ["repeat", "window", "prefill"])
+def test_one_document_after_another_is_compressed_in_every_mode(make_llama, scoring, elastic):
+    method = KVCompose(n_kept=40, min_tokens=10, keep_last=0, scoring=scoring, window=1000)
+    llama = make_llama(method=method, elastic=elastic)
+    first, second = tiny.tokens(tiny.GQA, 200, seed=1), tiny.tokens(tiny.GQA, 150, seed=2)
+    kept = [llama.compress(document).n_kept.tolist() for document in (first, second, first)]
+    assert kept[0] == kept[2] != kept[1]
+    next(llama.generate([*second, 5, 6, 7], temp=0.0))
+    assert llama.kv_report.n_tokens == 152  # the last token is evaluated for its logits
+
+
+def test_the_window_of_a_prompt_is_its_question(make_llama):
+    """generate() keeps the last tokens; as queries they are evaluated on top of the context and again behind it."""
+    question = tiny.tokens(tiny.GQA, 30, seed=8)
+    method = KVCompose(n_kept=40, min_tokens=10, keep_last=30, scoring="window", window=20)
+    llama = make_llama(method=method)
+    next(llama.generate(CONTEXT + question, temp=0.0))
+    model = tiny.NumpyLlama(tiny.GQA)
+    attention = model.forward(CONTEXT + question)[1]
+    layers = llama._session.layers
+    want = method.plan([p[:, -20:, : len(CONTEXT)].max(axis=1).astype(np.float32) for p in attention], layers)
+    assert llama.kv_report.n_kept.tolist() == want.n_kept.tolist()

@@ -85,9 +85,9 @@ def test_null_and_wrong_sizes_are_arguments_too(lib, llama):
     assert lib.llama_kvc_get_cache(ctx, None, ctypes.sizeof(info)) == bindings.ERR_ARGUMENT
     assert lib.llama_kvc_get_cache(ctx, ctypes.byref(info), 4) == bindings.ERR_ARGUMENT
     assert lib.llama_kvc_get_layer(ctx, 99, ctypes.byref(bindings.LayerInfo()), 4) == bindings.ERR_ARGUMENT
-    assert lib.llama_kvc_scores_begin(ctx, 5, 10) == bindings.ERR_ARGUMENT
-    assert lib.llama_kvc_scores_begin(ctx, 0, 0) == bindings.ERR_ARGUMENT
-    assert lib.llama_kvc_scores_begin(ctx, 0, 100000) == bindings.ERR_ARGUMENT
+    assert lib.llama_kvc_scores_begin(ctx, 5, 10, 1) == bindings.ERR_ARGUMENT
+    assert lib.llama_kvc_scores_begin(ctx, 0, 0, 1) == bindings.ERR_ARGUMENT
+    assert lib.llama_kvc_scores_begin(ctx, 0, 100000, 1) == bindings.ERR_ARGUMENT
     assert lib.llama_kvc_scores_get(ctx, 0, None, 0) == bindings.ERR_STATE
     assert lib.llama_kvc_get_tensor(ctx, 0, 0, None, 0, 8) == bindings.ERR_ARGUMENT
     buffer = ctypes.create_string_buffer(8)
@@ -97,15 +97,22 @@ def test_null_and_wrong_sizes_are_arguments_too(lib, llama):
 def test_scoring_twice_composing_while_scoring_and_composing_twice_are_refused(lib, llama):
     session = llama._session
     plan = CompositionPlan.keep_all(N, [2, 2, 2])
-    with session.scoring("max", N), pytest.raises(StateError, match="on already"), session.scoring("max", N):
+    with session.scoring("max", N, 1 << 20), pytest.raises(StateError, match="on already"), session.scoring("max", N, 1 << 20):
         pass
-    with session.scoring("max", N), pytest.raises(StateError, match="scoring is on"):
+    with session.scoring("max", N, 1 << 20), pytest.raises(StateError, match="scoring is on"):
         session.compose(plan)
     session.compose(plan)
     with pytest.raises(StateError, match="composed already"):
         session.compose(plan)
-    with pytest.raises(StateError, match="composed"), session.scoring("max", N):
+    with pytest.raises(StateError, match="composed"), session.scoring("max", N, 1 << 20):
         pass
+
+
+@pytest.mark.parametrize("n_room", [1, 2**31, 2**32 - 300, 2**32 - 1])
+def test_any_room_fits_the_context(llama, n_room):
+    llama._session.compose(CompositionPlan(N, (np.zeros((2, 1), np.int32),) * 3), n_room)
+    assert 2 <= llama.kv_cells(0).n_rows <= llama.n_ctx()
+    llama.eval([7])
 
 
 def test_a_plan_for_another_model_is_refused(llama):
@@ -151,7 +158,8 @@ def test_loading_a_full_state_restores_full_layers(llama):
     assert llama_cpp.llama_state_seq_get_size(llama.ctx, 0) == 0  # saved as a whole only
     assert llama.kv_bytes < full
     llama.load_state(state)
-    assert llama.kv_bytes == full
+    assert [llama.kv_cells(il).n_rows for il in range(3)] == [512] * 3  # N tokens, rounded up
+    assert llama._session.state().n_composed == 0
     llama.eval([7])
     want = tiny.NumpyLlama(tiny.GQA).forward([*tiny.tokens(tiny.GQA, N), 7])[0][-1]
     assert np.abs(last_logits(llama) - want).max() <= 1e-3

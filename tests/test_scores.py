@@ -10,26 +10,34 @@ import pytest
 import tiny
 from tiny import NumpyLlama
 
-from kvcompose_gguf.llama import _Decoder, llama_cpp
-from kvcompose_gguf.scoring import collect_attention
+from kvcompose_gguf import KVCompose
+from kvcompose_gguf.llama import llama_cpp
 
 
-def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max", query: list[int] | None = None) -> Any:
-    llama._prefill(context)
-    scores, _ = collect_attention(
-        llama._session, _Decoder(llama), [query or context], len(context), agg, chunk, 64 << 20
-    )
-    return np.stack(scores)
+def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max", **options: Any) -> Any:
+    method = KVCompose(compression_ratio=0.5, scoring_chunk=chunk, agg_task=agg, **options)
+    return np.stack(llama._attention(context, [], method).layers)
 
 
-def expected(config: tiny.TinyConfig, context: list[int], chunk: int, agg: str = "max") -> np.ndarray:
-    model = NumpyLlama(config)
+def check(got: np.ndarray, want: np.ndarray, flash_attn: bool) -> None:
+    """With flash attention a key in a thousand is rounded to the other float16 neighbour, which one score may show."""
+    error = np.abs(got - want)
+    text = f"largest difference {error.max():.2e}, mean {error.mean():.2e}"
+    assert error.max() <= (5e-4 if flash_attn else 1e-4), text
+    assert error.mean() <= 1e-5, text
+
+
+def attention_on_top(model: NumpyLlama, queries: list[int], n_tokens: int) -> np.ndarray:
+    """(n_layer, n_head, n_query, n_tokens) of queries that follow the context, which are forgotten again."""
+    _, attention = model.forward(queries)
+    model.truncate(n_tokens)
+    return np.stack(attention)[..., :n_tokens]
+
+
+def expected(config: tiny.TinyConfig, context: list[int], chunk: int, agg: str = "max", flash: bool = False) -> np.ndarray:
+    model = NumpyLlama(config, stored=np.float16 if flash else np.float64)
     model.forward(context)
-    seen = []
-    for start in range(0, len(context), chunk):
-        _, attention = model.forward(context[start : start + chunk])
-        seen.append(np.stack(attention)[..., : len(context)])
-        model.truncate(len(context))
+    seen = [attention_on_top(model, context[start : start + chunk], len(context)) for start in range(0, len(context), chunk)]
     everything = np.concatenate(seen, axis=2)
     return everything.max(axis=2) if agg == "max" else everything.mean(axis=2)
 
@@ -44,10 +52,62 @@ def expected(config: tiny.TinyConfig, context: list[int], chunk: int, agg: str =
 def test_scores_equal_a_numpy_forward_pass(make_llama, config, flash_attn, chunk, agg):
     context = tiny.tokens(config, 300)  # 300 cells: n_kv is padded to 512
     got = captured(make_llama(config, flash_attn=flash_attn), context, chunk, agg)
-    want = expected(config, context, chunk, agg)
-    error = np.abs(got - want).max()
-    assert error <= 1e-4, f"largest difference {error:.2e}"
+    want = expected(config, context, chunk, agg, flash_attn)
+    check(got, want, flash_attn)
     assert want.max() > 4 * want.mean()  # peaked attention: a constant would not pass for it
+
+
+@pytest.mark.parametrize("agg", ["max", "mean"])
+@pytest.mark.parametrize("n_suffix", [0, 10, 40], ids=["in-the-context", "across-its-end", "behind-it"])
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["transposed-v", "flash"])
+def test_window_scores_are_the_attention_of_the_prompts_last_tokens(make_llama, flash_attn, n_suffix, agg):
+    config, n_window = tiny.GQA_QUIET, 25
+    context, suffix = tiny.tokens(config, 300), tiny.tokens(config, n_suffix, seed=5)
+    llama = make_llama(config, flash_attn=flash_attn)
+    method = KVCompose(compression_ratio=0.5, scoring="window", window=n_window, agg_task=agg)
+    got = np.stack(llama._attention(context, suffix, method).layers)
+    _, attention = NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context + suffix)
+    window = np.stack(attention)[..., -n_window:, :300]
+    n_seen = n_window - np.maximum(0, np.arange(300) - (300 + n_suffix - n_window))  # causal: fewer for the last tokens
+    want = window.max(axis=2) if agg == "max" else window.sum(axis=2) / n_seen
+    check(got, want, flash_attn)
+    assert llama.n_tokens == llama._session.state().n_cells_used == 300
+
+
+@pytest.mark.parametrize("agg", ["max", "mean"])
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["transposed-v", "flash"])
+def test_prefill_scores_are_the_contexts_own_attention_per_query_that_could_see_it(make_llama, flash_attn, agg):
+    config = tiny.GQA_QUIET
+    context = tiny.tokens(config, 300)
+    llama = make_llama(config, flash_attn=flash_attn, n_batch=128)
+    llama._prefill(context[:100])  # what is there already has no scores
+    method = KVCompose(compression_ratio=0.5, scoring="prefill", agg_task=agg)
+    attention = llama._attention(context, [], method)
+    assert attention.n_prefilled == 300
+    _, own = NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context)
+    own = np.stack(own)
+    want = own.max(axis=2) if agg == "max" else own.sum(axis=2) / (300 - np.arange(300))
+    check(np.stack(attention.layers), want, flash_attn)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True], ids=["transposed-v", "flash"])
+def test_scores_do_not_depend_on_the_memory_that_they_may_use(make_llama, flash_attn):
+    context = tiny.tokens(tiny.GQA, 300)
+    llama = make_llama(flash_attn=flash_attn)
+    much = captured(llama, context, 128)
+    for max_bytes in (1, 100_000):  # nothing is kept, or some tiles of products are
+        assert np.abs(captured(llama, context, 128, max_score_bytes=max_bytes) - much).max() <= 1e-5
+
+
+def test_a_fraction_of_the_repeat_asks_with_pieces_from_all_of_the_context(make_llama):
+    context = tiny.tokens(tiny.GQA, 640)
+    llama = make_llama()
+    got = captured(llama, context, 512, scoring_fraction=0.3)
+    model = NumpyLlama(tiny.GQA)
+    model.forward(context)
+    pieces = [token for start in (0, 288, 576) for token in context[start : start + 64]]
+    want = attention_on_top(model, pieces, 640).max(axis=2)
+    assert np.abs(got - want).max() <= 1e-4
 
 
 def test_whole_repeat_stays_visible_when_there_is_no_chunk(make_llama):
@@ -110,10 +170,10 @@ def test_scores_equal_llama_cpps_own_softmax(make_llama, tap, config, chunk):
     llama = make_llama(config, flash_attn=False)
     llama._prefill(context)
     tap.on = True
-    got, _ = collect_attention(llama._session, _Decoder(llama), [context], len(context), "max", chunk, 64 << 20)
+    got = captured(llama, context, chunk)
     want = np.stack([np.concatenate([p[..., :260] for p in tap.seen[il]], axis=1).max(axis=1) for il in range(3)])
     assert sum(p.shape[1] for p in tap.seen[0]) == 260  # every query token was seen once
-    error = np.abs(np.stack(got) - want).max()
+    error = np.abs(got - want).max()
     assert error <= 1e-4, f"largest difference {error:.2e}"
 
 
