@@ -26,6 +26,7 @@ from .report import KVReport
 if TYPE_CHECKING:
     from .llama import Llama
     from .methods.kvcompose import KVCompose
+    from .rpc import add_rpc_server
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "NativeError",
     "StateError",
     "UnsupportedError",
+    "add_rpc_server",
 ]
 
 
@@ -54,4 +56,8 @@ def __getattr__(name: str) -> Any:
         from .methods.kvcompose import KVCompose
 
         return KVCompose
+    if name == "add_rpc_server":
+        from .rpc import add_rpc_server
+
+        return add_rpc_server
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
