@@ -67,6 +67,33 @@ def run(
 
 
 @app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")] = None,
+    n_tokens: Annotated[
+        str | None, typer.Option(help="Context sizes, e.g. 1024,2048; powers of two up to the model's end by default.")
+    ] = None,
+    up_to: Annotated[int | None, typer.Option(help="End of the default sizes.")] = None,
+    ratios: Annotated[str, typer.Option(help="Fractions of the KV entries that are removed.")] = "0.5,0.75,0.9",
+    kv_types: Annotated[str, typer.Option(help="Types of keys and values, the baseline's first.")] = "f16,q8_0",
+    n_decode: Annotated[int, typer.Option(help="Tokens of a decode sample.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Decode samples of each cache.")] = 5,
+    threads: Threads = None,
+    text: Annotated[Path | None, typer.Option(help="The context, UTF-8; random tokens by default.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write a document; `-`: as the output's last line.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture, .svg, .png or .pdf.")] = None,
+    from_file: Annotated[Path | None, typer.Option("--from", help="Show an earlier --json instead of a model.")] = None,
+) -> None:
+    """Measure how time and memory grow with the context, full and compressed caches in turns."""
+    from .bench import BenchOptions, bench, numbers
+
+    options = BenchOptions(
+        numbers("n_tokens", n_tokens, int), up_to, numbers("ratios", ratios, float) or (),
+        tuple(kv_types.split(",")), n_decode, repeats, threads, text,
+    )  # fmt: skip
+    bench(model, options, json_file=json, plot_file=plot, from_file=from_file)
+
+
+@app.command()
 def fetch(name: Annotated[str, typer.Argument(help="The model's name, e.g. smollm2.")]) -> None:
     """Download a small model into the cache folder and print its path."""
     from .models import fetch
@@ -80,6 +107,18 @@ def doctor() -> None:
     from .doctor import doctor
 
     raise typer.Exit(0 if doctor() else 1)
+
+
+@app.command()
+def rpc_server(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 50052,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 4,
+) -> None:
+    """Compute layers for models on other machines (llama.cpp's RPC; only for networks that are trusted)."""
+    from .rpc import serve
+
+    serve(host, port, threads)
 
 
 def main() -> None:

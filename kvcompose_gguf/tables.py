@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.bar import Bar
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -12,7 +13,13 @@ from rich.text import Text
 from .report import KVReport
 
 if TYPE_CHECKING:
+    from .bench_result import BenchResult, Measurement
     from .demo import DemoResult, Question
+
+_BENCH_COLUMNS = (
+    "prefill\ns", "score\ns", "plan and\ncompose s", "decode\ntok/s", "\nmin-max", "\nratio",
+    "rows\nMB", "allocated\nMB", "RSS\n+ MB", "peak\n+ MB",
+)  # fmt: skip
 
 
 def print_demo(result: DemoResult, console: Console) -> None:
@@ -60,6 +67,42 @@ def cost_table(result: DemoResult) -> Table:
     table.add_row("compressing", "", f"{report.score_seconds + report.plan_seconds + report.compose_seconds:.1f} s")
     table.add_row(f"{n_questions} answers", f"{full.seconds:.1f} s", f"{compressed.seconds:.1f} s")
     return table
+
+
+def bench_table(result: BenchResult, n_tokens: int) -> Table:
+    """Time and memory of every variant at one context size, a row each."""
+    rows = result.of_size(n_tokens)
+    table = Table(
+        title=f"{n_tokens:,} tokens of context, {rows[0].n_ctx:,} cells",
+        caption="KVCompose: fraction removed; seconds: measured once; allocated: with room for new tokens; "
+        "RSS, peak: of the process, beyond the loaded model",
+        box=SIMPLE,
+        collapse_padding=True,
+    )
+    table.add_column("\ncache", no_wrap=True)
+    for title in _BENCH_COLUMNS:
+        table.add_column(title, justify="right", no_wrap=True)
+    for m in rows:
+        table.add_row(m.variant.name, *_seconds(m), *_decoding(result, m), *_memory(m))
+    return table
+
+
+def _seconds(m: Measurement) -> list[str]:
+    if m.variant.compression_ratio is None:
+        return [f"{m.prefill_seconds:.2f}", "", ""]
+    return [f"{m.prefill_seconds:.2f}", f"{m.score_seconds:.2f}", f"{m.plan_seconds + m.compose_seconds:.3f}"]
+
+
+def _decoding(result: BenchResult, m: Measurement) -> list[str]:
+    rates = m.decode_rates
+    return [f"{m.decode_rate:.1f}", f"{min(rates):.1f}-{max(rates):.1f}", f"{result.speedup(m):.2f}"]
+
+
+def _memory(m: Measurement) -> list[str]:
+    peak = "" if m.peak_bytes is None else f"{(m.peak_bytes - m.baseline_bytes) / 1e6:.1f}"
+    return [
+        f"{m.kv_bytes_rows / 1e6:.1f}", f"{m.kv_bytes / 1e6:.1f}", f"{(m.rss_bytes - m.baseline_bytes) / 1e6:.1f}", peak
+    ]  # fmt: skip
 
 
 def _marked(answer: str, question: Question) -> Text:

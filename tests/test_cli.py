@@ -62,7 +62,7 @@ def test_help_loads_neither_the_library_nor_the_kernels() -> None:
 
 
 def test_fetch_of_an_unknown_name_lists_the_known_ones() -> None:
-    assert "'nope' is not one of smollm2" in failure(["fetch", "nope"])
+    assert "'nope' is not one of gemma-3-270m, smollm2" in failure(["fetch", "nope"])
 
 
 def test_fetch_prints_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_fetch_prints_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_run_without_such_a_model(tmp_path: Path, context: Path) -> None:
-    assert "neither a file nor one of smollm2" in failure(run_arguments(tmp_path / "no.gguf", context))
+    assert "neither a file nor one of gemma-3-270m, smollm2" in failure(run_arguments(tmp_path / "no.gguf", context))
 
 
 def test_run_without_such_a_context(tmp_path: Path) -> None:
