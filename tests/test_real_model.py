@@ -159,3 +159,50 @@ def test_the_process_gives_the_memory_back(smollm2):
     assert m["small"] <= 0.27 * context + room
     assert rss_freed >= 0.9 * freed
     assert m["peak"] <= m["rss_full"] + layer + 32e6
+
+
+@pytest.fixture
+def gemma():
+    """gemma-3-270m, a base model: 15 of 18 layers see the last 512 tokens, the other three everything."""
+    from kvcompose_gguf import Llama, models
+
+    method = KVCompose(compression_ratio=0.25, keep_last=0)  # three layers hold all that lies behind the windows
+    llama = Llama(
+        str(models.fetch("gemma-3-270m")), n_ctx=4096, n_threads=2, n_threads_batch=2, flash_attn=True, verbose=False,
+        kv_compressor=method, swa_full=False,
+    )  # fmt: skip
+    yield llama
+    llama.close()
+
+
+def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_them(gemma):
+    from kvcompose_gguf.demo import document
+
+    text = document()
+    needle = "\nThe password of the boathouse is 7419.\n"
+    context = gemma._prompt_tokens(text[:1500] + needle + text[1500:6500])
+    question = gemma._tokens("\nThe password of the boathouse is")
+    place = len(gemma._prompt_tokens(text[:1500]))
+    assert len(context) - place > 512 + 256  # the windows do not see it, and their cells were used again
+    report = gemma.compress(context)
+    assert len(report.n_kept) == 3
+    assert report.kv_bytes_kept <= 0.751 * report.kv_bytes_full
+    answers = [gemma.detokenize(greedy(gemma, context + question, 8)) for _ in range(2)]
+    assert b"7419" in answers[0]
+    assert answers[0] == answers[1]  # the windows were brought back to the end of the context
+    assert gemma._session.state().n_composed == len(context)
+
+
+def test_keeping_everything_of_a_sliding_window_model_changes_no_logits(gemma, prose):
+    text = gemma._prompt_tokens(b"The keeper walked along the shore and looked at the lamp. " * 90)
+    context, after = text[:1000], text[1000:1024]
+    assert len(after) == 24
+    want, got = [], []
+    for logits, compose in ((want, False), (got, True)):
+        gemma._prefill(context, keep_prefix=False)
+        if compose:
+            gemma._session.compose(CompositionPlan.keep_all(1000, [layer.n_head_kv for layer in gemma._session.layers]))
+        for token in after:
+            gemma.eval([token])
+            logits.append(last_logits(gemma))
+    assert np.abs(np.array(got) - np.array(want)).max() <= 1e-3
