@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Does a compressed cache still know the fact?
 
-    python scripts/bench_answers.py [--model smollm2] [--samples 20] [--n-tokens 2000]
+    python scripts/bench_answers.py [--model smollm2] [--samples 20] [--modes repeat,window] [--type-kv 8]
 
 Regime: prompts of N tokens, the demo document's sentences in seeded order with one needle sentence at a seeded depth.
-The prompt is prefilled and scored once without the question, and composed at every ratio from the same scores. Greedy,
-16 tokens; right if the needle's number occurs. The last line is one JSON document. Give it the machine alone.
+The prompt is prefilled once, scored in every mode without the question, and composed at every ratio from the same
+scores. Greedy, 16 tokens; right if the needle's number occurs. The last line is one JSON document. Give it the machine
+alone.
 """
 
 from __future__ import annotations
@@ -16,13 +17,23 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama, models
 from kvcompose_gguf.demo import document
 
-RATIOS = (0.0, 0.5, 0.75, 0.9)
+RATIOS = (0.5, 0.75, 0.9)
+MODES: dict[str, dict[str, Any]] = {
+    "repeat": {},
+    "repeat-1/2": {"scoring_fraction": 0.5},
+    "repeat-1/4": {"scoring_fraction": 0.25},
+    "repeat-1/8": {"scoring_fraction": 0.125},
+    "window": {"scoring": "window"},
+    "prefill": {"scoring": "prefill", "agg_task": "mean"},
+    "prefill-max": {"scoring": "prefill"},
+}
 PLACES = ("boathouse", "library", "old mill", "north gate", "wine cellar", "bakery", "chapel", "greenhouse")
 
 
@@ -59,37 +70,49 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--n-tokens", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--modes", default="repeat", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--type-kv", type=int, default=1, help="ggml type of keys and values: 1 f16, 8 q8_0, 2 q4_0")
     args = parser.parse_args()
+    modes = {name: MODES[name] for name in args.modes.split(",")}
 
     path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
-    method = KVCompose(compression_ratio=0.5, keep_last=0)
+    plain = KVCompose(compression_ratio=0.5, keep_last=0)
     llama = Llama(
         path, n_ctx=args.n_tokens + 640, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
-        kv_compressor=method, verbose=False,
+        kv_compressor=plain, type_k=args.type_kv, type_v=args.type_kv, verbose=False,
     )  # fmt: skip
-    right = {ratio: 0 for ratio in RATIOS}
+    right = dict.fromkeys(["full", *(f"{mode} {ratio:g}" for mode in modes for ratio in RATIOS)], 0)
+    seconds = {mode: [] for mode in modes}
+    n_bytes: dict[str, int] = {}
     start = time.perf_counter()
     for seed in range(args.samples):
         context, question, number = haystack(llama, args.n_tokens, seed)
+        prompt = context + llama._tokens("\n\n" + question)
         llama.reset()
         llama._prefill(context)
-        attention, _ = llama._attention(context, method)
         state = llama.save_state()
-        prompt = context + llama._tokens("\n\n" + question)
-        marks = []
-        for ratio in RATIOS:
+        n_bytes["full"] = llama.kv_bytes
+        marks = {"full": number in answer(llama, prompt)}
+        for mode, options in modes.items():
+            method = replace(plain, **options)
             llama.load_state(state)
-            if ratio:
-                plan = replace(method, compression_ratio=ratio).plan(attention, llama._session.layers)
+            attention = llama._attention(context, [], method)
+            seconds[mode].append(attention.prefill_seconds + attention.score_seconds)
+            for ratio in RATIOS:
+                llama.load_state(state)
+                plan = replace(method, compression_ratio=ratio).plan(attention.layers, llama._session.layers)
                 llama._session.compose(plan)
                 llama._compressed = context
-            found = number in answer(llama, prompt)
-            right[ratio] += found
-            marks.append(f"{ratio:g}:{'+' if found else '-'}")
-        print(f"sample {seed}: {len(context)} tokens, {' '.join(marks)}", flush=True)
+                n_bytes[f"{ratio:g}"] = llama.kv_bytes
+                marks[f"{mode} {ratio:g}"] = number in answer(llama, prompt)
+        for name, mark in marks.items():
+            right[name] += mark
+        print(f"sample {seed}: {len(context)} tokens", *(f"{k}:{int(v)}" for k, v in marks.items()), flush=True)
     result = {
-        "model": Path(path).name, "samples": args.samples, "n_tokens": args.n_tokens,
-        "right": {str(ratio): count for ratio, count in right.items()}, "seconds": round(time.perf_counter() - start),
+        "model": Path(path).name, "samples": args.samples, "n_tokens": args.n_tokens, "type_kv": args.type_kv,
+        "right": right, "kv_bytes": n_bytes,
+        "scoring_seconds": {mode: round(float(np.median(values)), 2) for mode, values in seconds.items()},
+        "seconds": round(time.perf_counter() - start),
     }  # fmt: skip
     print(json.dumps(result))
 
