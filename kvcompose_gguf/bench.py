@@ -13,7 +13,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from .bench_result import BenchResult, Environment, Measurement, Variant, read_r
 from .bench_worker import Job, Worker
 from .errors import ConfigError, ContextLengthError
 from .plots import check_plot, plot_bench
-from .run import resolve_model
+from .run import open_vocabulary, resolve_model
 from .tables import bench_table
 
 #: as llama.cpp names them
@@ -163,7 +163,7 @@ def run_bench(
         save: is given what there is after each size.
     """
     console = console or Console(quiet=True)
-    with _vocabulary(model_path) as vocabulary:
+    with open_vocabulary(model_path) as vocabulary:
         n_ctx_train = _n_ctx_train(vocabulary)
         sizes = options.sizes(n_ctx_train)
         tokens, text = context_tokens(vocabulary, max(sizes) + options.n_decode, options.text)
@@ -256,22 +256,6 @@ def _measure(jobs: Sequence[Job], repeats: int, console: Console) -> list[Measur
         )
         for job, reading, samples, memory in zip(jobs, readings, zip(*rounds, strict=True), memories, strict=True)
     ]  # fmt: skip
-
-
-@contextlib.contextmanager
-def _vocabulary(model_path: Path) -> Iterator[Any]:
-    """The bindings' ``LlamaModel`` without its weights."""
-    from .native import library
-
-    llama_cpp = library.load()
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    try:
-        vocabulary = llama_cpp._internals.LlamaModel(path_model=str(model_path), params=params, verbose=False)
-    except ValueError as error:
-        raise ConfigError(f"{model_path} cannot be used: {error}") from error
-    with contextlib.closing(vocabulary):
-        yield vocabulary
 
 
 def _n_ctx_train(vocabulary: Any) -> int:

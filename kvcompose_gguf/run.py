@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,8 +159,9 @@ def read_context(file: Path) -> str:
     return text
 
 
-def token_counts(model_path: Path, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text, from the model's vocabulary alone: its weights are not read.
+@contextlib.contextmanager
+def open_vocabulary(model_path: Path) -> Iterator[Any]:
+    """The bindings' ``LlamaModel`` with the vocabulary and metadata alone: its weights are not read.
 
     Raises:
         ConfigError: llama.cpp cannot load the file.
@@ -173,10 +175,18 @@ def token_counts(model_path: Path, texts: Sequence[str]) -> list[int]:
         vocabulary = llama_cpp._internals.LlamaModel(path_model=str(model_path), params=params, verbose=False)
     except ValueError as error:
         raise ConfigError(f"{model_path} cannot be used: {error}") from error
-    try:
+    with contextlib.closing(vocabulary):
+        yield vocabulary
+
+
+def token_counts(model_path: Path, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text.
+
+    Raises:
+        ConfigError: llama.cpp cannot load the file.
+    """
+    with open_vocabulary(model_path) as vocabulary:
         return [len(vocabulary.tokenize(text.encode(), False, True)) for text in texts]
-    finally:
-        vocabulary.close()
 
 
 def timed_completion(llm: Llama, prompt: str, max_tokens: int) -> tuple[str, float]:

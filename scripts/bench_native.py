@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama, models
+from kvcompose_gguf.llama import _Decoder
 
 CHUNK = 512
 N_DECODE = 64
@@ -64,7 +65,7 @@ def show(title: str, samples: dict[str, list[float]], base: str) -> dict[str, An
 def bench_scores(make: Callable[..., Llama], ids: list[int], repeats: int) -> dict[str, Any]:
     llama = make(len(ids) + CHUNK + 256)
     llama._prefill(ids)
-    session, n = llama._session, len(ids)
+    session, decoder, n = llama._session, _Decoder(llama), len(ids)
     session.reserve(n + CHUNK)
 
     def decode(fast: bool, scored: bool) -> None:
@@ -72,9 +73,9 @@ def bench_scores(make: Callable[..., Llama], ids: list[int], repeats: int) -> di
         with llama._on_top(n):
             if scored:
                 with session.scoring("max", n, 64 << 20):
-                    _decode(llama, ids[:CHUNK], n)
+                    decoder.decode(ids[:CHUNK], n)
             else:
-                _decode(llama, ids[:CHUNK], n)
+                decoder.decode(ids[:CHUNK], n)
 
     sides = {
         "llama.cpp's attention": lambda: timed(lambda: decode(False, False)),
@@ -150,12 +151,6 @@ def bench_elastic(make: Callable[..., Llama], ids: list[int], n_ctx: int, repeat
     for llama in caches.values():
         llama.close()
     return out | {"kv_bytes": n_bytes}
-
-
-def _decode(llama: Llama, tokens: list[int], pos: int) -> None:
-    llama._batch.set_batch(batch=tokens, n_past=pos, logits_all=False)
-    llama._batch.batch.logits[len(tokens) - 1] = False
-    llama._ctx.decode(llama._batch)
 
 
 def main() -> None:

@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny
 
 N = 300
+
+#: caches that the device tests run with
+CACHES = [
+    pytest.param({"flash_attn": False, "type_k": 0, "type_v": 0}, id="transposed-v"),
+    pytest.param({"flash_attn": True, "type_k": 1, "type_v": 1}, id="flash"),
+    pytest.param({"flash_attn": True, "type_k": 8, "type_v": 8}, id="q8_0"),
+]
 
 
 def run(path: Path, options: dict[str, Any], endpoints: list[str] = [], env: dict[str, str] | None = None) -> dict[str, Any]:  # noqa: B006

@@ -217,7 +217,7 @@ def test_the_middle_ratio_is_measured_with_the_other_types_as_well() -> None:
 
 @contextlib.contextmanager
 def vocabulary_of(model: Path) -> Iterator[object]:
-    with bench_module._vocabulary(model) as vocabulary:
+    with bench_module.open_vocabulary(model) as vocabulary:
         yield vocabulary
 
 

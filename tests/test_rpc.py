@@ -48,14 +48,7 @@ def wait_for(port: int) -> None:
 
 
 @pytest.mark.parametrize("n_gpu_layers", [-1, 2], ids=["all-layers", "some-layers"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({"flash_attn": False, "type_k": 0, "type_v": 0}, id="transposed-v"),
-        pytest.param({"flash_attn": True, "type_k": 1, "type_v": 1}, id="flash"),
-        pytest.param({"flash_attn": True, "type_k": 8, "type_v": 8}, id="q8_0"),
-    ],
-)
+@pytest.mark.parametrize("options", chain.CACHES)
 def test_the_chain_on_two_servers_is_the_chain_in_one_process(tiny_model, servers, options, n_gpu_layers):
     path = tiny_model(tiny.GQA_QUIET)
     local = chain.run(path, options)

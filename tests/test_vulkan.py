@@ -21,14 +21,7 @@ pytestmark = pytest.mark.skipif(not has_vulkan(), reason="the library has no Vul
 
 
 @pytest.mark.parametrize("n_gpu_layers", [-1, 2], ids=["all-layers", "some-layers"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({"flash_attn": False, "type_k": 0, "type_v": 0}, id="transposed-v"),
-        pytest.param({"flash_attn": True, "type_k": 1, "type_v": 1}, id="flash"),
-        pytest.param({"flash_attn": True, "type_k": 8, "type_v": 8}, id="q8_0"),
-    ],
-)
+@pytest.mark.parametrize("options", chain.CACHES)
 def test_the_chain_on_a_vulkan_device_is_the_chain_on_the_cpu(tiny_model, options, n_gpu_layers):
     path = tiny_model(tiny.GQA_QUIET)
     local = chain.run(path, options | {"n_gpu_layers": 0, "offload_kqv": False, "op_offload": False})
