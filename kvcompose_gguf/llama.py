@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,11 +14,14 @@ import numpy as np
 from . import kernels, seam
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
 from .geometry import KVCells
-from .methods.kvcompose import KVCompose
+from .methods.base import Method
 from .native import library
 from .native.session import KVSession, start_small
+from .plan import CompositionPlan
+from .queries import AttentionRequest, Evidence, QueryStates
 from .report import KVReport
-from .scoring import Attention, collect_attention, value_norms
+from .rows import cached_rows
+from .scoring import Attention, collect_attention, collect_queries
 
 llama_cpp = library.load()
 
@@ -45,10 +49,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     n_tokens: int  # of llama_cpp.Llama: tokens in the cache
 
     def __init__(
-        self, model_path: str, *, kv_compressor: KVCompose | None = None, elastic: bool = True, **kwargs: Any
+        self, model_path: str, *, kv_compressor: Method | None = None, elastic: bool = True, **kwargs: Any
     ) -> None:
         self._stack = contextlib.ExitStack()  # what the original's close() closes, should this not get further
-        self._method: KVCompose | None = None
+        self._method: Method | None = None
         _check_method(kv_compressor)
         #: figures of the latest compression, None before the first
         self.kv_report: KVReport | None = None
@@ -67,14 +71,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise
 
     @property
-    def kv_compressor(self) -> KVCompose | None:
+    def kv_compressor(self) -> Method | None:
         """The method that the next prompt is compressed with; it may be changed at any time."""
         return self._method
 
     @kv_compressor.setter
-    def kv_compressor(self, method: KVCompose | None) -> None:
+    def kv_compressor(self, method: Method | None) -> None:
         _check_method(method)
         if method is not None:
+            method = method.for_model(Path(self.model_path))
             self._session.set_fast_attention(True)  # raises if this context cannot be compressed
             kernels.warm_up()
         elif self._kv_session is not None:
@@ -109,6 +114,36 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise ConfigError("the context is empty")
         return self._compress(tokens, self.kv_compressor)
 
+    def observe(self, context: str | bytes | Sequence[int], method: Method, suffix: Sequence[int] = ()) -> Evidence:
+        """Prefill a context and collect what ``method`` asks to see, for ``method.plan()``; the cache stays full.
+
+        Args:
+            context: as for ``compress``; what the cache has of it already is not evaluated again.
+            suffix: tokens that follow it in its prompt.
+        Raises:
+            ContextLengthError: it does not fit, or leaves no cell for the queries on top of it.
+        """
+        tokens = self._prompt_tokens(context)
+        method = method.for_model(Path(self.model_path))
+        return self._evidence(tokens, self._attention(tokens, method.attention_request, suffix, method), method)
+
+    def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
+        """Apply ``plan`` to the cache; prompts that begin with its tokens continue on it.
+
+        Args:
+            n_room: free cells to allocate behind the composites; the cache grows by itself beyond them.
+        Raises:
+            ConfigError: the plan does not fit this cache.
+            StateError: the cache is not exactly the plan's tokens, or is composed already.
+        """
+        tokens = self._input_ids[: plan.n_tokens].tolist()
+        swa_state = self._save_swa()
+        try:
+            self._session.compose(plan, n_room)
+        finally:  # Ctrl-C may arrive after the cache has changed
+            self._compressed = tokens if self._session.state().n_composed else []
+            self._swa_state = swa_state
+
     def kv_cells(self, il: int) -> KVCells:
         """Rows of the ``il``-th cached layer: allocated, and used by a composite or a token."""
         return self._session.cells(il)
@@ -118,51 +153,69 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Bytes of all K and V buffers, now; sliding-window layers, which stay as they are, do not count."""
         return self._session.state().n_bytes
 
-    def _compress(self, tokens: list[int], method: KVCompose, suffix: Sequence[int] = ()) -> KVReport:
+    def _compress(self, tokens: list[int], method: Method, suffix: Sequence[int] = ()) -> KVReport:
         """prefill -> scores -> plan -> compose; ``suffix`` is what follows the context in its prompt."""
         n_tokens = len(tokens)
         if n_tokens >= self._n_ctx:
             raise ContextLengthError(f"{n_tokens} tokens do not fit into n_ctx={self._n_ctx} with room for an answer")
 
         session = self._session
-        kv_bytes_full = n_tokens * sum(layer.n_bytes_row for layer in session.layers)
-
-        if n_tokens < method.min_tokens:
-            n_prefilled, prefill_seconds = _timed(lambda: self._prefill(tokens))
-            kv_bytes_before = session.state().n_bytes
-            n_kept = np.full(len(session.layers), n_tokens)
-            self.kv_report = KVReport(
-                n_tokens, n_kept, kv_bytes_full, kv_bytes_full, kv_bytes_before, kv_bytes_before,
-                prefill_seconds, 0.0, 0.0, 0.0, n_prefilled, 0,
-            )  # fmt: skip
-            return self.kv_report
-
-        attention = self._attention(tokens, suffix, method)
+        compressing = n_tokens >= method.min_tokens
+        attention = self._attention(tokens, method.attention_request if compressing else None, suffix, method)
         kv_bytes_before = session.state().n_bytes
-        norms = value_norms(session, n_tokens) if method.add_v_norm else None
-        plan, plan_seconds = _timed(lambda: method.plan(attention.layers, session.layers, norms))
-        swa_state = self._save_swa()
-        try:
-            _, compose_seconds = _timed(lambda: session.compose(plan, method.n_room))
-        finally:  # Ctrl-C may arrive after the cache has changed
-            self._compressed = tokens if session.state().n_composed else []
-            self._swa_state = swa_state
+        n_kept = np.full(len(session.layers), n_tokens)
+        state_seconds = plan_seconds = compose_seconds = 0.0
+        if compressing:
+            evidence, state_seconds = _timed(lambda: self._evidence(tokens, attention, method))
+            plan, plan_seconds = _timed(lambda: method.plan(evidence))
+            _, compose_seconds = _timed(lambda: self.compose(plan, method.n_room))
+            n_kept = plan.n_kept
 
         self.kv_report = KVReport(
             n_tokens=n_tokens,
-            n_kept=plan.n_kept,
-            kv_bytes_full=kv_bytes_full,
-            kv_bytes_kept=int(sum(n * layer.n_bytes_row for n, layer in zip(plan.n_kept, session.layers, strict=True))),
+            n_kept=n_kept,
+            kv_bytes_full=n_tokens * sum(layer.n_bytes_row for layer in session.layers),
+            kv_bytes_kept=int(sum(n * layer.n_bytes_row for n, layer in zip(n_kept, session.layers, strict=True))),
             kv_bytes_before=kv_bytes_before,
             kv_bytes=session.state().n_bytes,
             prefill_seconds=attention.prefill_seconds,
-            score_seconds=attention.score_seconds,
+            score_seconds=attention.score_seconds + state_seconds,
             plan_seconds=plan_seconds,
             compose_seconds=compose_seconds,
             n_prefilled=attention.n_prefilled,
             scoring_chunk=attention.chunk,
         )
         return self.kv_report
+
+    def _attention(
+        self, tokens: list[int], request: AttentionRequest | None, suffix: Sequence[int], method: Method
+    ) -> Attention:
+        """Prefill ``tokens`` and collect what ``request`` asks for."""
+        if request is None:
+            n_prefilled, seconds = _timed(lambda: self._prefill(tokens))
+            return Attention([], n_prefilled, seconds, 0.0, 0)
+        try:
+            return collect_attention(
+                self._session, _Decoder(self), request, tokens, suffix, self._tokens, method.max_score_bytes
+            )
+        finally:
+            self._requires_eval = True  # the logits are another decode's
+
+    def _evidence(self, tokens: list[int], attention: Attention, method: Method) -> Evidence:
+        """What ``method`` may look at, now that ``tokens`` are in a full cache."""
+        session, n_tokens, states = self._session, len(tokens), None
+        if method.state_request is not None:
+            queries = collect_queries(session, _Decoder(self), method.state_request, tokens)
+            states = lambda l: QueryStates(queries[l], lambda rows, pos: session.rope(l, rows, pos))  # noqa: E731
+        return Evidence(
+            n_tokens,
+            session.layers,
+            attention.layers,
+            attention.n_window,
+            keys=lambda l: cached_rows(session, l, "k", n_tokens),
+            values=lambda l: cached_rows(session, l, "v", n_tokens),
+            states=states,
+        )
 
     def _prefill(self, tokens: list[int], keep_prefix: bool = True) -> int:
         """Bring exactly ``tokens`` into a full cache; returns how many had to be evaluated."""
@@ -177,12 +230,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if n_reused < len(tokens):
             self.eval(tokens[n_reused:])
         return len(tokens) - n_reused
-
-    def _attention(self, tokens: list[int], suffix: Sequence[int], method: KVCompose) -> Attention:
-        try:
-            return collect_attention(self._session, _Decoder(self), method, tokens, suffix, self._tokens)
-        finally:
-            self._requires_eval = True  # the logits are another decode's
 
     def _save_swa(self) -> Any:
         """State of the sliding-window layers, which lose what lies behind their window; None if they lose nothing."""
@@ -255,7 +302,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._prepare(list(tokens), self.kv_compressor)
         yield from super().generate(tokens, *args, reset=reset, **kwargs)
 
-    def _prepare(self, tokens: list[int], method: KVCompose | None) -> None:
+    def _prepare(self, tokens: list[int], method: Method | None) -> None:
         """Leave a cache that holds the compressed beginning of ``tokens``, for generate() to go on from."""
         if self._compressed:
             # the last token's logits are needed, so at least one has to be left to evaluate
@@ -341,8 +388,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
 
 def _check_method(method: Any) -> None:
-    if method is not None and not isinstance(method, KVCompose):
-        raise ConfigError(f"kv_compressor={method!r} is not a KVCompose")
+    if method is not None and not isinstance(method, Method):
+        raise ConfigError(f"kv_compressor={method!r} is not a method, e.g. KVCompose(compression_ratio=0.75)")
 
 
 class _Decoder:
@@ -351,6 +398,7 @@ class _Decoder:
     def __init__(self, llama: Llama) -> None:
         self._llama = llama
         self.n_batch = llama.n_batch
+        self.n_ubatch = int(llama_cpp.llama_n_ubatch(llama.ctx))
 
     def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
         return self._llama._prefill(list(tokens), keep_prefix)

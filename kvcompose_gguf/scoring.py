@@ -9,21 +9,24 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from .errors import ConfigError, ContextLengthError
 from .kernels.types import FloatArray
-from .methods.kvcompose import KVCompose
 from .native.session import KVSession
+from .queries import AttentionRequest, Prefill, Prompts, Repeat, StateRequest, Window
 
 #: tokens of the pieces that ``scoring_fraction`` takes: long enough for each to be text
 PIECE = 64
+
+#: tokens before a chunk that a continuation quotes, as KVzip does (kvpress, kvzip_press.py)
+N_TAIL = 8
 
 
 class Decoder(Protocol):
     """What scoring needs of a model."""
 
     n_batch: int
+    n_ubatch: int
 
     def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
         """Bring exactly ``tokens`` into the cache; returns how many were evaluated.
@@ -44,12 +47,13 @@ class Attention:
     """What queries have paid to a context that is in the cache now (KVCompose steps 1 to 3).
 
     Attributes:
-        layers: for each layer float32 ``(n_head, N)``, agg_task over the queries of their attention probability on
-            each context token, not renormalised.
+        layers: for each layer float32 ``(n_head, N)``, the request's aggregate over the queries of their attention
+            probability on each context token, not renormalised.
         n_prefilled: context tokens evaluated.
-        prefill_seconds, score_seconds: wall time of the prefill, and of the decodes of queries; those of ``"window"``
-            are part of both prefill and scoring, and counted as scoring, those of ``"prefill"`` as prefill.
-        chunk: queries at a time: a chunk of the repeat or the prompts, the whole window, 0 for ``"prefill"``.
+        prefill_seconds, score_seconds: wall time of the prefill, and of the decodes of queries; those of ``Window``
+            are part of both prefill and scoring, and counted as scoring, those of ``Prefill`` as prefill.
+        chunk: queries at a time: a chunk of the repeat or the prompts, the whole window, else 0.
+        n_window: last context tokens that were queries of a ``Window``.
     """
 
     layers: list[FloatArray]
@@ -57,35 +61,55 @@ class Attention:
     prefill_seconds: float
     score_seconds: float
     chunk: int
+    n_window: int = 0
 
 
 def collect_attention(
     session: KVSession,
     decoder: Decoder,
-    method: KVCompose,
+    request: AttentionRequest,
     tokens: Sequence[int],
     suffix: Sequence[int] = (),
     tokenize: Callable[[str], Sequence[int]] | None = None,
+    max_bytes: int = 64 << 20,
 ) -> Attention:
-    """Prefill ``tokens`` and score them as ``method.scoring`` says.
+    """Prefill ``tokens`` and collect the attention that ``request`` asks for.
 
     Args:
-        suffix: what follows the context in its prompt, whose last tokens are the queries of ``"window"``.
-        tokenize: tokens of one of ``method.prompts``.
+        suffix: what follows the context in its prompt, whose last tokens are the queries of ``Window``.
+        tokenize: tokens of a text, for ``Prompts`` and instructions.
+        max_bytes: bound of the working memory beside the scores.
     Raises:
         ContextLengthError: the context leaves no cell for queries on top of it.
         ConfigError: there are no queries.
     """
-    if method.scoring == "window":
-        return _attention_of_window(session, decoder, method, tokens, suffix)
-    if method.scoring == "prefill":
-        return _attention_of_prefill(session, decoder, method, tokens)
-    if method.scoring == "prompts":
-        assert tokenize is not None
-        queries = [tokenize(text) for text in method.prompts]
-    else:
-        queries = [spread(tokens, method.scoring_fraction)]
-    return _attention_on_top(session, decoder, method, tokens, queries)
+    return _Collector(session, decoder, request.aggregation == "max", max_bytes, tokenize).collect(
+        request.queries, tokens, suffix
+    )
+
+
+def collect_queries(
+    session: KVSession, decoder: Decoder, request: StateRequest, tokens: Sequence[int]
+) -> list[FloatArray]:
+    """Queries of the last context tokens, which are evaluated again, before their rotation.
+
+    Returns:
+        for each layer float32 ``(n_head, n_queries, n_embd_head_k)``, scaled as ``QueryStates`` says.
+    """
+    n_tokens = len(tokens)
+    n_queries = min(request.n_queries, n_tokens, decoder.n_ubatch)
+    first = n_tokens - n_queries
+    decoder.prefill(tokens[:first], True)
+    with session.taps("queries", n_queries):
+        decoder.prefill(tokens, True)
+        tapped = [session.tapped("queries", l, n_queries) for l in range(len(session.layers))]
+    queries = []
+    for l, rows in enumerate(tapped):
+        n_head = rows.shape[1]
+        pos = np.repeat(np.arange(first, n_tokens, dtype=np.int32), n_head)
+        plain = session.rope(l, rows.reshape(n_queries * n_head, -1), pos, inverse=True)
+        queries.append(np.ascontiguousarray(plain.reshape(rows.shape).transpose(1, 0, 2)))
+    return queries
 
 
 def spread(tokens: Sequence[int], fraction: float) -> list[int]:
@@ -113,120 +137,129 @@ def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: 
     return min(scoring_chunk or n_query, n_query, n_free)
 
 
-def _attention_on_top(
-    session: KVSession,
-    decoder: Decoder,
-    method: KVCompose,
-    tokens: Sequence[int],
-    queries: Sequence[Sequence[int]],
-) -> Attention:
-    """Every chunk of every query starts at position N, sees the context and the chunk so far, and is removed again.
+@dataclass(frozen=True)
+class _Collector:
+    session: KVSession
+    decoder: Decoder
+    use_max: bool
+    max_bytes: int
+    tokenize: Callable[[str], Sequence[int]] | None
 
-    The reference runs one repeat of N tokens at positions N to 2N-1 instead (kvcompose_press.py), here
-    ``scoring_chunk=None``.
-    """
-    n_tokens = len(tokens)
-    n_query = max((len(query) for query in queries), default=0)
-    if n_query == 0:
-        raise ConfigError("there is no query token to score with")
-    chunk = chunk_size(method.scoring_chunk, n_query, n_tokens, session.state().n_cells)
+    def collect(
+        self, queries: Repeat | Prompts | Window | Prefill, tokens: Sequence[int], suffix: Sequence[int]
+    ) -> Attention:
+        if isinstance(queries, Window):
+            return self.of_window(queries.size, tokens, suffix)
+        if isinstance(queries, Prefill):
+            return self.of_prefill(tokens)
+        if isinstance(queries, Prompts):
+            return self.on_top([self.tokens_of(text) for text in queries.texts], queries.chunk, tokens)
+        words = self.tokens_of(queries.instruction)
+        later_words = self.tokens_of(queries.continuation)
+        query = spread(tokens, queries.fraction)
 
-    start = time.perf_counter()
-    n_prefilled = decoder.prefill(tokens, True)
-    prefilled = time.perf_counter()
-    session.reserve(n_tokens + chunk)
-    with _scoring(session, method, n_tokens):
-        for query in queries:
-            for first in range(0, len(query), chunk):
-                with decoder.on_top(n_tokens):
-                    _decode(decoder, query[first : first + chunk], n_tokens)
-        scores = session.scores(n_tokens)
-    if method.agg_task == "mean":
-        scores = [score / np.float32(sum(map(len, queries))) for score in scores]
-    return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, chunk)
+        def introduction(first: int) -> list[int]:
+            quoted = first > 0 and bool(later_words)
+            return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
 
+        return self.on_top([query], queries.chunk, tokens, introduction)
 
-def _attention_of_window(
-    session: KVSession, decoder: Decoder, method: KVCompose, tokens: Sequence[int], suffix: Sequence[int]
-) -> Attention:
-    """The prompt's last ``method.window`` tokens judge; those behind the context are evaluated again after it."""
-    n_tokens, n_prompt = len(tokens), len(tokens) + len(suffix)
-    first = max(0, n_prompt - method.window)
-    n_cells = session.state().n_cells
-    if n_prompt > n_cells:
-        raise ContextLengthError(f"a prompt of {n_prompt} tokens does not fit into n_ctx={n_cells}")
+    def tokens_of(self, text: str) -> list[int]:
+        if not text:
+            return []
+        assert self.tokenize is not None
+        return list(self.tokenize(text))
 
-    start = time.perf_counter()
-    n_prefilled = decoder.prefill(tokens[:first], True)
-    prefilled = time.perf_counter()
-    if first < n_tokens:
-        with _scoring(session, method, n_tokens):
-            n_prefilled += decoder.prefill(tokens, True)
-            with decoder.on_top(n_tokens):
-                _decode(decoder, suffix, n_tokens)
-            scores = session.scores(n_tokens)
-    else:
-        with decoder.on_top(n_tokens):
-            _decode(decoder, suffix[: first - n_tokens], n_tokens)
-            with _scoring(session, method, n_tokens):
-                _decode(decoder, suffix[first - n_tokens :], first)
-                scores = session.scores(n_tokens)
-    _divide_by_queries(scores, method, first, n_prompt)
-    return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, n_prompt - first)
+    def scoring(self, n_tokens: int) -> AbstractContextManager[None]:
+        return self.session.scoring("max" if self.use_max else "sum", n_tokens, self.max_bytes)
 
+    def on_top(
+        self,
+        queries: Sequence[list[int]],
+        scoring_chunk: int | None,
+        tokens: Sequence[int],
+        introduction: Callable[[int], list[int]] = lambda first: [],
+    ) -> Attention:
+        """Every chunk starts at position N, sees the context and itself so far, and is removed again.
 
-def _attention_of_prefill(
-    session: KVSession, decoder: Decoder, method: KVCompose, tokens: Sequence[int]
-) -> Attention:
-    """The context's own tokens judge while they are prefilled, so what the cache has of them is no use."""
-    start = time.perf_counter()
-    decoder.prefill([], False)  # a compressed cache cannot be scored
-    with _scoring(session, method, len(tokens)):
-        n_prefilled = decoder.prefill(tokens, False)
+        The reference runs one repeat of N tokens at positions N to 2N-1 instead (kvcompose_press.py), here
+        ``Repeat(chunk=None)``.
+
+        Args:
+            introduction: tokens before the chunk that starts at a token of its query, queries as well.
+        """
+        n_tokens = len(tokens)
+        n_query = max(map(len, queries), default=0)
+        if n_query == 0:
+            raise ConfigError("there is no query token to score with")
+        n_words = max(len(introduction(0)), len(introduction(n_query)))
+        chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.session.state().n_cells)
+        chunks = [
+            introduction(first) + query[first : first + chunk]
+            for query in queries
+            for first in range(0, len(query), chunk)
+        ]
+
+        start = time.perf_counter()
+        n_prefilled = self.decoder.prefill(tokens, True)
         prefilled = time.perf_counter()
-        scores = session.scores(len(tokens))
-    _divide_by_queries(scores, method, 0, len(tokens))
-    return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, 0)
+        self.session.reserve(n_tokens + n_words + chunk)
+        with self.scoring(n_tokens):
+            for query in chunks:
+                with self.decoder.on_top(n_tokens):
+                    self.decode(query, n_tokens)
+            scores = self.session.scores(n_tokens)
+        if not self.use_max:
+            scores = [score / np.float32(sum(map(len, chunks))) for score in scores]
+        return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, chunk)
 
+    def of_window(self, size: int, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """The prompt's last ``size`` tokens judge; those behind the context are evaluated again after it."""
+        n_tokens, n_prompt = len(tokens), len(tokens) + len(suffix)
+        first = max(0, n_prompt - size)
+        n_cells = self.session.state().n_cells
+        if n_prompt > n_cells:
+            raise ContextLengthError(f"a prompt of {n_prompt} tokens does not fit into n_ctx={n_cells}")
 
-def _scoring(session: KVSession, method: KVCompose, n_tokens: int) -> AbstractContextManager[None]:
-    return session.scoring("max" if method.agg_task == "max" else "sum", n_tokens, method.max_score_bytes)
-
-
-def _divide_by_queries(scores: list[FloatArray], method: KVCompose, first: int, end: int) -> None:
-    """Sums to means, in place: token i was seen by the queries at ``[max(first, i), end)``."""
-    if method.agg_task == "mean":
-        n_queries = end - np.maximum(first, np.arange(scores[0].shape[1]))
-        for score in scores:
-            score /= n_queries.astype(np.float32)
-
-
-def _decode(decoder: Decoder, tokens: Sequence[int], pos: int) -> None:
-    for first in range(0, len(tokens), decoder.n_batch):
-        decoder.decode(tokens[first : first + decoder.n_batch], pos + first)
-
-
-def value_norms(session: KVSession, n_tokens: int) -> list[FloatArray]:
-    """L2 norms of the cached values, for each layer float32 ``(n_head_kv, n_tokens)``.
-
-    Quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms.
-    """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    norms = []
-    for ikv, layer in enumerate(session.layers):
-        stored = session.stored(ikv, "v")
-        kind = GGMLQuantizationType(layer.type_v)
-        n_embd = layer.n_head_kv * layer.n_embd_head_v
-        n_block, n_bytes = GGML_QUANT_SIZES[kind]
-        values: npt.NDArray[np.float32]
-        if layer.v_trans:
-            n_rows = session.cells(ikv).n_rows
-            columns = stored.reshape(n_embd, n_rows * n_bytes)[:, : n_tokens * n_bytes]
-            values = dequantize(np.ascontiguousarray(columns), kind).T
+        start = time.perf_counter()
+        n_prefilled = self.decoder.prefill(tokens[:first], True)
+        prefilled = time.perf_counter()
+        if first < n_tokens:
+            with self.scoring(n_tokens):
+                n_prefilled += self.decoder.prefill(tokens, True)
+                with self.decoder.on_top(n_tokens):
+                    self.decode(suffix, n_tokens)
+                scores = self.session.scores(n_tokens)
         else:
-            values = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_tokens], kind)
-        heads = values.astype(np.float32).reshape(n_tokens, layer.n_head_kv, layer.n_embd_head_v)
-        norms.append(np.ascontiguousarray(np.linalg.norm(heads, axis=2).T))
-    return norms
+            with self.decoder.on_top(n_tokens):
+                self.decode(suffix[: first - n_tokens], n_tokens)
+                with self.scoring(n_tokens):
+                    self.decode(suffix[first - n_tokens :], first)
+                    scores = self.session.scores(n_tokens)
+        self.divide_by_queries(scores, first, n_prompt)
+        elapsed = time.perf_counter() - prefilled
+        return Attention(
+            scores, n_prefilled, prefilled - start, elapsed, n_prompt - first, max(0, n_tokens - first)
+        )  # fmt: skip
+
+    def of_prefill(self, tokens: Sequence[int]) -> Attention:
+        """The context's own tokens judge while they are prefilled, so what the cache has of them is no use."""
+        start = time.perf_counter()
+        self.decoder.prefill([], False)  # a compressed cache cannot be scored
+        with self.scoring(len(tokens)):
+            n_prefilled = self.decoder.prefill(tokens, False)
+            prefilled = time.perf_counter()
+            scores = self.session.scores(len(tokens))
+        self.divide_by_queries(scores, 0, len(tokens))
+        return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, 0)
+
+    def divide_by_queries(self, scores: list[FloatArray], first: int, end: int) -> None:
+        """Sums to means, in place: token i was seen by the queries at ``[max(first, i), end)``."""
+        if not self.use_max:
+            n_queries = end - np.maximum(first, np.arange(scores[0].shape[1]))
+            for score in scores:
+                score /= n_queries.astype(np.float32)
+
+    def decode(self, tokens: Sequence[int], pos: int) -> None:
+        for first in range(0, len(tokens), self.decoder.n_batch):
+            self.decoder.decode(tokens[first : first + self.decoder.n_batch], pos + first)

@@ -96,13 +96,12 @@ def main() -> None:
         for mode, options in modes.items():
             method = replace(plain, **options)
             llama.load_state(state)
-            attention = llama._attention(context, [], method)
-            seconds[mode].append(attention.prefill_seconds + attention.score_seconds)
+            begin = time.perf_counter()
+            evidence = llama.observe(context, method)
+            seconds[mode].append(time.perf_counter() - begin)
             for ratio in RATIOS:
                 llama.load_state(state)
-                plan = replace(method, compression_ratio=ratio).plan(attention.layers, llama._session.layers)
-                llama._session.compose(plan)
-                llama._compressed = context
+                llama.compose(replace(method, compression_ratio=ratio).plan(evidence))
                 n_bytes[f"{ratio:g}"] = llama.kv_bytes
                 marks[f"{mode} {ratio:g}"] = number in answer(llama, prompt)
         for name, mark in marks.items():

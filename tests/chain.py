@@ -67,9 +67,9 @@ def main() -> None:
     out: dict[str, Any] = {"buffers": [i.buffer.decode() for i in infos], "device": [not i.k for i in infos]}
     for agg in ("max", "mean"):
         method = KVCompose(n_kept=50, agg_task=agg, scoring_chunk=128, max_score_bytes=400_000)
-        out[agg] = np.stack(llama._attention(context, [], method).layers).tolist()
+        out[agg] = np.stack(llama.observe(context, method).attention).tolist()
     window = KVCompose(n_kept=50, scoring="window", window=20)
-    out["window"] = np.stack(llama._attention(context, [], window).layers).tolist()
+    out["window"] = np.stack(llama.observe(context, window).attention).tolist()
     rng = np.random.default_rng(3)
     cells = [np.stack([np.sort(rng.choice(N, n, replace=False)) for _ in range(2)]).astype(np.int32) for n in (60, N, 33)]
     out["bytes_full"] = llama.kv_bytes

@@ -54,7 +54,7 @@ def test_scores_equal_numpy(make_llama, name, flash_attn):
     config, model = setup(name, flash_attn)
     context = tiny.tokens(config, N)
     llama = make_llama(config, flash_attn=flash_attn, **SMALL)
-    got = llama._attention(context, [], KVCompose(n_kept=50, scoring_chunk=128)).layers
+    got = llama.observe(context, KVCompose(n_kept=50, scoring_chunk=128)).attention
     assert [layer.il for layer in llama._session.layers] == full_layers(config)
     model.forward(context)
     for ikv, il in enumerate(full_layers(config)):
@@ -75,7 +75,7 @@ def test_a_masked_model_equals_a_compacted_one_and_scoring_leaves_no_trace(make_
     context, after = tiny.tokens(config, N), tiny.tokens(config, 24, seed=1)
     plan = random_plan(config)
     llama = make_llama(config, flash_attn=flash_attn, **SMALL)
-    llama._attention(context, [], KVCompose(n_kept=50, scoring_chunk=100))
+    llama.observe(context, KVCompose(n_kept=50, scoring_chunk=100))
     llama._session.compose(plan)
     model.forward(context)
     full = NumpyLlama(config)

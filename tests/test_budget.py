@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from kvcompose_gguf import ConfigError, KVCompose, budget
 from kvcompose_gguf.geometry import LayerGeometry
 from kvcompose_gguf.kernels import aggregate, reference
+from kvcompose_gguf.queries import Evidence
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -195,7 +196,7 @@ def test_the_kept_rows_never_take_more_than_max_kv_bytes(
 ) -> None:
     rows = row_bytes[: len(attention)]
     assume(max_kv_bytes >= len(rows) * max(rows))
-    plan = KVCompose(max_kv_bytes=max_kv_bytes).plan(attention, layers_of(*rows))
+    plan = KVCompose(max_kv_bytes=max_kv_bytes).plan(Evidence(attention[0].shape[1], layers_of(*rows), attention))
     assert int(plan.n_kept @ np.array(rows)) <= max_kv_bytes
 
 
@@ -204,9 +205,9 @@ def test_the_kept_rows_never_take_more_than_max_kv_bytes(
 def test_a_smaller_ratio_keeps_every_token_that_a_larger_one_keeps(
     attention: list[np.ndarray], a: float, b: float, first_layer_rule: bool
 ) -> None:
-    layers = layers_of(*[64] * len(attention))
+    evidence = Evidence(attention[0].shape[1], layers_of(*[64] * len(attention)), attention)
     fewer, more = (
-        KVCompose(compression_ratio=ratio, first_layer_rule=first_layer_rule).plan(attention, layers)
+        KVCompose(compression_ratio=ratio, first_layer_rule=first_layer_rule).plan(evidence)
         for ratio in sorted((a, b), reverse=True)
     )
     assert (fewer.n_kept <= more.n_kept).all()

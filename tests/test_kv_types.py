@@ -78,12 +78,12 @@ def test_quantized_values_without_flash_attention_are_llama_cpps_own_refusal(mak
 @pytest.mark.parametrize("name", TYPES)
 def test_norms_of_stored_values_survive_the_rotation(make_llama, name):
     """Quantized keys and values are stored Hadamard-rotated, an orthogonal map: norms are kept, elements are not."""
-    from kvcompose_gguf.scoring import value_norms
+    from kvcompose_gguf.rows import cached_rows
 
     context = tiny.tokens(CONFIG, N)
     llama = make_llama(CONFIG, type_k=TYPES[name], type_v=TYPES[name], flash_attn=True)
     llama._prefill(context)
-    got = value_norms(llama._session, N)[0]
+    got = np.linalg.norm(cached_rows(llama._session, 0, "v", N), axis=2)
     model = tiny.NumpyLlama(CONFIG)
     model.forward(context)
     want = np.linalg.norm(model.v[0], axis=2).T

@@ -14,7 +14,8 @@ from conftest import greedy, last_logits
 
 from kvcompose_gguf import ConfigError, ContextLengthError, KVCompose, KVReport, StateError
 from kvcompose_gguf.llama import llama_cpp
-from kvcompose_gguf.scoring import value_norms
+from kvcompose_gguf.queries import Evidence
+from kvcompose_gguf.rows import cached_rows
 
 N = 300
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8)
@@ -225,7 +226,7 @@ def test_a_context_that_nearly_fills_n_ctx_is_scored_in_smaller_chunks(make_llam
 
 
 def test_what_cannot_be_compressed_is_refused(make_llama):
-    with pytest.raises(ConfigError, match="not a KVCompose"):
+    with pytest.raises(ConfigError, match="is not a method"):
         make_llama(method=0.5)
     with pytest.raises(ConfigError, match="kv_compressor"):
         make_llama().compress("text")
@@ -331,18 +332,22 @@ def test_prompts_judge_the_context_when_asked_to(make_llama):
 
 
 def test_value_norms_are_the_caches(make_llama):
+    def norms_of(llama):
+        layers = range(len(llama._session.layers))
+        return [np.linalg.norm(cached_rows(llama._session, l, "v", N), axis=2) for l in layers]
+
     for flash_attn in (False, True):
         llama = make_llama(flash_attn=flash_attn)
         llama._prefill(CONTEXT)
         model = tiny.NumpyLlama(tiny.GQA)
         model.forward(CONTEXT)
-        for got, v in zip(value_norms(llama._session, N), model.v, strict=True):
+        for got, v in zip(norms_of(llama), model.v, strict=True):
             assert np.abs(got - np.linalg.norm(v, axis=2).T).max() <= (2e-3 if flash_attn else 1e-4)
     quantized = make_llama(tiny.WIDE, flash_attn=True, type_k=8, type_v=8)
     quantized._prefill(CONTEXT)
     model = tiny.NumpyLlama(tiny.WIDE)
     model.forward(CONTEXT)
-    for got, v in zip(value_norms(quantized._session, N), model.v, strict=True):
+    for got, v in zip(norms_of(quantized), model.v, strict=True):
         assert np.abs(got / np.linalg.norm(v, axis=2).T - 1).max() <= 0.02  # rotation keeps norms
 
 
@@ -432,5 +437,6 @@ def test_the_window_of_a_prompt_is_its_question(make_llama):
     model = tiny.NumpyLlama(tiny.GQA)
     attention = model.forward(CONTEXT + question)[1]
     layers = llama._session.layers
-    want = method.plan([p[:, -20:, : len(CONTEXT)].max(axis=1).astype(np.float32) for p in attention], layers)
+    scores = [p[:, -20:, : len(CONTEXT)].max(axis=1).astype(np.float32) for p in attention]
+    want = method.plan(Evidence(len(CONTEXT), layers, scores))
     assert llama.kv_report.n_kept.tolist() == want.n_kept.tolist()

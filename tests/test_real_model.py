@@ -110,6 +110,7 @@ MEMORY = """
 import gc, json, sys
 import numpy as np
 from kvcompose_gguf import KVCompose, Llama
+from kvcompose_gguf.queries import Evidence
 
 def status(key):
     for line in open("/proc/self/status"):
@@ -127,7 +128,7 @@ session = llama._session
 # attention that spreads over layers like a real one's: memory does not depend on which tokens are kept
 rng = np.random.default_rng(1)
 attention = [(rng.random((9, n_tokens)) ** power).astype(np.float32) for power in np.linspace(1, 12, 30)]
-plan = KVCompose(compression_ratio=ratio).plan(attention, session.layers)
+plan = KVCompose(compression_ratio=ratio).plan(Evidence(n_tokens, session.layers, attention))
 from kvcompose_gguf import kernels
 kernels.warm_up()
 del attention

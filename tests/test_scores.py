@@ -16,7 +16,7 @@ from kvcompose_gguf.llama import llama_cpp
 
 def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max", **options: Any) -> Any:
     method = KVCompose(compression_ratio=0.5, scoring_chunk=chunk, agg_task=agg, **options)
-    return np.stack(llama._attention(context, [], method).layers)
+    return np.stack(llama.observe(context, method).attention)
 
 
 def check(got: np.ndarray, want: np.ndarray, flash_attn: bool) -> None:
@@ -65,7 +65,7 @@ def test_window_scores_are_the_attention_of_the_prompts_last_tokens(make_llama, 
     context, suffix = tiny.tokens(config, 300), tiny.tokens(config, n_suffix, seed=5)
     llama = make_llama(config, flash_attn=flash_attn)
     method = KVCompose(compression_ratio=0.5, scoring="window", window=n_window, agg_task=agg)
-    got = np.stack(llama._attention(context, suffix, method).layers)
+    got = np.stack(llama.observe(context, method, suffix).attention)
     _, attention = NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context + suffix)
     window = np.stack(attention)[..., -n_window:, :300]
     n_seen = n_window - np.maximum(0, np.arange(300) - (300 + n_suffix - n_window))  # causal: fewer for the last tokens
@@ -82,7 +82,7 @@ def test_prefill_scores_are_the_contexts_own_attention_per_query_that_could_see_
     llama = make_llama(config, flash_attn=flash_attn, n_batch=128)
     llama._prefill(context[:100])  # what is there already has no scores
     method = KVCompose(compression_ratio=0.5, scoring="prefill", agg_task=agg)
-    attention = llama._attention(context, [], method)
+    attention = llama._attention(context, method.attention_request, [], method)
     assert attention.n_prefilled == 300
     _, own = NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context)
     own = np.stack(own)

@@ -283,7 +283,8 @@ def collect(
     **options: Any,
 ) -> Attention:
     method = KVCompose(compression_ratio=0.5, **options)
-    return collect_attention(cache, cache, method, tokens, suffix, tokenize)  # type: ignore[arg-type]
+    request = method.attention_request
+    return collect_attention(cache, cache, request, tokens, suffix, tokenize, method.max_score_bytes)  # type: ignore[arg-type]
 
 
 def ask(cache: Cache, tokens: Sequence[int], *queries: Sequence[int], **options: Any) -> Attention:

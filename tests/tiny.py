@@ -181,6 +181,9 @@ class NumpyLlama:
     stored: type = np.float64
     k: list[np.ndarray] = field(default_factory=list)
     v: list[np.ndarray] = field(default_factory=list)
+    #: of the latest forward(), for each layer: rotated queries and attention outputs, (n, n_head, n_embd_head)
+    q: dict[int, np.ndarray] = field(default_factory=dict)
+    o: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.w = {name: tensor.astype(np.float64) for name, tensor in weights(self.config).items()}
@@ -200,7 +203,8 @@ class NumpyLlama:
             p = self._append(il, self._norm(f"{blk}attn_norm", x), positions)
             attention.append(p)
             values = np.repeat(self.v[il], c.n_head // c.n_head_kv, axis=1)
-            out = self._linear(f"{blk}attn_output", np.einsum("hqk,khd->qhd", p, values).reshape(n, -1))
+            self.o[il] = np.einsum("hqk,khd->qhd", p, values)
+            out = self._linear(f"{blk}attn_output", self.o[il].reshape(n, -1))
             x = x + self._norm(f"{blk}post_attention_norm", out)
             out = self._feed_forward(blk, self._norm(f"{blk}ffn_norm", x))
             x = x + self._norm(f"{blk}post_ffw_norm", out)
@@ -223,6 +227,7 @@ class NumpyLlama:
         k = _rope(self._norm(f"{blk}attn_k_norm", k), positions, base, c.neox)
         if c.attn_temp_scale:  # llama-graph.cpp, llm_graph_input_attn_temp
             q = q * (1 + c.attn_temp_scale * np.log(1 + positions // c.n_ctx_orig))[:, None, None]
+        self.q[il] = q
         self.k[il] = np.concatenate([self.k[il], k.astype(self.stored)])
         self.v[il] = np.concatenate([self.v[il], v.astype(self.stored)])
         return self._attend(q, il, positions)

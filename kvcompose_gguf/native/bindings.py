@@ -20,6 +20,9 @@ ERR_INTERNAL = -5
 # enum llama_kvc_agg
 AGG = {"max": 0, "sum": 1}
 
+# enum llama_kvc_tap
+TAP = {"queries": 1, "outputs": 2}
+
 
 # struct llama_kvc_cache_info
 class CacheInfo(ctypes.Structure):
@@ -79,6 +82,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_CONTEXT, ctypes.c_uint32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
     ),
+    # int32_t llama_kvc_set_tensor(struct llama_context * ctx, uint32_t ikv, int32_t is_v, const void * src, size_t offset, size_t size);
+    "llama_kvc_set_tensor": (
+        ctypes.c_int32,
+        [_CONTEXT, ctypes.c_uint32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t],
+    ),
     # void llama_kvc_set_start_cells(uint32_t n_cells);
     "llama_kvc_set_start_cells": (None, [ctypes.c_uint32]),
     # int32_t llama_kvc_reserve(struct llama_context * ctx, uint32_t n_cells);
@@ -91,6 +99,22 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_kvc_scores_get": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32, c_float_p, ctypes.c_size_t]),
     # int32_t llama_kvc_scores_end(struct llama_context * ctx);
     "llama_kvc_scores_end": (ctypes.c_int32, [_CONTEXT]),
+    # int32_t llama_kvc_taps_begin(struct llama_context * ctx, int32_t what, uint32_t n_tokens);
+    "llama_kvc_taps_begin": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32, ctypes.c_uint32]),
+    # int32_t llama_kvc_taps_get(struct llama_context * ctx, uint32_t ikv, int32_t what, float * dst, size_t n);
+    "llama_kvc_taps_get": (
+        ctypes.c_int32,
+        [_CONTEXT, ctypes.c_uint32, ctypes.c_int32, c_float_p, ctypes.c_size_t],
+    ),
+    # int32_t llama_kvc_taps_end(struct llama_context * ctx);
+    "llama_kvc_taps_end": (ctypes.c_int32, [_CONTEXT]),
+    # int32_t llama_kvc_set_bias(struct llama_context * ctx, uint32_t ikv, const float * bias, uint32_t n_rows);
+    "llama_kvc_set_bias": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32, c_float_p, ctypes.c_uint32]),
+    # int32_t llama_kvc_rope(struct llama_context * ctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, int32_t inverse);
+    "llama_kvc_rope": (
+        ctypes.c_int32,
+        [_CONTEXT, ctypes.c_uint32, c_float_p, ctypes.c_uint32, c_int32_p, ctypes.c_int32],
+    ),
     # int32_t llama_kvc_compose(struct llama_context * ctx, uint32_t n_tokens, uint32_t n_layer, const uint32_t * n_kept,
     #         const int32_t * cells, size_t n_cells_total, uint32_t n_room, llama_kvc_gather_t gather);
     "llama_kvc_compose": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,6 +155,69 @@ class KVSession:
             self._call("llama_kvc_scores_get", ikv, scores.ctypes.data_as(bindings.c_float_p), scores.size)
             out.append(scores)
         return out
+
+    @contextmanager
+    def taps(self, what: str, n_tokens: int) -> Iterator[None]:
+        """Decodes inside of the ``with`` leave vectors of their first ``n_tokens`` tokens behind for ``tapped``.
+
+        Args:
+            what: ``"queries"``, rotated and scaled so that their products with keys are the attention logits, or
+                ``"outputs"`` of attention, before the output projection.
+            n_tokens: at most ``n_ubatch``.
+        """
+        try:
+            self._call("llama_kvc_taps_begin", bindings.TAP[what], n_tokens)
+            yield
+        finally:
+            self._call("llama_kvc_taps_end")
+
+    def tapped(self, what: str, ikv: int, n_tokens: int) -> npt.NDArray[np.float32]:
+        """What the latest decode left of layer ``ikv``: float32 ``(n_tokens, n_head, n_embd_head)``, k's or v's.
+
+        Hadamard-rotated as the cache's rows are, if these are quantized.
+        """
+        layer = self.layers[ikv]
+        n_embd_head = layer.n_embd_head_v if what == "outputs" else layer.n_embd_head_k
+        rows = np.empty((n_tokens, layer.n_head, n_embd_head), dtype=np.float32)
+        self._call("llama_kvc_taps_get", ikv, bindings.TAP[what], rows.ctypes.data_as(bindings.c_float_p), rows.size)
+        return rows
+
+    def rope(
+        self, ikv: int, rows: npt.NDArray[np.float32], pos: npt.NDArray[np.int32], inverse: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """``rows`` float32 ``(n_rows, n_embd_head_k)`` rotated to positions int32 ``(n_rows,)``, or back from them.
+
+        With the model's own frequencies, factors and scaling, whichever kind of RoPE it has.
+        """
+        shape = (len(pos), self.layers[ikv].n_embd_head_k)
+        if rows.shape != shape:
+            raise ConfigError(f"rows are {rows.shape}, {shape} is needed")
+        out = np.array(rows, dtype=np.float32, order="C")
+        pos = np.ascontiguousarray(pos, dtype=np.int32)
+        self._call(
+            "llama_kvc_rope", ikv, out.ctypes.data_as(bindings.c_float_p), len(pos),
+            pos.ctypes.data_as(bindings.c_int32_p), int(inverse),
+        )  # fmt: skip
+        return out
+
+    @contextmanager
+    def biased(self, biases: Sequence[npt.NDArray[np.float32]]) -> Iterator[None]:
+        """Decodes inside of the ``with`` add to the attention logits of the rows, layer by layer.
+
+        Args:
+            biases: for each layer float32 ``(n_head_kv, n_rows)``; minus infinity hides a row from a KV head.
+        Raises:
+            UnsupportedError: values are quantized.
+        """
+        try:
+            for ikv, bias in enumerate(biases):
+                bias = np.ascontiguousarray(bias, dtype=np.float32)
+                if bias.ndim != 2 or bias.shape[0] != self.layers[ikv].n_head_kv:
+                    raise ConfigError(f"biases[{ikv}] is {bias.shape}, ({self.layers[ikv].n_head_kv}, n_rows) is needed")
+                self._call("llama_kvc_set_bias", ikv, bias.ctypes.data_as(bindings.c_float_p), bias.shape[1])
+            yield
+        finally:
+            self._call("llama_kvc_set_bias", 0, None, 0)
 
     def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
         """Apply ``plan`` to the cache: all or nothing.

@@ -10,10 +10,12 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+struct llama_context;
 struct llm_graph_context;
 
 class llama_kvc {
@@ -59,6 +61,36 @@ public:
     void scores_get(uint32_t ikv, float * dst) const;
 
     uint32_t scores_n_cells() const { return score_n_cells; }
+
+    //
+    // probes
+    //
+
+    struct side_buffer {
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buf;
+        ggml_tensor *           t = nullptr; // F32, where the layer's rows are
+    };
+
+    // from here on every decode writes its first n_tokens queries and attention outputs beside the layers
+    // throws std::bad_alloc and changes nothing if there is no memory for them
+    void taps_begin(bool queries, bool outputs, uint32_t n_tokens);
+    void taps_end();
+
+    bool tapping() const { return !tap_queries.empty() || !tap_outputs.empty(); }
+
+    // F32 [n_embd_head*n_head, n_tokens], nullptr: not asked for
+    const ggml_tensor * tap(uint32_t ikv, bool outputs) const;
+
+    // added to the logits of a layer's rows from now on, [n_head_kv][n_rows]; attention is then not fused
+    void set_bias(uint32_t ikv, const float * bias, uint32_t n_rows);
+    void drop_bias();
+
+    // the bias that attention over k [n_embd_head_k, n_head_kv, n_kv] gets, kq_b if there is none of ours
+    ggml_tensor * bias(ggml_context * ctx, ggml_tensor * kq_b, const ggml_tensor * k, float kq_scale, int32_t il) const;
+
+    // RoPE of rows [n_rows][n_embd_head_k] for the positions pos as keys are cached, Hadamard rotation included, or back; in place
+    void rope_rows(const llama_context & lctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, bool inverse) const;
 
     //
     // layers of different lengths
@@ -122,11 +154,10 @@ public:
 private:
     struct group { uint32_t off; uint32_t n_rows; };
 
-    struct score_buffer {
-        ggml_context_ptr        ctx;
-        ggml_backend_buffer_ptr buf;
-        ggml_tensor *           acc = nullptr; // F32 [n_cells, n_head], where the layer's rows are
-    };
+    // one for every cached layer, [ne0, ne1] = shape(il); throws std::bad_alloc
+    std::vector<side_buffer> side_buffers(const char * name, const std::function<std::pair<int64_t, int64_t>(int32_t)> & shape) const;
+
+    void copy_taps(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * cur, float kq_scale, uint32_t ikv) const;
 
     int64_t score_block(int64_t n_kv, int64_t n_group, int64_t n_tokens) const;
 
@@ -160,7 +191,11 @@ private:
     llama_kvc_agg score_agg       = LLAMA_KVC_AGG_MAX;
     uint32_t      score_n_cells   = 0;
     size_t        score_max_bytes = 0;
-    std::vector<score_buffer> score_buffers; // per cached layer
+    std::vector<side_buffer> score_buffers; // per cached layer [n_cells, n_head]
+
+    std::vector<side_buffer> tap_queries;   // per cached layer [n_embd_head_k*n_head, n_tokens]
+    std::vector<side_buffer> tap_outputs;   // per cached layer [n_embd_head_v*n_head, n_tokens]
+    std::vector<side_buffer> biases;        // per cached layer [n_cells, n_head]
 
     uint32_t n_past     = 0;              // tokens composed, 0: not composed
     uint32_t n_start    = 0;              // cells of an empty cache

@@ -16,29 +16,7 @@ static constexpr int OP_PARAM_ON      = 10;
 static constexpr int SRC_SCORES       = 5;
 
 void llama_kvc::scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_bytes) {
-    std::vector<score_buffer> buffers;
-    for (const auto & layer : kv.layers) {
-        const ggml_init_params params = {
-            /*.mem_size   =*/ ggml_tensor_overhead(),
-            /*.mem_buffer =*/ NULL,
-            /*.no_alloc   =*/ true,
-        };
-        score_buffer cur;
-        cur.ctx.reset(ggml_init(params));
-        if (!cur.ctx) {
-            throw std::bad_alloc();
-        }
-        cur.acc = ggml_new_tensor_2d(cur.ctx.get(), GGML_TYPE_F32, n_cells, kv.hparams.n_head(layer.il));
-        ggml_format_name(cur.acc, "kvc_scores-%d", layer.il);
-        cur.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(cur.ctx.get(), ggml_backend_buffer_get_type(layer.k->buffer)));
-        if (!cur.buf) {
-            throw std::bad_alloc();
-        }
-        ggml_backend_buffer_clear(cur.buf.get(), 0);
-        buffers.push_back(std::move(cur));
-    }
-
-    score_buffers   = std::move(buffers);
+    score_buffers   = side_buffers("kvc_scores", [&](int32_t il) { return std::make_pair<int64_t, int64_t>(n_cells, kv.hparams.n_head(il)); });
     score_agg       = agg;
     score_n_cells   = n_cells;
     score_max_bytes = max_bytes;
@@ -54,7 +32,7 @@ void llama_kvc::scores_end() {
 }
 
 void llama_kvc::scores_get(uint32_t ikv, float * dst) const {
-    const ggml_tensor * acc = score_buffers[ikv].acc;
+    const ggml_tensor * acc = score_buffers[ikv].t;
 
     ggml_backend_tensor_get(acc, dst, 0, ggml_nbytes(acc));
 }
@@ -74,7 +52,7 @@ static bool is_cpu(ggml_backend_buffer_t buffer) {
 size_t llama_kvc::n_extra_nodes(uint32_t n_tokens) const {
     size_t n = 0;
     for (const auto & layer : kv.layers) {
-        n += 4;
+        n += 4 + (tapping() ? 8 : 0) + (biases.empty() ? 0 : 16);
         if (scoring() && (kv.v_trans || is_cpu(layer.k->buffer))) {
             n += 12;
         } else if (scoring()) {
@@ -131,6 +109,8 @@ void llama_kvc::attend(
 
     const uint32_t ikv = ikv_of(il);
 
+    copy_taps(g, q, cur, kq_scale, ikv);
+
     ggml_tensor * attention = find_attention(cur);
 
     const bool own_flash = attention && attention->op == GGML_OP_FLASH_ATTN_EXT && is_cpu(kv.layers[ikv].k->buffer);
@@ -143,7 +123,7 @@ void llama_kvc::attend(
         return;
     }
 
-    ggml_tensor * acc = score_buffers[ikv].acc;
+    ggml_tensor * acc = score_buffers[ikv].t;
 
     if (own_flash) {
         attention->src[SRC_SCORES] = acc;

@@ -219,6 +219,30 @@ int32_t llama_kvc_get_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, vo
     });
 }
 
+int32_t llama_kvc_set_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, const void * src, size_t offset, size_t size) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        int32_t il = 0;
+        ggml_tensor * k = nullptr;
+        ggml_tensor * v = nullptr;
+        if (const int32_t status = get_layer(ctx, ikv, &kv, &il, &k, &v)) {
+            return status;
+        }
+
+        ggml_tensor * t = is_v ? v : k;
+
+        const size_t n_bytes = ggml_nbytes(t);
+        if (!src || offset > n_bytes || size > n_bytes - offset) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("bytes [%zu, +%zu) of a tensor of %zu", offset, size, n_bytes));
+        }
+
+        ctx->synchronize();
+        ggml_backend_tensor_set(t, src, offset, size);
+
+        return LLAMA_KVC_OK;
+    });
+}
+
 int32_t llama_kvc_reserve(llama_context * ctx, uint32_t n_cells) {
     return guarded([&]() -> int32_t {
         llama_kv_cache * kv = nullptr;
@@ -326,6 +350,129 @@ int32_t llama_kvc_scores_end(llama_context * ctx) {
             kv->make_kvc().scores_end();
             ctx->kvc_reserve(); // gives the score matrix back
         }
+
+        return LLAMA_KVC_OK;
+    });
+}
+
+int32_t llama_kvc_taps_begin(llama_context * ctx, int32_t what, uint32_t n_tokens) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        if (const int32_t status = get_kv(ctx, &kv)) {
+            return status;
+        }
+        if (what <= 0 || (what & ~(LLAMA_KVC_TAP_QUERIES | LLAMA_KVC_TAP_OUTPUTS))) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("what = %d", what));
+        }
+        if (n_tokens == 0 || n_tokens > ctx->get_cparams().n_ubatch) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("n_tokens = %u, n_ubatch is %u", n_tokens, ctx->get_cparams().n_ubatch));
+        }
+
+        auto & kvc = kv->make_kvc();
+        if (kvc.tapping()) {
+            return fail(LLAMA_KVC_ERR_STATE, "taps are on already");
+        }
+
+        ctx->synchronize();
+        kvc.taps_begin(what & LLAMA_KVC_TAP_QUERIES, what & LLAMA_KVC_TAP_OUTPUTS, n_tokens);
+        ctx->kvc_reserve();
+
+        return LLAMA_KVC_OK;
+    });
+}
+
+int32_t llama_kvc_taps_get(llama_context * ctx, uint32_t ikv, int32_t what, float * dst, size_t n) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        int32_t il = 0;
+        ggml_tensor * k = nullptr;
+        ggml_tensor * v = nullptr;
+        if (const int32_t status = get_layer(ctx, ikv, &kv, &il, &k, &v)) {
+            return status;
+        }
+        if (what != LLAMA_KVC_TAP_QUERIES && what != LLAMA_KVC_TAP_OUTPUTS) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("what = %d", what));
+        }
+
+        const ggml_tensor * t = kv->make_kvc().tap(ikv, what == LLAMA_KVC_TAP_OUTPUTS);
+        if (!t) {
+            return fail(LLAMA_KVC_ERR_STATE, "this tap is off");
+        }
+        // the first tokens are enough for a decode of fewer
+        if (!dst || n == 0 || n > (size_t) ggml_nelements(t) || n % t->ne[0]) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u has %lld floats in rows of %lld, the caller wants %zu", ikv, (long long) ggml_nelements(t), (long long) t->ne[0], n));
+        }
+
+        ctx->synchronize();
+        ggml_backend_tensor_get(t, dst, 0, n*sizeof(float));
+
+        return LLAMA_KVC_OK;
+    });
+}
+
+int32_t llama_kvc_taps_end(llama_context * ctx) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        if (const int32_t status = get_kv(ctx, &kv)) {
+            return status;
+        }
+        if (kv->make_kvc().tapping()) {
+            ctx->synchronize();
+            kv->make_kvc().taps_end();
+        }
+
+        return LLAMA_KVC_OK;
+    });
+}
+
+int32_t llama_kvc_set_bias(llama_context * ctx, uint32_t ikv, const float * bias, uint32_t n_rows) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        int32_t il = 0;
+        ggml_tensor * k = nullptr;
+        ggml_tensor * v = nullptr;
+        if (const int32_t status = get_layer(ctx, ikv, &kv, &il, &k, &v)) {
+            return status;
+        }
+
+        auto & kvc = kv->make_kvc();
+
+        ctx->synchronize();
+        if (!bias) {
+            kvc.drop_bias();
+            return LLAMA_KVC_OK;
+        }
+        if (n_rows == 0 || n_rows > kv->get_size()) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, format("n_rows = %u, a layer can have %u", n_rows, kv->get_size()));
+        }
+        if (ggml_is_quantized(v->type)) {
+            return fail(LLAMA_KVC_ERR_UNSUPPORTED, "quantized values need fused attention, which takes no bias");
+        }
+
+        const uint64_t epoch = kvc.epoch();
+        kvc.set_bias(ikv, bias, n_rows);
+        if (kvc.epoch() != epoch) {
+            ctx->kvc_reserve();
+        }
+
+        return LLAMA_KVC_OK;
+    });
+}
+
+int32_t llama_kvc_rope(llama_context * ctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, int32_t inverse) {
+    return guarded([&]() -> int32_t {
+        llama_kv_cache * kv = nullptr;
+        int32_t il = 0;
+        ggml_tensor * k = nullptr;
+        ggml_tensor * v = nullptr;
+        if (const int32_t status = get_layer(ctx, ikv, &kv, &il, &k, &v)) {
+            return status;
+        }
+        if (!rows || !pos || n_rows == 0) {
+            return fail(LLAMA_KVC_ERR_ARGUMENT, "rows or pos is NULL, or n_rows = 0");
+        }
+
+        kv->make_kvc().rope_rows(*ctx, ikv, rows, n_rows, pos, inverse != 0);
 
         return LLAMA_KVC_OK;
     });

@@ -3,15 +3,15 @@
 // C API of the KV compression: attention scores, layer geometry, compose.
 //
 // Every function returns a llama_kvc_status and never aborts on an argument; llama_kvc_last_error() has one line
-// about the last failure of the calling thread. Only contexts with one plain KV cache (llama_kv_cache) and one
-// sequence are supported, llama_kvc_supported() says why another one is not.
+// about the last failure of the calling thread. Only contexts of one sequence with a plain KV cache (llama_kv_cache), or
+// one with sliding windows beside it, are supported; llama_kvc_supported() says why another one is not.
 
 #include "llama.h"
 
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 2
+#define LLAMA_KVC_ABI 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,6 +29,11 @@ enum llama_kvc_status {
 enum llama_kvc_agg {
     LLAMA_KVC_AGG_MAX = 0,
     LLAMA_KVC_AGG_SUM = 1,
+};
+
+enum llama_kvc_tap {
+    LLAMA_KVC_TAP_QUERIES = 1, // rotated, and scaled so that their products with keys are the attention logits
+    LLAMA_KVC_TAP_OUTPUTS = 2, // of attention, before the output projection
 };
 
 struct llama_kvc_cache_info {
@@ -87,6 +92,9 @@ LLAMA_API int32_t llama_kvc_get_layer(struct llama_context * ctx, uint32_t ikv, 
 // copies bytes of a layer's K (is_v = 0) or V tensor to dst, from host or device memory
 LLAMA_API int32_t llama_kvc_get_tensor(struct llama_context * ctx, uint32_t ikv, int32_t is_v, void * dst, size_t offset, size_t size);
 
+// writes bytes of a layer's V tensor (is_v = 1) or K tensor; what the cells mean is not checked
+LLAMA_API int32_t llama_kvc_set_tensor(struct llama_context * ctx, uint32_t ikv, int32_t is_v, const void * src, size_t offset, size_t size);
+
 // Makes room for n_cells cells now, so that the cache need not grow in steps; it is kept until the next compose or
 // call. Room that an empty cache has beyond n_cells and its start is given back.
 LLAMA_API int32_t llama_kvc_reserve(struct llama_context * ctx, uint32_t n_cells);
@@ -103,6 +111,22 @@ LLAMA_API int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg
 // dst: float32 [n_head][n_cells] of layer ikv; n = its number of floats
 LLAMA_API int32_t llama_kvc_scores_get  (struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
 LLAMA_API int32_t llama_kvc_scores_end  (struct llama_context * ctx);
+
+// From here on decodes leave the queries or attention outputs (what: a sum of llama_kvc_tap) of their first n_tokens
+// tokens behind, until the next decode. n_tokens is at most n_ubatch; a longer decode is several of them, and leaves the last.
+LLAMA_API int32_t llama_kvc_taps_begin(struct llama_context * ctx, int32_t what, uint32_t n_tokens);
+// dst: float32 [n_tokens][n_head][n_embd_head] of layer ikv, n = its number of floats. Vectors of quantized keys (values) are
+// Hadamard-rotated as these are.
+LLAMA_API int32_t llama_kvc_taps_get  (struct llama_context * ctx, uint32_t ikv, int32_t what, float * dst, size_t n);
+LLAMA_API int32_t llama_kvc_taps_end  (struct llama_context * ctx);
+
+// Adds bias, float32 [n_head_kv][n_rows], to the attention logits of a layer's first n_rows rows, from now on; -inf hides a
+// row. Attention is then not fused, which quantized V cannot be. NULL: no bias in any layer.
+LLAMA_API int32_t llama_kvc_set_bias(struct llama_context * ctx, uint32_t ikv, const float * bias, uint32_t n_rows);
+
+// Rotates rows, float32 [n_rows][n_embd_head_k], by the model's RoPE for the positions pos [n_rows], or back (inverse = 1).
+// Rotated rows are as cached keys, Hadamard-rotated if those are quantized.
+LLAMA_API int32_t llama_kvc_rope(struct llama_context * ctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, int32_t inverse);
 
 // Replaces the first n_tokens cells, which have to be the whole cache of sequence 0 at positions [0, n_tokens).
 //   n_kept [n_layer]

@@ -1,0 +1,131 @@
+"""Rules that divide one budget among the layers; each is a value, and any method can use any of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..kernels import aggregate
+from ..kernels.types import FloatArray, IntArray, LongArray
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """Scores of all layers and their order.
+
+    Attributes:
+        scores: for each layer float32 ``(n_head_kv, N)``.
+        ranking: for each layer int32 ``(n_head_kv, N)``, each head's tokens by falling score, ties by index.
+    """
+
+    scores: Sequence[FloatArray]
+    ranking: Sequence[IntArray]
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.scores)
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.scores[0].shape[1])
+
+    def composites(self, agg_head: str) -> FloatArray:
+        """Scores of the composite tokens, float32 ``(n_layer, N)``, falling within each layer (KVCompose step 6)."""
+        pairs = zip(self.scores, self.ranking, strict=True)
+        return np.stack([aggregate.composite_scores(scores, ranking, agg_head) for scores, ranking in pairs])
+
+
+class Allocation(ABC):
+    """Tokens kept per layer."""
+
+    @abstractmethod
+    def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
+        """int64 ``(n_layer,)`` with sum ``n_total``, each in ``[floor, N]``.
+
+        Raises:
+            ConfigError: there is no such division.
+        """
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same for every layer; what is left of the division goes to the first ones."""
+
+    def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
+        check_budget(ranked, n_total, floor)
+        n_each, n_rest = divmod(n_total, ranked.n_layer)
+        return np.array([n_each + (l < n_rest) for l in range(ranked.n_layer)], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class GlobalRanking(Allocation):
+    """One ranking of the composite tokens of all layers (KVCompose, arXiv 2509.05165, steps 6 to 8).
+
+    Attributes:
+        agg_head: over the heads of a composite token, ``"mean"`` or ``"max"``.
+        lower_bound: first composite ranks of every layer that win before anything else.
+        first_layer_rule: layer 0 takes the highest composite score of all layers at every rank, as in the reference.
+    """
+
+    agg_head: str = "mean"
+    lower_bound: int = 0
+    first_layer_rule: bool = False
+
+    def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
+        composites = ranked.composites(self.agg_head)
+        if self.first_layer_rule:
+            composites[0] = composites.max(axis=0)
+        return aggregate.allocate_budget(composites, n_total, max(floor, min(self.lower_bound, ranked.n_tokens)))
+
+
+def check_budget(ranked: Ranked, n_total: int, floor: int) -> None:
+    """ConfigError unless every layer can have its floor and none more than there is."""
+    if not ranked.n_layer * floor <= n_total <= ranked.n_layer * ranked.n_tokens:
+        raise ConfigError(
+            f"{n_total} composites cannot be kept: {ranked.n_layer} layers of {ranked.n_tokens} tokens, "
+            f"at least {floor} in each"
+        )
+
+
+@dataclass(frozen=True)
+class Pyramid(Allocation):
+    """Budgets that fall linearly with depth (PyramidKV, arXiv 2406.02069).
+
+    Every layer has its window, and of the average budget b behind it the last layer has b/beta and the first
+    2b - b/beta; if that is more than there is, the first has all tokens and the last what keeps the average. Budgets
+    are rounded down, and the tokens that this leaves go to the first layers that have room, one to each.
+
+    This is the authors' rule (KVCache-Factory, pyramidkv_utils.py). Where we differ: theirs rounds the slope down, and
+    so spends another total. kvpress (pyramidkv_press.py) counts the window as a part of the slope, and falls back to
+    uniform budgets when the last layer would have less than it, at ratio 0.75 of 4,096 tokens already.
+
+    Attributes:
+        window: tokens that every layer has on top of its floor, as far as the budget goes.
+        beta: the average budget over the last layer's, at least 1; 1 is uniform.
+    """
+
+    window: int
+    beta: float = 20
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ConfigError(f"window={self.window} is negative")
+        if not 1 <= self.beta < np.inf:
+            raise ConfigError(f"beta={self.beta} is below 1 or not finite")
+
+    def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
+        check_budget(ranked, n_total, floor)
+        n_layer, n_tokens = ranked.n_layer, ranked.n_tokens
+        average = Fraction(n_total, n_layer)  # exact, so that rounding is
+        base = min(Fraction(floor + self.window), average)
+        rest = average - base
+        spread = min(rest - rest / Fraction(self.beta), n_tokens - average)
+        budgets = [average + spread * Fraction(n_layer - 1 - 2 * l, max(1, n_layer - 1)) for l in range(n_layer)]
+        n_kept = np.array([int(budget) for budget in budgets], dtype=np.int64)
+        n_kept[np.flatnonzero(n_kept < n_tokens)[: n_total - n_kept.sum()]] += 1
+        return n_kept

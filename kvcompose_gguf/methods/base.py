@@ -1,0 +1,188 @@
+"""What all methods share: the user's budget, and the way from scores to a plan.
+
+A method is one file: it says which attention it needs, scores every token for every KV head, and names the rule that
+divides the budget among the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import TypeVar
+
+import numpy as np
+
+from .. import budget
+from ..errors import ConfigError
+from ..geometry import LayerGeometry
+from ..kernels import aggregate
+from ..kernels.types import FloatArray
+from ..plan import CompositionPlan
+from ..queries import AttentionRequest, Evidence, StateRequest, check_layers
+from .allocation import Allocation, Ranked, Uniform
+
+T = TypeVar("T")
+M = TypeVar("M", bound="Method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Options of every method. The budget is exactly one of ``compression_ratio``, ``max_kv_bytes`` and ``n_kept``.
+
+    Attributes:
+        compression_ratio: fraction of the context's KV entries that is REMOVED, in [0, 1).
+        max_kv_bytes: bytes that the kept rows may take, all layers; the room for new tokens comes on top.
+        n_kept: tokens kept per layer, on average over layers.
+        n_sink: first tokens of the context that every head keeps.
+        keep_last: last prompt tokens that are not compressed but evaluated on top of the compressed context. The
+            papers have no prompt after the context; a chat's last tokens are the question, so they stay whole.
+        min_tokens: contexts shorter than this are left as they are.
+        max_score_bytes: bound of the memory that scoring works in, at any context length; the scores themselves
+            (float32, layers x query heads x tokens) come on top.
+        n_room: free cells to allocate behind the composites; the cache grows by itself beyond them.
+        allocation: how the budget is divided among the layers; ``None``: the method's own rule.
+    Raises:
+        ConfigError: an option out of its range, or not exactly one budget.
+    """
+
+    compression_ratio: float | None = None
+    max_kv_bytes: int | None = None
+    n_kept: float | None = None
+    n_sink: int = 0
+    keep_last: int = 32
+    min_tokens: int = 256
+    max_score_bytes: int = 64 << 20
+    n_room: int = 256
+    allocation: Allocation | None = None
+
+    def __post_init__(self) -> None:
+        check_number("compression_ratio", self.compression_ratio, optional=True)
+        check_number("n_kept", self.n_kept, optional=True)
+        check_integer("max_kv_bytes", self.max_kv_bytes, optional=True)
+        for name in ("n_sink", "keep_last", "min_tokens", "max_score_bytes", "n_room"):
+            check_integer(name, getattr(self, name))
+        budgets = {name: getattr(self, name) for name in ("compression_ratio", "max_kv_bytes", "n_kept")}
+        given = {name: value for name, value in budgets.items() if value is not None}
+        if len(given) != 1:
+            raise ConfigError(f"exactly one of {', '.join(budgets)} is needed, {len(given)} given: {given}")
+        if self.compression_ratio is not None and not 0 <= self.compression_ratio < 1:
+            raise ConfigError(f"compression_ratio={self.compression_ratio}, the fraction removed, is not in [0, 1)")
+        for name in ("max_kv_bytes", "n_kept", "min_tokens", "max_score_bytes", "n_room"):
+            check_positive(name, getattr(self, name))
+        if self.n_room >= 1 << 31:
+            raise ConfigError(f"n_room={self.n_room} is not below 2^31")
+        for name in ("n_sink", "keep_last"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is negative")
+        if self.allocation is not None and not isinstance(self.allocation, Allocation):
+            raise ConfigError(f"allocation={self.allocation!r} is not an Allocation, e.g. Uniform()")
+
+    #
+    # what a method says about itself
+    #
+
+    @property
+    def attention_request(self) -> AttentionRequest | None:
+        """The attention that ``scores`` reads; None: keys, values or nothing."""
+        return None
+
+    @property
+    def state_request(self) -> StateRequest | None:
+        """The query vectors that ``scores`` reads, if any."""
+        return None
+
+    def for_model(self: M, model_path: Path) -> M:
+        """The method with what it needs to know about a model, e.g. a calibration.
+
+        Raises:
+            ConfigError: that has not been made; the message names the command.
+        """
+        return self
+
+    def scores(self, evidence: Evidence) -> list[FloatArray]:
+        """Importance of every token for every KV head: for each layer float32 ``(n_head_kv, N)``.
+
+        Infinity: kept before anything else. Only the order within a head counts, unless the allocation compares.
+        """
+        raise NotImplementedError
+
+    def default_allocation(self) -> Allocation:
+        """The method's own way to divide the budget among the layers."""
+        return Uniform()
+
+    #
+    # what every method shares
+    #
+
+    def n_composites(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
+        """Composites that the budget buys for a context of ``n_tokens``, over all layers."""
+        if self.compression_ratio is not None:
+            return budget.composites_for_ratio(self.compression_ratio, len(layers), n_tokens)
+        if self.n_kept is not None:
+            return budget.composites_for_n_kept(self.n_kept, len(layers), n_tokens)
+        assert self.max_kv_bytes is not None
+        return budget.composites_for_bytes(self.max_kv_bytes, layers, n_tokens)
+
+    def plan(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan:
+        """From scores to the tokens that every head keeps (KVCompose steps 6 to 9; any allocation of the budget).
+
+        Args:
+            scores: those of an earlier call with the same evidence, which are the same for every budget.
+        Raises:
+            ConfigError: scores that are not finite, layers of different N, or a budget below the floors.
+        """
+        n_tokens, layers = evidence.n_tokens, evidence.layers
+        if scores is None:
+            scores = self.scores(evidence)
+        check_layers("scores", scores, [(layer.n_head_kv, n_tokens) for layer in layers], infinite=True)
+
+        def rank(l: int) -> tuple[FloatArray, np.ndarray]:
+            forced = scores[l]
+            if self.n_sink:
+                forced = forced.copy()
+                forced[:, : self.n_sink] = np.inf
+            return forced, aggregate.rank_tokens(forced)
+
+        ranked = map_layers(rank, len(layers))
+        ranks = Ranked([s for s, _ in ranked], [r for _, r in ranked])
+        # forced sinks rank first in every head, so keeping them is a floor as well
+        floor = min(self.n_sink, n_tokens)
+        allocation = self.allocation or self.default_allocation()
+        n_kept = allocation.n_kept(ranks, self.n_composites(layers, n_tokens), floor)
+        cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
+        return CompositionPlan(n_tokens, tuple(cells))
+
+
+def check_number(name: str, value: object, *, optional: bool = False) -> None:
+    """ConfigError unless ``value`` is a number, or None if that is allowed."""
+    kinds = (int, float, NoneType) if optional else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{name}={value!r} is not a number")
+
+
+def check_integer(name: str, value: object, *, optional: bool = False) -> None:
+    """ConfigError unless ``value`` is an integer, or None if that is allowed."""
+    kinds = (int, NoneType) if optional else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ConfigError(f"{name}={value!r} is not an integer")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """ConfigError unless ``value`` is positive and finite, or None."""
+    if value is not None and not 0 < value < np.inf:
+        raise ConfigError(f"{name}={value} is not positive and finite")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """ConfigError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
+
+
+def map_layers(function: Callable[[int], T], n_layer: int) -> list[T]:
+    """The kernels release the GIL, so layers run on as many threads as there are cores."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(function, range(n_layer)))

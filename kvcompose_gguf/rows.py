@@ -1,0 +1,38 @@
+"""Cached keys and values as numpy arrays."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .kernels.types import FloatArray
+from .native.session import KVSession
+
+
+def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens: int) -> FloatArray:
+    """The first ``n_tokens`` keys or values of cached layer ``ikv``, float32 ``(n_head_kv, n_tokens, n_embd_head)``.
+
+    As they are stored: keys with their rotation, and both Hadamard-rotated if they are quantized (llama-kv-cache.cpp,
+    attn_rot_k and attn_rot_v), which keeps norms and products.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    layer = session.layers[ikv]
+    stored = session.stored(ikv, which)
+    is_v = which == "v"
+    kind = GGMLQuantizationType(layer.type_v if is_v else layer.type_k)
+    n_embd_head = layer.n_embd_head_v if is_v else layer.n_embd_head_k
+    n_embd = layer.n_head_kv * n_embd_head
+    n_block, n_bytes = GGML_QUANT_SIZES[kind]
+    rows: npt.NDArray[np.float32]
+    if is_v and layer.v_trans:
+        n_rows = session.cells(ikv).n_rows
+        columns = stored.reshape(n_embd, n_rows * n_bytes)[:, : n_tokens * n_bytes]
+        rows = dequantize(np.ascontiguousarray(columns), kind).T
+    else:
+        rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_tokens], kind)
+    heads = rows.astype(np.float32).reshape(n_tokens, layer.n_head_kv, n_embd_head)
+    return np.ascontiguousarray(heads.transpose(1, 0, 2))
