@@ -9,10 +9,8 @@ them. Sampling is not included. Give it the machine alone.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from . import __version__
 from .bench_result import BenchResult, Environment, Measurement, Variant, read_result
 from .bench_worker import Job, Worker
+from .environment import system
 from .errors import ConfigError, ContextLengthError
 from .plots import check_plot, plot_bench
 from .run import open_vocabulary, resolve_model
@@ -224,14 +222,6 @@ def numbers(name: str, text: str | None, kind: type[Number]) -> tuple[Number, ..
         raise ConfigError(f"{name}={text!r} is not a list of {what}, separated by commas") from error
 
 
-def cpu_name() -> str:
-    """The CPU's model, as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or platform.machine()])[0]
-
-
 def _measure(jobs: Sequence[Job], repeats: int, console: Console) -> list[Measurement]:
     """One size: all ``jobs`` read, one after the other, then decode in turns."""
     with contextlib.ExitStack() as stack:
@@ -273,19 +263,9 @@ def _ordinary_tokens(vocabulary: Any) -> list[int]:
 
 
 def _environment(model_path: Path, options: BenchOptions, text: str) -> Environment:
-    from .native import bindings, library
-
-    llama_cpp = library.load()
     n_cpu = os.cpu_count() or 1
     return Environment(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        package_version=__version__,
-        llama_cpp_commit=bindings.declare(llama_cpp.llama_cpp._lib).llama_kvc_commit().decode(),
-        backends=llama_cpp.llama_print_system_info().decode().strip(),
-        cpu=cpu_name(),
-        n_cpu=n_cpu,
-        os=platform.platform(),
-        python=platform.python_version(),
+        **system(),
         # without a choice that of llama-cpp-python (llama.py, Llama.__init__)
         n_threads=options.threads or max(n_cpu // 2, 1),
         n_threads_batch=options.threads or n_cpu,

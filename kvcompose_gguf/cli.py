@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 
 Ratio = Annotated[float, typer.Option("--compression-ratio", help="Fraction of the KV entries that is removed.")]
+EVAL_RATIOS = "0.25,0.5,0.75,0.875,0.9375"
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; llama-cpp-python's choice by default.")]
 
 
@@ -93,12 +94,67 @@ def bench(
     bench(model, options, json_file=json, plot_file=plot, from_file=from_file)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")] = "smollm2",
+    out: Annotated[Path, typer.Option(help="Folder of the run; what it has is not done again.")] = Path("eval"),
+    tasks: Annotated[str, typer.Option(help="RULER's tasks and passkey, or `all`.")] = "all",
+    n_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample, its answer included.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 20,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="E.g. kvcompose,scoring=window or @baselines, @scoring, @ablations; may be repeated."),
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Fractions of the KV entries that are removed.")] = EVAL_RATIOS,
+    kv_types: Annotated[str, typer.Option(help="Types of keys and values.")] = "f16",
+    question_seen: Annotated[bool, typer.Option(help="Compress with the question in sight.")] = False,
+    chat: Annotated[bool, typer.Option(help="Use the model's chat format, if it has one.")] = True,
+    texts: Annotated[str, typer.Option(help="Prose and questions: package, generated or auto.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
+    quick: Annotated[bool, typer.Option(help="A few short samples instead: minutes.")] = False,
+    report_only: Annotated[bool, typer.Option(help="Write the report of what is there.")] = False,
+) -> None:
+    """Compare methods on long-context tasks: answers, divergence from the full cache, budgets; a table and pictures."""
+    from .bench import numbers
+    from .evaluation.command import evaluate
+
+    evaluate(
+        model, out, tasks=tasks, n_tokens=n_tokens, n_samples=samples, methods=method or ["@baselines"],
+        ratios=numbers("ratios", ratios, float) or (), types_kv=tuple(kv_types.split(",")),
+        question_seen=question_seen, chat=chat, texts=texts, seed=seed, jobs=jobs, threads=threads, quick=quick,
+        report_only=report_only,
+    )  # fmt: skip
+
+
 @app.command()
 def fetch(name: Annotated[str, typer.Argument(help="The model's name, e.g. smollm2.")]) -> None:
     """Download a small model into the cache folder and print its path."""
     from .models import fetch
 
     typer.echo(fetch(name))
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")],
+    needles: Annotated[int, typer.Option(help="Facts that are hidden and asked for.")] = 3,
+    lengths: Annotated[int, typer.Option(help="Lengths of prompts, from --shortest to --longest.")] = 4,
+    depths: Annotated[int, typer.Option(help="Places of a fact in its prompt.")] = 5,
+    shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 300,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 1200,
+    errors: Annotated[int, typer.Option(help="Prompts that eviction errors are measured with.")] = 12,
+    data_free: Annotated[bool, typer.Option("--data-free", help="Random tokens instead of facts in prose.")] = False,
+    random_tokens: Annotated[int, typer.Option(help="With --data-free: tokens that come four times.")] = 256,
+    threads: Threads = None,
+) -> None:
+    """Measure once what `compresskv` has to know about a model; an interrupted run goes on where it was."""
+    from .calibrate import calibrate
+    from .calibrate_trials import CalibrateOptions
+
+    options = CalibrateOptions(needles, lengths, depths, shortest, longest, errors, random_tokens if data_free else 0)
+    calibrate(model, options, threads)
 
 
 @app.command()

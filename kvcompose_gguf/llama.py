@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from . import kernels, seam
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
-from .geometry import KVCells
+from .geometry import KVCells, LayerGeometry
 from .methods.base import Method
 from .native import library
 from .native.session import KVSession, start_small
-from .plan import CompositionPlan
+from .plan import CompositionPlan, TokenMask
 from .queries import AttentionRequest, Evidence, QueryStates
 from .report import KVReport
 from .rows import cached_rows
@@ -113,6 +114,21 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if not tokens:
             raise ConfigError("the context is empty")
         return self._compress(tokens, self.kv_compressor)
+
+    @property
+    def kv_layers(self) -> tuple[LayerGeometry, ...]:
+        """The layers that are compressed, in order."""
+        return self._session.layers
+
+    def prefill(self, context: str | bytes | Sequence[int]) -> int:
+        """Bring exactly ``context`` into a full cache; returns how many tokens had to be evaluated."""
+        return self._prefill(self._prompt_tokens(context))
+
+    @contextlib.contextmanager
+    def masked(self, mask: TokenMask) -> Iterator[None]:
+        """Inside of the ``with``, heads of a full cache see what ``mask`` shows them; nothing is saved by it."""
+        with self._session.biased(mask.biases()):
+            yield
 
     def observe(self, context: str | bytes | Sequence[int], method: Method, suffix: Sequence[int] = ()) -> Evidence:
         """Prefill a context and collect what ``method`` asks to see, for ``method.plan()``; the cache stays full.
@@ -278,7 +294,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Tokens of a prompt, as ``create_completion`` makes them: BOS if the model wants one."""
         if not isinstance(prompt, (str, bytes)):
             return [int(token) for token in prompt]
-        bos = [self.token_bos()] if self._model.add_bos_token() and self.token_bos() != -1 else []
+        bos = [self.token_bos()] if self.adds_bos else []
         return bos + self._tokens(prompt)
 
     def _piece(self, token: int) -> bytes:
@@ -340,6 +356,45 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._reserve(self.n_tokens + len(tokens) + START_CELLS)
         super().eval(tokens)
         self._n_seen = self.n_tokens
+
+    def eval_logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Evaluate ``tokens`` behind what is in the cache, all at once: the logits after each, ``(n, n_vocab)``."""
+        rows = np.empty((len(tokens), self.n_vocab()), dtype=np.float32)
+        for first in range(0, len(tokens), self.n_batch):
+            part = list(tokens[first : first + self.n_batch])
+            self._batch.set_batch(batch=part, n_past=self.n_tokens, logits_all=True)
+            self._ctx.decode(self._batch)
+            logits = llama_cpp.llama_get_logits(self.ctx)
+            rows[first : first + len(part)] = np.ctypeslib.as_array(logits, (len(part), self.n_vocab()))
+            self.input_ids[self.n_tokens : self.n_tokens + len(part)] = part
+            self.n_tokens += len(part)
+        self._requires_eval, self._n_seen = True, self.n_tokens
+        return rows
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget what follows the first ``n_tokens`` tokens, which must not lie inside of a compressed context.
+
+        Raises:
+            StateError: these tokens cannot be forgotten alone.
+        """
+        if n_tokens < len(self._compressed) or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+            raise StateError(f"what follows token {n_tokens} of {self.n_tokens} cannot be forgotten alone")
+        self.n_tokens = n_tokens
+        self._requires_eval = True
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text's tokens begin with BOS."""
+        return bool(self._model.add_bos_token()) and self.token_bos() != -1
+
+    @property
+    def can_truncate(self) -> bool:
+        """Whether any number of last tokens can be forgotten: sliding windows do not have what came before them."""
+        return not self._session.state().n_cells_swa
+
+    def is_end(self, token: int) -> bool:
+        """Whether ``token`` ends a generation: end of text, of turn, …"""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
 
     def _reserve(self, n_cells: int) -> None:
         """One step instead of several; contexts that cannot be compressed, or have no memory for it, grow in steps."""

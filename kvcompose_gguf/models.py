@@ -85,7 +85,7 @@ def is_fetched(name: str) -> bool:
     """Whether the model is there, whole and unchanged; this reads the whole file (0.1 to 0.3 s for 100 MB)."""
     model, target = _model(name), path(name)
     # the size first: it spares the hash of a file that cannot be right
-    return target.is_file() and target.stat().st_size == model.n_bytes and _sha256(target) == model.sha256
+    return target.is_file() and target.stat().st_size == model.n_bytes and sha256(target) == model.sha256
 
 
 def fetch(name: str) -> Path:
@@ -174,7 +174,8 @@ def _model(name: str) -> Model:
     return MODELS[name]
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file's contents."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):

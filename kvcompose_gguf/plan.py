@@ -13,6 +13,28 @@ IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
+class TokenMask:
+    """What every KV head may see of a full cache: an unstructured compression, simulated to know what it would give.
+
+    Attributes:
+        n_tokens: context tokens N.
+        visible: for each layer bool ``(n_head_kv, N)``.
+    """
+
+    n_tokens: int
+    visible: tuple[npt.NDArray[np.bool_], ...]
+
+    @property
+    def n_kept(self) -> npt.NDArray[np.float64]:
+        """Tokens of every layer, mean over its heads, float64 ``(n_layer,)``."""
+        return np.array([visible.sum(axis=1).mean() for visible in self.visible])
+
+    def biases(self) -> list[npt.NDArray[np.float32]]:
+        """For ``KVSession.biased``."""
+        return [np.where(visible, np.float32(0), np.float32(-np.inf)) for visible in self.visible]
+
+
+@dataclass(frozen=True, eq=False)
 class CompositionPlan:
     """Which tokens every KV head of every layer keeps.
 

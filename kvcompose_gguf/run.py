@@ -15,6 +15,7 @@ from rich.text import Text
 
 from . import models
 from .errors import ConfigError, ContextLengthError
+from .methods.base import Method
 from .methods.kvcompose import KVCompose
 from .report import KVReport
 from .tables import layer_bars
@@ -110,16 +111,23 @@ def answer_question(
 
 
 def load_model(
-    model_path: Path, n_ctx: int, method: KVCompose, *, flash_attn: bool = True, threads: int | None = None
+    model_path: Path,
+    n_ctx: int,
+    method: Method,
+    *,
+    flash_attn: bool = True,
+    threads: int | None = None,
+    **options: Any,
 ) -> Llama:
-    """A quiet ``Llama``; ``threads=None`` leaves their number to llama-cpp-python.
+    """A quiet ``Llama`` with more ``options`` of its own; ``threads=None`` leaves their number to llama-cpp-python.
 
     Raises:
         ConfigError: llama.cpp cannot load the file.
     """
     from .llama import Llama
 
-    options: dict[str, Any] = {} if threads is None else {"n_threads": threads, "n_threads_batch": threads}
+    if threads is not None:
+        options |= {"n_threads": threads, "n_threads_batch": threads}
     try:
         return Llama(
             str(model_path), n_ctx=n_ctx, flash_attn=flash_attn, kv_compressor=method, verbose=False, **options

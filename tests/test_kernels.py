@@ -214,6 +214,7 @@ WRAPPERS = {
     "ranking of composite_scores": (lambda array: aggregate.composite_scores(FLOATS, array, "mean"), INTS),
     "composites": (lambda array: aggregate.allocate_budget(array, 1), FLOATS),
     "ranking of select_cells": (lambda array: aggregate.select_cells(array, 1), INTS),
+    "scores of pool_tokens": (lambda array: aggregate.pool_tokens(array, 3, "mean"), FLOATS),
 }
 
 
@@ -345,3 +346,46 @@ def test_gather_of_transposed_values_works_in_place(n_element: int, selection: s
     strides = _transposed_strides(n_embd_head, n_element, N_ROWS)
     _gather(memory, memory, cells, n_embd_head, n_element, strides, strides)
     assert_same(memory, expected.reshape(memory.shape))
+
+
+#
+# pooling
+#
+
+
+@each_case
+@pytest.mark.parametrize("kernel", [1, 3, 5, 99])
+@pytest.mark.parametrize("kind", ["mean", "max"])
+def test_pool_tokens_equals_its_twin(case: str, kernel: int, kind: str) -> None:
+    scores = CASES[case]
+    before = scores.copy()
+    with np.errstate(invalid="ignore"):
+        twin = reference.pool_tokens(scores, kernel, kind)
+    assert_same(aggregate.pool_tokens(scores, kernel, kind), twin)
+    np.testing.assert_array_equal(scores, before, "the argument was changed")
+
+
+@pytest.mark.parametrize("kind", ["mean", "max"])
+def test_pool_tokens_passes_nan_on_as_its_twin_does(kind: str) -> None:
+    scores = np.ones((2, 9), np.float32)
+    scores[0, 4] = scores[1, 0] = scores[1, 1] = np.nan
+    twin = reference.pool_tokens(scores, 3, kind)
+    assert np.isnan(twin).sum() == 6
+    assert_same(aggregate.pool_tokens(scores, 3, kind), twin)
+
+
+def test_pool_tokens_counts_zeros_beyond_the_ends_or_nothing() -> None:
+    scores = np.full((1, 4), -3, np.float32)
+    np.testing.assert_array_equal(aggregate.pool_tokens(scores, 3, "mean"), [[-2, -3, -3, -2]])
+    np.testing.assert_array_equal(aggregate.pool_tokens(scores, 3, "max"), scores)
+
+
+def test_no_tokens_pool_to_none() -> None:
+    for kind in ("mean", "max"):
+        assert aggregate.pool_tokens(np.empty((2, 0), np.float32), 5, kind).shape == (2, 0)
+
+
+@pytest.mark.parametrize("kernel", [0, -1, 4])
+def test_pooling_needs_an_odd_kernel(kernel: int) -> None:
+    with pytest.raises(ConfigError, match=f"kernel={kernel} is not an odd positive number"):
+        aggregate.pool_tokens(FLOATS, kernel, "mean")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-
 import tiny
 from conftest import last_logits
+
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
-from kvcompose_gguf.errors import NativeError
 from kvcompose_gguf.rows import cached_rows
 
 N = 80

@@ -21,3 +21,4 @@ def warm_up() -> None:
     ranking = aggregate.rank_tokens(scores)
     aggregate.allocate_budget(aggregate.composite_scores(scores, ranking, "mean")[None], 1)
     aggregate.select_cells(ranking, 1)
+    aggregate.pool_tokens(scores, 1, "mean")

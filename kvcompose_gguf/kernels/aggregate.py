@@ -165,3 +165,38 @@ def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
     if not 0 <= n_kept <= ranking.shape[1]:
         raise ConfigError(f"n_kept={n_kept} of {ranking.shape[1]} tokens")
     return _select_cells(ranking, n_kept)
+
+
+@njit(cache=True, nogil=True)
+def _pool_tokens(scores: FloatArray, kernel: int, use_max: bool) -> FloatArray:
+    n_row, n_tokens = scores.shape
+    out = np.empty_like(scores)
+    for row in range(n_row):
+        for i in range(n_tokens):
+            first = max(0, i - kernel // 2)
+            best = scores[row, first]
+            total = 0.0
+            for j in range(first, min(n_tokens, i + kernel // 2 + 1)):
+                x = scores[row, j]
+                total += x
+                if x > best or x != x:  # as np.max, NaN wins
+                    best = x
+            out[row, i] = best if use_max else total / kernel
+    return out
+
+
+def pool_tokens(scores: FloatArray, kernel: int, kind: str) -> FloatArray:
+    """Every token's score pooled with its ``kernel // 2`` neighbours on either side.
+
+    Beyond both ends ``"mean"`` counts zeros, as torch's avg_pool1d does with its padding, and ``"max"`` nothing.
+
+    Args:
+        scores: float32 ``(n_row, n_tokens)``; a row is a head.
+        kernel: an odd number.
+        kind: ``"mean"`` or ``"max"``.
+    Returns:
+        float32 of the same shape.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ConfigError(f"kernel={kernel} is not an odd positive number")
+    return _pool_tokens(as_c(scores, "scores", np.float32, 2), kernel, _use_max(kind))

@@ -65,3 +65,12 @@ def gather(
                     src + int(cells[h, j]) * src_strides[0] + h * src_strides[1] + c * src_strides[2],
                     n_bytes,
                 )
+
+
+def pool_tokens(scores: FloatArray, kernel: int, kind: str) -> FloatArray:
+    n_tokens, n_side = scores.shape[1], kernel // 2
+    beyond = -np.inf if kind == "max" else 0.0
+    padded = np.pad(scores.astype(np.float64), ((0, 0), (n_side, n_side)), constant_values=beyond)
+    neighbours = [padded[:, j : j + n_tokens] for j in range(kernel)]
+    pooled = np.max(neighbours, axis=0) if kind == "max" else sum(neighbours) / kernel
+    return np.asarray(pooled, dtype=np.float32)

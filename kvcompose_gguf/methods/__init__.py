@@ -27,7 +27,9 @@ METHODS: dict[str, str | Callable[..., Method]] = {
     "keydiff": "kvcompose_gguf.methods.keydiff:KeyDiff",
     "expected-attention": "kvcompose_gguf.methods.expected_attention:ExpectedAttention",
     "kvzip": "kvcompose_gguf.methods.kvzip:KVzip",
+    "unstructured": "kvcompose_gguf.methods.unstructured:Unstructured",
     "random": "kvcompose_gguf.methods.random_tokens:RandomTokens",
+    "compresskv": "kvcompose_gguf.methods.compresskv:CompressKV",
 }
 
 

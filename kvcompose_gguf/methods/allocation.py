@@ -129,3 +129,52 @@ class Pyramid(Allocation):
         n_kept = np.array([int(budget) for budget in budgets], dtype=np.int64)
         n_kept[np.flatnonzero(n_kept < n_tokens)[: n_total - n_kept.sum()]] += 1
         return n_kept
+
+
+#: rules without options, by the names that `allocation=` takes
+ALLOCATIONS: dict[str, type[Allocation]] = {"uniform": Uniform, "global": GlobalRanking}
+
+
+@dataclass(frozen=True)
+class ByEvictionError(Allocation):
+    """Budgets by what every layer's attention output loses at a tiny budget (CompressKV, arXiv 2508.02401).
+
+    With the average budget B a layer has ``32 + round(error * (B - 32) * n_layer)`` tokens, at least 32 and at most 3B;
+    tokens that this leaves go one by one to the layers below their most, largest error first, and tokens that it lacks
+    are taken from those above their least, smallest error first, in as many rounds as it takes. Ties go to the lowest
+    layer. This is the authors' rule (pred_compresskv.py); where it has no answer: the least is never more than B nor
+    less than the floor, the most is never more than there is.
+
+    Attributes:
+        errors: one a layer; not negative, with sum 1.
+        least: tokens that every layer has, if B is as many.
+        most: the largest budget, as a multiple of B.
+    """
+
+    errors: tuple[float, ...]
+    least: int = 32
+    most: int = 3
+
+    def __post_init__(self) -> None:
+        errors = np.asarray(self.errors, dtype=np.float64)
+        if errors.ndim != 1 or not (errors >= 0).all() or abs(errors.sum() - 1) > 1e-3:
+            raise ConfigError(f"errors={self.errors} are not numbers from 0 on with sum 1")
+        if self.least < 0 or self.most < 1:
+            raise ConfigError(f"least={self.least}, most={self.most}, allowed are 0 and more, and 1 and more")
+
+    def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
+        check_budget(ranked, n_total, floor)
+        n_layer, errors = ranked.n_layer, np.asarray(self.errors, dtype=np.float64)
+        if len(errors) != n_layer:
+            raise ConfigError(f"{len(errors)} errors do not fit a cache of {n_layer} layers")
+        low = max(floor, min(self.least, n_total // n_layer))
+        high = min(ranked.n_tokens, -(-self.most * n_total // n_layer))
+        wanted = low + np.round(errors * (n_total - low * n_layer))
+        n_kept = np.clip(wanted, low, high).astype(np.int64)
+        while n_left := int(n_total - n_kept.sum()):
+            sign = 1 if n_left > 0 else -1
+            room = high - n_kept if n_left > 0 else n_kept - low
+            order = np.argsort(-sign * errors, kind="stable")
+            able = order[room[order] > 0][: abs(n_left)]
+            n_kept[able] += sign * max(1, min(abs(n_left) // len(able), room[able].min()))  # several rounds at once
+        return n_kept

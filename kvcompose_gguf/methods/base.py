@@ -22,7 +22,7 @@ from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..plan import CompositionPlan
 from ..queries import AttentionRequest, Evidence, StateRequest, check_layers
-from .allocation import Allocation, Ranked, Uniform
+from .allocation import ALLOCATIONS, Allocation, Ranked, Uniform
 
 T = TypeVar("T")
 M = TypeVar("M", bound="Method")
@@ -43,7 +43,8 @@ class Method:
         max_score_bytes: bound of the memory that scoring works in, at any context length; the scores themselves
             (float32, layers x query heads x tokens) come on top.
         n_room: free cells to allocate behind the composites; the cache grows by itself beyond them.
-        allocation: how the budget is divided among the layers; ``None``: the method's own rule.
+        allocation: how the budget is divided among the layers, a rule or the name of one (``"uniform"``,
+            ``"global"``); ``None``: the method's own.
     Raises:
         ConfigError: an option out of its range, or not exactly one budget.
     """
@@ -56,7 +57,7 @@ class Method:
     min_tokens: int = 256
     max_score_bytes: int = 64 << 20
     n_room: int = 256
-    allocation: Allocation | None = None
+    allocation: Allocation | str | None = None
 
     def __post_init__(self) -> None:
         check_number("compression_ratio", self.compression_ratio, optional=True)
@@ -77,7 +78,9 @@ class Method:
         for name in ("n_sink", "keep_last"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
-        if self.allocation is not None and not isinstance(self.allocation, Allocation):
+        if isinstance(self.allocation, str):
+            check_choice("allocation", self.allocation, tuple(ALLOCATIONS))
+        elif self.allocation is not None and not isinstance(self.allocation, Allocation):
             raise ConfigError(f"allocation={self.allocation!r} is not an Allocation, e.g. Uniform()")
 
     #
@@ -117,6 +120,12 @@ class Method:
     # what every method shares
     #
 
+    def rule(self) -> Allocation:
+        """The rule that divides the budget: the one asked for, or the method's own."""
+        if isinstance(self.allocation, str):
+            return ALLOCATIONS[self.allocation]()
+        return self.allocation or self.default_allocation()
+
     def n_composites(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
         """Composites that the budget buys for a context of ``n_tokens``, over all layers."""
         if self.compression_ratio is not None:
@@ -150,8 +159,7 @@ class Method:
         ranks = Ranked([s for s, _ in ranked], [r for _, r in ranked])
         # forced sinks rank first in every head, so keeping them is a floor as well
         floor = min(self.n_sink, n_tokens)
-        allocation = self.allocation or self.default_allocation()
-        n_kept = allocation.n_kept(ranks, self.n_composites(layers, n_tokens), floor)
+        n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), floor)
         cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
         return CompositionPlan(n_tokens, tuple(cells))
 
@@ -168,6 +176,12 @@ def check_integer(name: str, value: object, *, optional: bool = False) -> None:
     kinds = (int, NoneType) if optional else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise ConfigError(f"{name}={value!r} is not an integer")
+
+
+def check_flag(name: str, value: object) -> None:
+    """ConfigError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r} is neither True nor False")
 
 
 def check_positive(name: str, value: float | None) -> None:

@@ -12,7 +12,7 @@ from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..queries import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
 from .allocation import Allocation, GlobalRanking
-from .base import Method, check_choice, check_integer, check_number, check_positive, map_layers
+from .base import Method, check_choice, check_flag, check_integer, check_number, check_positive, map_layers
 
 SCORING = ("repeat", "prompts", "window", "prefill")
 
@@ -75,6 +75,8 @@ class KVCompose(Method):
             raise ConfigError(f"keep_token_lower_bound={self.keep_token_lower_bound} is negative")
         for name in ("agg_task", "agg_group", "agg_head"):
             check_choice(name, getattr(self, name), ("max", "mean"))
+        for name in ("add_v_norm", "add_mean_across_heads", "first_layer_rule"):
+            check_flag(name, getattr(self, name))
         check_choice("scoring", self.scoring, SCORING)
         if not 0 < self.scoring_fraction <= 1:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} is not in (0, 1]")

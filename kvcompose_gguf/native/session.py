@@ -212,8 +212,9 @@ class KVSession:
         try:
             for ikv, bias in enumerate(biases):
                 bias = np.ascontiguousarray(bias, dtype=np.float32)
-                if bias.ndim != 2 or bias.shape[0] != self.layers[ikv].n_head_kv:
-                    raise ConfigError(f"biases[{ikv}] is {bias.shape}, ({self.layers[ikv].n_head_kv}, n_rows) is needed")
+                n_head_kv = self.layers[ikv].n_head_kv
+                if bias.ndim != 2 or bias.shape[0] != n_head_kv:
+                    raise ConfigError(f"biases[{ikv}] is {bias.shape}, ({n_head_kv}, n_rows) is needed")
                 self._call("llama_kvc_set_bias", ikv, bias.ctypes.data_as(bindings.c_float_p), bias.shape[1])
             yield
         finally:

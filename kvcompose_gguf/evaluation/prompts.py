@@ -1,0 +1,44 @@
+"""Samples as tokens, in the model's own chat format."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .samples import Sample
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+_MARK = "\x02user\x02"
+
+
+def chat_frame(llama: Llama) -> tuple[str, str]:
+    """What the model's chat template puts before and after a user's message; empty texts without a template."""
+    template = llama.metadata.get("tokenizer.chat_template")
+    if not template:
+        return "", ""
+    from ..native import library
+
+    formatter = library.load().llama_chat_format.Jinja2ChatFormatter(
+        template, eos_token=_piece(llama, llama.token_eos()), bos_token=_piece(llama, llama.token_bos())
+    )
+    before, _, after = formatter(messages=[{"role": "user", "content": _MARK}]).prompt.partition(_MARK)
+    return before, after
+
+
+def prompt_tokens(llama: Llama, sample: Sample, frame: tuple[str, str]) -> tuple[list[int], list[int]]:
+    """Tokens of the context, and of what follows it; each on its own, as the context is compressed alone.
+
+    A space at the end of the answer's beginning is left out: tokens of words begin with theirs.
+    """
+    before, after = frame
+    text = before + sample.context
+    if llama.adds_bos:
+        text = text.removeprefix(_piece(llama, llama.token_bos()))
+    context = llama.tokenize(text.encode(), add_bos=True, special=True)
+    question = f"{sample.question}{after}{sample.answer_prefix}".rstrip(" ")
+    return context, llama.tokenize(question.encode(), add_bos=False, special=True)
+
+
+def _piece(llama: Llama, token: int) -> str:
+    return llama.detokenize([token], special=True).decode("utf-8", errors="replace") if token >= 0 else ""

@@ -1,0 +1,56 @@
+"""SnapKV (arXiv 2404.14469): the prompt's last tokens judge, and bring the neighbours of what they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..kernels import aggregate
+from ..kernels.types import FloatArray
+from ..queries import AttentionRequest, Evidence, Window
+from .base import Method, check_choice, check_integer, check_positive, map_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(Method):
+    """Attention of an observation window, mean over its queries, pooled along the tokens, mean over the group.
+
+    Defaults and order are those of kvpress (snapkv_press.py), and so are zeros beyond both ends of the pooled tokens,
+    which lower the score of the outermost ones (torch's avg_pool1d counts its padding). Where we differ: the window is
+    the prompt's, and with ``keep_last`` a part of it lies behind the context; only the rest needs to be kept.
+
+    Attributes:
+        window: last prompt tokens that judge; those of them in the context are kept.
+        kernel: tokens that are pooled, an odd number.
+        pooling: ``"mean"`` or ``"max"``, in which nothing counts beyond the ends.
+    """
+
+    window: int = 64
+    kernel: int = 5
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("window", "kernel"):
+            check_integer(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
+        if self.kernel % 2 == 0:
+            raise ConfigError(f"kernel={self.kernel} is not odd")
+        check_choice("pooling", self.pooling, ("mean", "max"))
+
+    @property
+    def attention_request(self) -> AttentionRequest:
+        return AttentionRequest(Window(self.window), "mean")
+
+    def scores(self, evidence: Evidence) -> list[FloatArray]:
+        """For each layer float32 ``(n_head_kv, N)``, infinity for the window's tokens."""
+        n_before = evidence.n_tokens - evidence.n_window
+
+        def score(l: int) -> FloatArray:
+            pooled = aggregate.pool_tokens(evidence.attention[l][:, :n_before], self.kernel, self.pooling)
+            grouped = aggregate.aggregate_group(pooled, evidence.layers[l].n_head_kv, "mean")
+            return np.pad(grouped, ((0, 0), (0, evidence.n_window)), constant_values=np.inf)
+
+        return map_layers(score, len(evidence.layers))

@@ -1,0 +1,27 @@
+"""StreamingLLM (arXiv 2309.17453): the first tokens and the last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.types import FloatArray
+from ..queries import Evidence
+from .base import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLLM(Method):
+    """Keeps ``n_sink`` attention sinks and, of the rest, the last tokens; no attention is needed.
+
+    The tokens are those of kvpress (streaming_llm_press.py). Where we differ from the paper: it gives the kept tokens
+    new positions without a gap, here keys keep the rotation that they have.
+    """
+
+    n_sink: int = 4
+
+    def scores(self, evidence: Evidence) -> list[FloatArray]:
+        """A token's score is its position, float32 ``(n_head_kv, N)``; ``plan`` keeps the sinks."""
+        positions = np.arange(evidence.n_tokens, dtype=np.float32)
+        return [np.tile(positions, (layer.n_head_kv, 1)) for layer in evidence.layers]

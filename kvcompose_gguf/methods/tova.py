@@ -1,0 +1,36 @@
+"""TOVA (arXiv 2401.06104): the last token judges, one choice for all heads of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels import aggregate
+from ..kernels.types import FloatArray
+from ..queries import AttentionRequest, Evidence, Window
+from .base import Method, map_layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOVA(Method):
+    """Attention of the prompt's last token, mean over all query heads of the layer.
+
+    As in kvpress (tova_press.py) that token itself is kept, if it belongs to the context; the paper leaves it to its
+    score. Where we differ: the paper evicts a token a step, here the last query of the prompt decides once, and with
+    ``keep_last`` it lies behind the context.
+    """
+
+    @property
+    def attention_request(self) -> AttentionRequest:
+        return AttentionRequest(Window(1), "mean")
+
+    def scores(self, evidence: Evidence) -> list[FloatArray]:
+        """For each layer float32 ``(n_head_kv, N)`` with equal rows, infinity for the token that judges."""
+
+        def score(l: int) -> FloatArray:
+            scores = aggregate.aggregate_group(evidence.attention[l], 1, "mean")
+            scores[:, evidence.n_tokens - evidence.n_window :] = np.inf
+            return np.repeat(scores, evidence.layers[l].n_head_kv, axis=0)
+
+        return map_layers(score, len(evidence.layers))
