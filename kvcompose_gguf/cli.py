@@ -53,6 +53,7 @@ def run(
     context: Annotated[Path, typer.Option(help="The text that is read and compressed, UTF-8.")],
     question: Annotated[str, typer.Option(help="What is asked about it.")],
     compression_ratio: Ratio,
+    method: Annotated[str, typer.Option(help="E.g. snapkv or kvcompose,scoring=window.")] = "kvcompose",
     n_ctx: Annotated[int | None, typer.Option(min=1, help="Cells of the cache; as many as needed by default.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     flash_attn: Annotated[bool, typer.Option(help="Flash attention for everything but the scoring.")] = True,
@@ -62,7 +63,7 @@ def run(
     from .run import run
 
     run(
-        model, context, question, compression_ratio,
+        model, context, question, compression_ratio, method=method,
         n_ctx=n_ctx, max_tokens=max_tokens, flash_attn=flash_attn, threads=threads,
     )  # fmt: skip
 

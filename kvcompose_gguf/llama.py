@@ -18,10 +18,10 @@ from .geometry import KVCells, LayerGeometry
 from .methods.base import Method
 from .native import library
 from .native.session import KVSession, start_small
-from .plan import CompositionPlan, TokenMask
+from .plan import CompositionPlan
 from .queries import AttentionRequest, Evidence, QueryStates
 from .report import KVReport
-from .rows import cached_rows
+from .rows import cached_rows, write_values
 from .scoring import Attention, collect_attention, collect_queries
 
 llama_cpp = library.load()
@@ -125,10 +125,20 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return self._prefill(self._prompt_tokens(context))
 
     @contextlib.contextmanager
-    def masked(self, mask: TokenMask) -> Iterator[None]:
-        """Inside of the ``with``, heads of a full cache see what ``mask`` shows them; nothing is saved by it."""
-        with self._session.biased(mask.biases()):
+    def biased(self, biases: Sequence[npt.NDArray[np.float32]]) -> Iterator[None]:
+        """Inside of the ``with``, attention logits of the layers' first rows get something added.
+
+        Args:
+            biases: for each layer float32 ``(n_head_kv, n_rows)``; minus infinity hides a row from a KV head. Rows are
+                the tokens of a full cache, or the composites of a compressed one and then the tokens behind them.
+        """
+        with self._session.biased(biases):
             yield
+
+    def write_values(self, values: Sequence[npt.NDArray[np.float32]]) -> None:
+        """Replace the values of first rows, for each layer float32 ``(n_head_kv, n_rows, n_embd_head_v)``."""
+        for ikv, rows in enumerate(values):
+            write_values(self._session, ikv, rows)
 
     def observe(self, context: str | bytes | Sequence[int], method: Method, suffix: Sequence[int] = ()) -> Evidence:
         """Prefill a context and collect what ``method`` asks to see, for ``method.plan()``; the cache stays full.

@@ -24,12 +24,14 @@ class Repeat:
         instruction: text before every chunk, e.g. KVzip's; its own tokens are queries as well.
         continuation: text before every chunk but the first, followed by the 8 tokens before the chunk; empty: the
             ``instruction``.
+        own: a token is judged by the chunk that repeats it alone, as by KVzip; needs all of the context.
     """
 
     chunk: int | None = 512
     fraction: float = 1.0
     instruction: str = ""
     continuation: str = ""
+    own: bool = False
 
 
 @dataclass(frozen=True)

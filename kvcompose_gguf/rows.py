@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from .errors import UnsupportedError
 from .kernels.types import FloatArray
 from .native.session import KVSession
 
@@ -36,3 +37,29 @@ def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens
         rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_tokens], kind)
     heads = rows.astype(np.float32).reshape(n_tokens, layer.n_head_kv, n_embd_head)
     return np.ascontiguousarray(heads.transpose(1, 0, 2))
+
+
+def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
+    """Replace the values of layer ``ikv``'s first rows by float32 ``(n_head_kv, n_rows, n_embd_head_v)``.
+
+    Raises:
+        UnsupportedError: values are quantized, and so Hadamard-rotated.
+    """
+    layer = session.layers[ikv]
+    if layer.type_v > 1 and layer.type_v != 30:
+        raise UnsupportedError("values of a quantized cache cannot be replaced")
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    n_head_kv, n_rows, n_embd_head = values.shape
+    if n_rows == 0:
+        return
+    rows = np.ascontiguousarray(values.transpose(1, 0, 2).reshape(n_rows, n_head_kv * n_embd_head))
+    rows = quantize(rows, GGMLQuantizationType(layer.type_v))
+    if not layer.v_trans:
+        session.store(ikv, "v", np.ascontiguousarray(rows).view(np.uint8).ravel(), 0)
+        return
+    n_bytes = rows.itemsize
+    stride = session.cells(ikv).n_rows * n_bytes
+    for column in range(rows.shape[1]):
+        session.store(ikv, "v", np.ascontiguousarray(rows[:, column]).view(np.uint8), column * stride)

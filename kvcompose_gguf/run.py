@@ -15,8 +15,7 @@ from rich.text import Text
 
 from . import models
 from .errors import ConfigError, ContextLengthError
-from .methods.base import Method
-from .methods.kvcompose import KVCompose
+from .methods import Method, make_method
 from .report import KVReport
 from .tables import layer_bars
 
@@ -42,25 +41,31 @@ def run(
     question: str,
     compression_ratio: float,
     *,
+    method: str = "kvcompose",
     n_ctx: int | None = None,
     max_tokens: int = 256,
     flash_attn: bool = True,
     threads: int | None = None,
 ) -> RunResult:
-    """Answer one question about a file from a compressed cache and print answer, report and layers."""
+    """Answer one question about a file from a compressed cache and print answer, report and layers.
+
+    Args:
+        method: a text for ``make_method``.
+    """
     console = Console()
-    method = KVCompose(compression_ratio=compression_ratio)
+    compressor = make_method(method, compression_ratio=compression_ratio)
     context = read_context(context_file)
     model_path = resolve_model(model)
     with console.status("reading and compressing the context"):
         result = answer_question(
-            model_path, context, question, method,
+            model_path, context, question, compressor,
             n_ctx=n_ctx, max_tokens=max_tokens, flash_attn=flash_attn, threads=threads,
         )  # fmt: skip
     console.print(Text(result.answer), soft_wrap=True)
     console.print()
     if result.report is None:
-        console.print(f"The context has fewer than {method.min_tokens} tokens and was not compressed.", style="yellow")
+        least = compressor.min_tokens
+        console.print(f"The context has fewer than {least} tokens and was not compressed.", style="yellow")
     else:
         console.print(Text(str(result.report)))
         console.print(layer_bars(result.report))
@@ -71,7 +76,7 @@ def answer_question(
     model_path: Path,
     context: str,
     question: str,
-    method: KVCompose,
+    method: Method,
     *,
     n_ctx: int | None = None,
     max_tokens: int = 256,

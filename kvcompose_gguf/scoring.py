@@ -162,7 +162,7 @@ class _Collector:
             quoted = first > 0 and bool(later_words)
             return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
 
-        return self.on_top([query], queries.chunk, tokens, introduction)
+        return self.on_top([query], queries.chunk, tokens, introduction, own=queries.own)
 
     def tokens_of(self, text: str) -> list[int]:
         if not text:
@@ -179,6 +179,7 @@ class _Collector:
         scoring_chunk: int | None,
         tokens: Sequence[int],
         introduction: Callable[[int], list[int]] = lambda first: [],
+        own: bool = False,
     ) -> Attention:
         """Every chunk starts at position N, sees the context and itself so far, and is removed again.
 
@@ -187,6 +188,7 @@ class _Collector:
 
         Args:
             introduction: tokens before the chunk that starts at a token of its query, queries as well.
+            own: tokens are judged by the chunk that repeats them, of a query that is the context.
         """
         n_tokens = len(tokens)
         n_query = max(map(len, queries), default=0)
@@ -204,14 +206,22 @@ class _Collector:
         n_prefilled = self.decoder.prefill(tokens, True)
         prefilled = time.perf_counter()
         self.session.reserve(n_tokens + n_words + chunk)
-        with self.scoring(n_tokens):
-            for query in chunks:
-                with self.decoder.on_top(n_tokens):
-                    self.decode(query, n_tokens)
-            scores = self.session.scores(n_tokens)
-        if not self.use_max:
-            scores = [score / np.float32(sum(map(len, chunks))) for score in scores]
-        return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, chunk)
+        scores: list[list[FloatArray]] = []
+        for judges in [[query] for query in chunks] if own else [chunks]:
+            with self.scoring(n_tokens):
+                for query in judges:
+                    with self.decoder.on_top(n_tokens):
+                        self.decode(query, n_tokens)
+                new = self.session.scores(n_tokens)
+            if not self.use_max:
+                new = [score / np.float32(sum(map(len, judges))) for score in new]
+            scores.append(new)
+        if own:
+            parts = [[score[:, i * chunk : (i + 1) * chunk] for score in new] for i, new in enumerate(scores)]
+            joined = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+        else:
+            joined = scores[0]
+        return Attention(joined, n_prefilled, prefilled - start, time.perf_counter() - prefilled, chunk)
 
     def of_window(self, size: int, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
         """The prompt's last ``size`` tokens judge; those behind the context are evaluated again after it."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ from .records import FULL, Answer, RunFolder, SampleCost
 from .ruler import RULER_TASKS, TASKS, make_sample
 from .samples import Sample
 from .texts import load_texts
+from .variants import EditedPlan, Variant
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -165,7 +168,16 @@ _worker: Worker | None = None  # of a process of the pool
 
 def _start_worker(model_path: Path, options: EvalOptions, threads: int) -> None:
     global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = Worker(model_path, options, threads)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for its next job, and hold the model, forever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _do(job: Job) -> tuple[SampleCost, list[Answer]]:
@@ -280,12 +292,14 @@ class Worker:
             yield (spec, ratio), plans[spec, ratio]
 
 
-Plan = CompositionPlan | TokenMask
+Plan = CompositionPlan | TokenMask | EditedPlan
 
 
 def plan_of(method: Method, evidence: Evidence, scores: Sequence[Any]) -> Plan:
-    """The method's plan; a mask from those that are only simulated."""
-    return method.mask(evidence, scores) if isinstance(method, Unstructured) else method.plan(evidence, scores)
+    """The method's plan; a mask or an edited plan from those that are only tried."""
+    if isinstance(method, Unstructured):
+        return method.mask(evidence, scores)
+    return method.edited(evidence, scores) if isinstance(method, Variant) else method.plan(evidence, scores)
 
 
 @contextlib.contextmanager
@@ -296,9 +310,13 @@ def compressed(llama: Llama, state: Any, plan: Plan) -> Iterator[Callable[[], No
         llama.load_state(state)
         if isinstance(plan, CompositionPlan):
             llama.compose(plan)
+        elif isinstance(plan, EditedPlan):
+            llama.compose(plan.plan)
+            llama.write_values(plan.values)
 
     restore()
-    with llama.masked(plan) if isinstance(plan, TokenMask) else contextlib.nullcontext():
+    biases = plan.biases() if isinstance(plan, TokenMask) else plan.biases if isinstance(plan, EditedPlan) else []
+    with llama.biased(biases) if len(biases) else contextlib.nullcontext():
         yield restore
 
 
@@ -315,8 +333,8 @@ def _answer(text: str, sample: Sample) -> str:
 def _label(attention: AttentionRequest | None, states: StateRequest | None) -> str:
     if attention is None:
         return str(states)
-    options = {k: v for k, v in asdict(attention.queries).items() if v not in ("", None)}
-    texts = ", ".join(f"{k}={v!r}" for k, v in options.items() if not (isinstance(v, str) and len(v) > 24))
+    options = {k: v for k, v in asdict(attention.queries).items() if v not in ("", None, False)}
+    texts = ", ".join(k if isinstance(v, (str, bool)) else f"{k}={v!r}" for k, v in options.items())
     return f"{type(attention.queries).__name__.lower()}({texts}) {attention.aggregation}"
 
 

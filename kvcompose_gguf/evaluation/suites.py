@@ -46,6 +46,18 @@ SUITES: dict[str, tuple[str, ...]] = {
         "kvcompose,n_sink=4",
         "unstructured",
     ),
+    "variants": (
+        "kvcompose",
+        "kvcompose,n_sink=4",
+        "kvcompose,n_recent=32",
+        'kvcompose,instruction="\\n\\nRepeat the previous context exactly."',
+        "variant,own=True",
+        "variant,pool=3",
+        "variant,pool=5,pooling=max",
+        "variant,output_norm=True",
+        "variant,fold=1.0",
+        "variant,correct=0.5",
+    ),
 }
 
 

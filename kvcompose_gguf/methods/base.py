@@ -36,7 +36,7 @@ class Method:
         compression_ratio: fraction of the context's KV entries that is REMOVED, in [0, 1).
         max_kv_bytes: bytes that the kept rows may take, all layers; the room for new tokens comes on top.
         n_kept: tokens kept per layer, on average over layers.
-        n_sink: first tokens of the context that every head keeps.
+        n_sink, n_recent: first and last tokens of the context that every head keeps.
         keep_last: last prompt tokens that are not compressed but evaluated on top of the compressed context. The
             papers have no prompt after the context; a chat's last tokens are the question, so they stay whole.
         min_tokens: contexts shorter than this are left as they are.
@@ -53,6 +53,7 @@ class Method:
     max_kv_bytes: int | None = None
     n_kept: float | None = None
     n_sink: int = 0
+    n_recent: int = 0
     keep_last: int = 32
     min_tokens: int = 256
     max_score_bytes: int = 64 << 20
@@ -63,7 +64,7 @@ class Method:
         check_number("compression_ratio", self.compression_ratio, optional=True)
         check_number("n_kept", self.n_kept, optional=True)
         check_integer("max_kv_bytes", self.max_kv_bytes, optional=True)
-        for name in ("n_sink", "keep_last", "min_tokens", "max_score_bytes", "n_room"):
+        for name in ("n_sink", "n_recent", "keep_last", "min_tokens", "max_score_bytes", "n_room"):
             check_integer(name, getattr(self, name))
         budgets = {name: getattr(self, name) for name in ("compression_ratio", "max_kv_bytes", "n_kept")}
         given = {name: value for name, value in budgets.items() if value is not None}
@@ -75,7 +76,7 @@ class Method:
             check_positive(name, getattr(self, name))
         if self.n_room >= 1 << 31:
             raise ConfigError(f"n_room={self.n_room} is not below 2^31")
-        for name in ("n_sink", "keep_last"):
+        for name in ("n_sink", "n_recent", "keep_last"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         if isinstance(self.allocation, str):
@@ -150,15 +151,16 @@ class Method:
 
         def rank(l: int) -> tuple[FloatArray, np.ndarray]:
             forced = scores[l]
-            if self.n_sink:
+            if self.n_sink or self.n_recent:
                 forced = forced.copy()
                 forced[:, : self.n_sink] = np.inf
+                forced[:, n_tokens - min(self.n_recent, n_tokens) :] = np.inf
             return forced, aggregate.rank_tokens(forced)
 
         ranked = map_layers(rank, len(layers))
         ranks = Ranked([s for s, _ in ranked], [r for _, r in ranked])
-        # forced sinks rank first in every head, so keeping them is a floor as well
-        floor = min(self.n_sink, n_tokens)
+        # forced tokens rank first in every head, so keeping them is a floor as well
+        floor = min(self.n_sink + self.n_recent, n_tokens)
         n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), floor)
         cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
         return CompositionPlan(n_tokens, tuple(cells))

@@ -37,7 +37,7 @@ def start_small(n_cells: int) -> Iterator[None]:
 class KVSession:
     """Scores, geometry and compose of one ``llama_context``.
 
-    Only :meth:`compose` changes the cache.
+    Only :meth:`compose` and :meth:`store` change the cache.
 
     Args:
         ctx: the bindings' ``llama_context_p``; it has to outlive the session.
@@ -117,6 +117,13 @@ class KVSession:
         copy = np.empty(n_bytes, dtype=np.uint8)
         self._call("llama_kvc_get_tensor", ikv, int(is_v), copy.ctypes.data_as(ctypes.c_void_p), 0, n_bytes)
         return copy
+
+    def store(self, ikv: int, which: str, data: npt.NDArray[np.uint8], offset: int) -> None:
+        """Overwrite bytes of a layer's ``"k"`` or ``"v"`` tensor, from ``offset`` on; what they mean is not checked."""
+        data = np.ascontiguousarray(data)
+        self._call(
+            "llama_kvc_set_tensor", ikv, int(which == "v"), data.ctypes.data_as(ctypes.c_void_p), offset, data.size
+        )
 
     def reserve(self, n_cells: int) -> None:
         """Make room for ``n_cells`` cells at once, so that the cache need not grow in steps.
@@ -215,6 +222,8 @@ class KVSession:
                 n_head_kv = self.layers[ikv].n_head_kv
                 if bias.ndim != 2 or bias.shape[0] != n_head_kv:
                     raise ConfigError(f"biases[{ikv}] is {bias.shape}, ({n_head_kv}, n_rows) is needed")
+                if not bias.shape[1]:
+                    continue  # a layer that keeps nothing has no rows
                 self._call("llama_kvc_set_bias", ikv, bias.ctypes.data_as(bindings.c_float_p), bias.shape[1])
             yield
         finally:

@@ -1,0 +1,141 @@
+"""What ``kvcompose calibrate`` does: measure what CompressKV has to know about a model, once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.bar import Bar
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import __version__
+from . import calibrate_trials as trials
+from .calibrate_trials import CalibrateOptions
+from .calibration import Calibration, calibrations_dir, model_sha256, save_calibration, write_file
+from .errors import ConfigError
+from .evaluation.texts import load_texts
+from .methods.kvcompose import KVCompose
+from .run import load_model, resolve_model
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+
+def calibrate(model: str, options: CalibrateOptions, threads: int | None = None) -> Path:
+    """Measure a model, print what was found, and return the file, where ``CompressKV`` finds it.
+
+    Every finished trial is written beside it at once; another call with the same options goes on from there.
+
+    Raises:
+        ConfigError: no model, one whose context is shorter than the prompts, or no answer was right.
+    """
+    model_path = resolve_model(model)
+    settings = {**asdict(options), "texts": load_texts("generated").name, "package": __version__}
+    sha256 = model_sha256(model_path)
+    journal = Journal(calibrations_dir() / f"{sha256}.trials.jsonl", settings)
+    # the method only turns the fast attention on
+    n_ctx = -(-options.n_tokens // 256) * 256
+    llama = load_model(model_path, n_ctx, KVCompose(compression_ratio=0.0), threads=threads)
+    try:
+        if options.n_tokens > llama._model.n_ctx_train():
+            raise ConfigError(f"trials of {options.n_tokens} tokens are longer than {model_path} can read")
+        heads, errors = measure(llama, options, journal)
+    finally:
+        llama.close()
+    calibration = Calibration(model_path.name, sha256, heads, errors, settings)
+    file = save_calibration(calibration)
+    console = Console()
+    console.print(calibration_table(calibration))
+    console.print(str(file), soft_wrap=True)
+    return file
+
+
+def calibration_table(calibration: Calibration, n_top: int = 4) -> Table:
+    """Best heads and eviction error of every layer."""
+    table = Table.grid(padding=(0, 1), expand=True)
+    for justify, ratio in (("right", None), ("left", 2), ("left", 1), ("right", None)):
+        table.add_column(justify=justify, ratio=ratio)  # type: ignore[arg-type]
+    table.add_row("layer", "best heads, and their scores", "eviction error", "", style="dim")
+    for l, (scores, error) in enumerate(zip(calibration.heads, calibration.errors, strict=True)):
+        best = np.argsort(-np.array(scores), kind="stable")[:n_top]
+        text = "  ".join(f"{head} ({scores[head]:.2f})" for head in best)
+        table.add_row(str(l), text, Bar(max(calibration.errors), 0, error, color="cyan"), f"{error:.3f}")
+    return table
+
+
+class Journal:
+    """Finished trials, a JSON line each, behind a line of settings; of other settings nothing is kept."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self._file = file
+        self._records: dict[str, Any] = {}
+        # there is none yet, or its last line was cut
+        with contextlib.suppress(OSError, ValueError), file.open(encoding="utf-8") as stream:
+            if json.loads(next(stream, "")) == settings:
+                for line in stream:
+                    record = json.loads(line)
+                    self._records[record["trial"]] = record["result"]
+        records = [settings, *({"trial": key, "result": result} for key, result in self._records.items())]
+        write_file(file, "".join(json.dumps(record) + "\n" for record in records))
+
+    def get(self, key: str) -> Any:
+        """What the trial has given, None if it has not been run."""
+        return self._records.get(key)
+
+    def add(self, key: str, result: Any) -> Any:
+        """Keep the result of a trial; returns it."""
+        self._records[key] = result
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"trial": key, "result": result}) + "\n")
+        return result
+
+
+def measure(
+    llama: Llama, options: CalibrateOptions, journal: Journal
+) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
+    """Head scores and eviction errors, from the journal where it has them."""
+    prompt_of, run = trials.needle_prompt, trials.needle_trial
+    if options.n_random:
+        prompt_of, run = trials.random_prompt, trials.random_trial
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("heads", total=options.n_trials)
+        results = []
+        for number in range(options.n_trials):
+            key = f"heads {number}"
+            results.append(journal.get(key) or journal.add(key, run(llama, options, number)))
+            progress.advance(bar)
+        counted = [number for number, result in enumerate(results) if result["heads"] is not None]
+        if not counted:
+            raise ConfigError(f"none of {len(results)} answers was right: try shorter prompts, or --data-free")
+        of_layers = zip(*(results[number]["heads"] for number in counted), strict=True)
+        heads = tuple(_rounded(np.mean(scores, axis=0)) for scores in of_layers)
+
+        able = [number for number in counted if len(results[number]["answer"]) > 1]  # a step needs a token before it
+        chosen = np.unique(np.linspace(0, len(able) - 1, min(options.n_errors, len(able))).round().astype(int))
+        bar = progress.add_task("errors", total=len(chosen))
+        errors = []
+        for number in (able[i] for i in chosen):
+            found = journal.get(f"errors {number}")
+            if found is None:
+                prompt, _ = prompt_of(llama, options, number)
+                found = trials.eviction_errors(llama, prompt, results[number]["answer"], heads)
+                journal.add(f"errors {number}", found)
+            errors.append(found)
+            progress.advance(bar)
+    if not errors:
+        raise ConfigError("no right answer has two tokens: nothing to measure errors with")
+    mean = np.mean([np.array(each) / max(trials.EPS, sum(each)) for each in errors], axis=0)
+    return heads, _rounded(mean / mean.sum())
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    """To six digits, which is plenty for a ranking and half of the file."""
+    return tuple(float(f"{value:.6g}") for value in values)

@@ -1,0 +1,158 @@
+"""What was tried to do better than the paper (`kvcompose eval --method @variants`); what wins moves into KVCompose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigError, UnsupportedError
+from ..kernels import aggregate
+from ..kernels.types import FloatArray
+from ..methods.base import check_choice, check_flag, check_integer, check_number, check_positive, map_layers
+from ..methods.kvcompose import KVCompose
+from ..plan import CompositionPlan
+from ..queries import AttentionRequest, Evidence, Repeat
+
+
+@dataclass(frozen=True, eq=False)
+class EditedPlan:
+    """A plan, and what is changed in the cache once it is composed.
+
+    Attributes:
+        values: for each layer the composites' values, float32 ``(n_head_kv, n_kept[l], n_embd_head_v)``, or empty.
+        biases: for each layer what is added to their logits, float32 ``(n_head_kv, n_kept[l])``, or empty.
+    """
+
+    plan: CompositionPlan
+    values: Sequence[FloatArray] = ()
+    biases: Sequence[FloatArray] = ()
+
+    @property
+    def n_kept(self) -> np.ndarray:
+        """As ``CompositionPlan.n_kept``."""
+        return self.plan.n_kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(KVCompose):
+    """KVCompose with one of the ideas of the field.
+
+    Attributes:
+        own: a token is judged only by the chunk that repeats it (KVzip).
+        pool: tokens that scores are pooled over, an odd number (SnapKV).
+        pooling: ``"mean"`` or ``"max"``.
+        output_norm: attention times the norm of what the value adds to the residual stream, ||W_o v||.
+        fold: share of an evicted token's weight with which its value is added to that of the same head's kept token
+            with the most similar key; weights are the scores, keys stay.
+        correct: kept tokens' logits are raised by this times log(all scores / kept scores) of their head.
+    """
+
+    own: bool = False
+    pool: int = 1
+    pooling: str = "mean"
+    output_norm: bool = False
+    fold: float = 0.0
+    correct: float = 0.0
+    grams: Sequence[FloatArray] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("own", self.own)
+        check_flag("output_norm", self.output_norm)
+        check_integer("pool", self.pool)
+        check_positive("pool", self.pool)
+        check_choice("pooling", self.pooling, ("mean", "max"))
+        check_number("fold", self.fold)
+        check_number("correct", self.correct)
+        if self.own and (self.scoring != "repeat" or self.scoring_fraction != 1):
+            raise ConfigError("own=True needs scoring='repeat' of the whole context")
+
+    @property
+    def attention_request(self) -> AttentionRequest:
+        request = super().attention_request
+        if self.own and isinstance(request.queries, Repeat):
+            return replace(request, queries=replace(request.queries, own=True))
+        return request
+
+    def for_model(self, model_path: Path) -> Variant:
+        """With the Gram matrices of the output projections, if they are needed."""
+        return replace(self, grams=output_grams(model_path)) if self.output_norm and not self.grams else self
+
+    def scores(self, evidence: Evidence) -> list[FloatArray]:
+        """Steps 4 and 5 of KVCompose, with the idea in between."""
+        if not self.output_norm:
+            scores = super().scores(evidence)
+        else:
+
+            def weigh(l: int) -> FloatArray:
+                layer, attention = evidence.layers[l], evidence.attention[l]
+                values = np.repeat(evidence.read("values", l), layer.n_head // layer.n_head_kv, axis=0)
+                squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
+                weighed: FloatArray = (attention * np.sqrt(np.maximum(squared, 0))).astype(np.float32)
+                return weighed
+
+            scores = super().scores(replace(evidence, attention=map_layers(weigh, len(evidence.layers))))
+        if self.pool == 1:
+            return scores
+        return [aggregate.pool_tokens(s, self.pool, self.pooling) for s in scores]
+
+    def edited(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan | EditedPlan:
+        """The plan with its edits."""
+        scores = self.scores(evidence) if scores is None else scores
+        plan = self.plan(evidence, scores)
+        if not self.fold and not self.correct:
+            return plan
+        layers = range(len(evidence.layers))
+        values = [self._folded(evidence, scores[l], plan.cells[l], l) for l in layers] if self.fold else []
+        biases = [self._corrections(scores[l], plan.cells[l]) for l in layers] if self.correct else []
+        return EditedPlan(plan, values, biases)
+
+    def _folded(self, evidence: Evidence, scores: FloatArray, cells: np.ndarray, l: int) -> FloatArray:
+        keys, values = evidence.read("keys", l), evidence.read("values", l)
+        keys = keys / np.maximum(np.linalg.norm(keys, axis=2, keepdims=True), 1e-12)
+        out = np.empty((len(cells), cells.shape[1], values.shape[2]), dtype=np.float32)
+        for h, kept in enumerate(cells):
+            gone = np.setdiff1d(np.arange(evidence.n_tokens), kept)
+            weight = scores[h, kept].astype(np.float64)
+            total = weight[:, None] * values[h, kept]
+            if len(kept) and len(gone):
+                to = (keys[h, gone] @ keys[h, kept].T).argmax(axis=1)
+                share = self.fold * scores[h, gone].astype(np.float64)
+                np.add.at(total, to, share[:, None] * values[h, gone])
+                np.add.at(weight, to, share)
+            out[h] = total / np.maximum(weight, 1e-30)[:, None]
+        return out
+
+    def _corrections(self, scores: FloatArray, cells: np.ndarray) -> FloatArray:
+        kept = np.take_along_axis(scores, cells.astype(np.int64), axis=1).sum(axis=1, dtype=np.float64)
+        whole = scores.sum(axis=1, dtype=np.float64)
+        raised = self.correct * np.log(whole / np.maximum(kept, 1e-30)) if cells.shape[1] else np.zeros(len(cells))
+        return np.repeat(raised[:, None], cells.shape[1], axis=1).astype(np.float32)
+
+
+def output_grams(model_path: Path) -> list[FloatArray]:
+    """For each layer of the model float32 ``(n_head, d, d)``: W_h^T W_h of each query head's output projection.
+
+    Raises:
+        UnsupportedError: a layer has no projection of its own.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(model_path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    arch = reader.fields["general.architecture"].contents()
+    n_layer = int(reader.fields[f"{arch}.block_count"].contents())
+    n_head = int(reader.fields[f"{arch}.attention.head_count"].contents())
+    grams = []
+    for il in range(n_layer):
+        tensor = tensors.get(f"blk.{il}.attn_output.weight")
+        if tensor is None:
+            raise UnsupportedError(f"{model_path.name} has no output projection in layer {il}")
+        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)  # (n_embd, n_head*d)
+        heads = weight.reshape(weight.shape[0], n_head, -1)
+        grams.append(np.einsum("nhd,nhe->hde", heads, heads, optimize=True).astype(np.float32))
+    return grams
