@@ -235,6 +235,8 @@ def eviction_errors(
         (compressed,) = outputs([*nothing[:l], hidden, *nothing[l + 1 :]], [l])
         lost = np.linalg.norm((compressed - full).astype(np.float64), axis=1)
         errors.append(float((lost / (np.linalg.norm(full.astype(np.float64), axis=1) + EPS)).sum()))
+    if not any(errors):
+        raise UnsupportedError("attention of this model takes no bias: its eviction errors cannot be measured")
     return errors
 
 

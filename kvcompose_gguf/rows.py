@@ -56,10 +56,10 @@ def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
         return
     rows = np.ascontiguousarray(values.transpose(1, 0, 2).reshape(n_rows, n_head_kv * n_embd_head))
     rows = quantize(rows, GGMLQuantizationType(layer.type_v))
+    data = rows.view(np.uint8).reshape(n_rows, n_head_kv * n_embd_head, -1)  # bf16 comes as bytes
     if not layer.v_trans:
-        session.store(ikv, "v", np.ascontiguousarray(rows).view(np.uint8).ravel(), 0)
+        session.store(ikv, "v", data.ravel(), 0)
         return
-    n_bytes = rows.itemsize
-    stride = session.cells(ikv).n_rows * n_bytes
-    for column in range(rows.shape[1]):
-        session.store(ikv, "v", np.ascontiguousarray(rows[:, column]).view(np.uint8), column * stride)
+    stride = session.cells(ikv).n_rows * data.shape[2]
+    for column in range(data.shape[1]):
+        session.store(ikv, "v", data[:, column].ravel(), column * stride)

@@ -38,15 +38,17 @@ def compare(device: dict[str, Any], local: dict[str, Any], score_error: float, l
     """Assert that both are the same chain, and print how far apart they are."""
     assert device["rows"] == local["rows"]
     assert device["bytes"] < 0.6 * device["bytes_full"]
-    for name in ("max", "mean", "window"):
+    for name in ("max", "mean", "window", "queries", "outputs"):
         error = np.abs(np.array(device[name]) - np.array(local[name])).max()
         print(f"{name}: largest difference {error:.2e}")
         assert error <= score_error, f"{name}: {error:.2e}"
-    for name in ("composed", "full", "loaded"):
+    biased = ["biased"] if "biased" in local else []
+    for name in ("composed", "full", "loaded", *biased):
         error = np.abs(np.array(device[name]) - np.array(local[name])).max()
         print(f"{name}: largest difference {error:.2e}")
         assert error <= logit_error, f"{name}: {error:.2e}"
-    assert np.abs(np.array(local["full"]) - np.array(local["composed"])).max() > 10 * logit_error
+    for name in ("full", *biased):
+        assert np.abs(np.array(local[name]) - np.array(local["composed"])).max() > 10 * logit_error
 
 
 def main() -> None:
@@ -70,13 +72,24 @@ def main() -> None:
         out[agg] = np.stack(llama.observe(context, method).attention).tolist()
     window = KVCompose(n_kept=50, scoring="window", window=20)
     out["window"] = np.stack(llama.observe(context, window).attention).tolist()
+    for what in ("queries", "outputs"):
+        llama.prefill(context[:-16])
+        with session.taps(what, 16):
+            llama.prefill(context)
+            out[what] = np.stack([session.tapped(what, il, 16) for il in range(3)]).tolist()
     rng = np.random.default_rng(3)
     cells = [np.stack([np.sort(rng.choice(N, n, replace=False)) for _ in range(2)]).astype(np.int32) for n in (60, N, 33)]
     out["bytes_full"] = llama.kv_bytes
     session.compose(CompositionPlan(N, tuple(cells)), n_room=8)
     out["bytes"] = llama.kv_bytes
     out["rows"] = [llama.kv_cells(il).n_rows for il in range(3)]
-    llama.eval(after)  # grows on the way
+    if options.get("type_v", 1) <= 1:  # quantized values cannot be biased
+        bias = rng.normal(size=(3, 2, 33)).astype(np.float32)
+        with llama.biased(list(bias)):
+            llama.eval(after)  # grows on the way
+            out["biased"] = logits()
+        llama.truncate(N)
+    llama.eval(after)
     out["composed"] = logits()
     state = llama.save_state()
     llama.reset()

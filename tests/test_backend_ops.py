@@ -22,6 +22,7 @@ OPS = {
     "soft_max_ext": ["GGML_OP_SOFT_MAX"],
     "pool_2d": ["GGML_OP_POOL_2D"],
     "scale": ["GGML_OP_SCALE"],
+    "scale_inplace": ["GGML_OP_SCALE"],
     "tanh": ["GGML_OP_UNARY", "GGML_UNARY_OP_TANH"],
     "relu": ["GGML_OP_UNARY", "GGML_UNARY_OP_RELU"],
     "sub": ["GGML_OP_SUB"],

@@ -70,11 +70,16 @@ def test_attention_outputs_of_a_composed_cache_are_those_of_a_masked_one(make_ll
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_a_bias_of_minus_infinity_hides_rows_from_their_heads(make_llama, flash_attn):
-    llama, model = prefilled(make_llama, flash_attn=flash_attn)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt-oss"])
+def test_a_bias_of_minus_infinity_hides_rows_from_their_heads(make_llama, name, flash_attn):
+    config = tiny.ARCHITECTURES[name]
+    llama, model = prefilled(make_llama, config, flash_attn=flash_attn)
     rng = np.random.default_rng(0)
-    visible = [rng.random((2, N)) < share for share in (0.2, 0.5, 0.9)]
-    with llama._session.biased([np.where(v, 0, -np.inf).astype(np.float32) for v in visible]):
+    visible: list[np.ndarray | None] = [None] * config.n_layer  # with a sliding window: as they are
+    for layer, share in zip(llama.kv_layers, (0.2, 0.5, 0.9), strict=False):
+        visible[layer.il] = rng.random((config.n_head_kv, N)) < share
+    biases = [np.where(v, 0, -np.inf).astype(np.float32) for v in visible if v is not None]
+    with llama._session.biased(biases):
         llama.eval(QUERY)
         got = last_logits(llama)
     model.visible = visible

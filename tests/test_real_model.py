@@ -207,3 +207,31 @@ def test_keeping_everything_of_a_sliding_window_model_changes_no_logits(gemma, p
             gemma.eval([token])
             logits.append(last_logits(gemma))
     assert np.abs(np.array(got) - np.array(want)).max() <= 1e-3
+
+
+def test_the_quick_evaluation_has_real_numbers(smollm2, tmp_path, capsys):
+    """Also the smoke test of `kvcompose eval`: its report is part of the output."""
+    from typer.testing import CliRunner
+
+    from kvcompose_gguf.cli import app
+    from kvcompose_gguf.evaluation.records import RunFolder
+
+    result = CliRunner().invoke(
+        app, ["eval", smollm2, "--quick", "--texts", "generated", "--out", str(tmp_path), "--jobs", "1", "--threads", "2"]
+    )
+    assert result.exit_code == 0, result.output
+    with capsys.disabled():
+        print(result.output)
+    answers = RunFolder(tmp_path).answers()
+
+    def mean(method, ratio, value=lambda answer: answer.score):
+        values = [value(a) for a in answers if (a.method, a.ratio) == (method, ratio)]
+        assert len(values) == 6
+        return float(np.mean(values))
+
+    assert mean("full", 0) >= 5 / 6
+    assert mean("kvcompose", 0.5) >= 4 / 6
+    divergence = {(m, r): mean(m, r, lambda a: a.kl) for m in ("kvcompose", "streaming-llm") for r in (0.5, 0.75)}
+    assert divergence["kvcompose", 0.5] < divergence["kvcompose", 0.75]
+    for ratio in (0.5, 0.75):
+        assert divergence["kvcompose", ratio] < divergence["streaming-llm", ratio]

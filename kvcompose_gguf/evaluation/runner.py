@@ -340,12 +340,12 @@ def _label(attention: AttentionRequest | None, states: StateRequest | None) -> s
 
 def _settings(model_path: Path, options: EvalOptions) -> dict[str, Any]:
     """What decides the answers; more samples may be added later."""
-    from ..models import sha256
+    from ..calibration import model_sha256
 
     settings = {**asdict(options), "texts": load_texts(options.texts).name, "methods": list(options.methods)}
     del settings["n_samples"]
     with open_vocabulary(model_path):  # a file that llama.cpp cannot read is found before a folder is made
-        return {"model": model_path.name, "model_sha256": sha256(model_path), **settings}
+        return {"model": model_path.name, "model_sha256": model_sha256(model_path), **settings}
 
 
 def _environment(jobs: int, threads: int, options: EvalOptions) -> dict[str, Any]:

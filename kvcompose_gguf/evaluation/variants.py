@@ -56,7 +56,7 @@ class Variant(KVCompose):
     output_norm: bool = False
     fold: float = 0.0
     correct: float = 0.0
-    grams: Sequence[FloatArray] = field(default=(), repr=False)
+    grams: Sequence[FloatArray] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +64,8 @@ class Variant(KVCompose):
         check_flag("output_norm", self.output_norm)
         check_integer("pool", self.pool)
         check_positive("pool", self.pool)
+        if self.pool % 2 == 0:
+            raise ConfigError(f"pool={self.pool} is not odd")
         check_choice("pooling", self.pooling, ("mean", "max"))
         check_number("fold", self.fold)
         check_number("correct", self.correct)
@@ -89,6 +91,8 @@ class Variant(KVCompose):
 
             def weigh(l: int) -> FloatArray:
                 layer, attention = evidence.layers[l], evidence.attention[l]
+                if layer.type_v > 1 and layer.type_v != 30:
+                    raise UnsupportedError("output_norm=True: values are quantized, and so Hadamard-rotated")
                 values = np.repeat(evidence.read("values", l), layer.n_head // layer.n_head_kv, axis=0)
                 squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
                 weighed: FloatArray = (attention * np.sqrt(np.maximum(squared, 0))).astype(np.float32)
@@ -123,13 +127,14 @@ class Variant(KVCompose):
                 share = self.fold * scores[h, gone].astype(np.float64)
                 np.add.at(total, to, share[:, None] * values[h, gone])
                 np.add.at(weight, to, share)
-            out[h] = total / np.maximum(weight, 1e-30)[:, None]
+            out[h] = values[h, kept]  # what has no weight stays what it is
+            np.divide(total, weight[:, None], out=out[h], where=weight[:, None] > 0, casting="same_kind")
         return out
 
     def _corrections(self, scores: FloatArray, cells: np.ndarray) -> FloatArray:
         kept = np.take_along_axis(scores, cells.astype(np.int64), axis=1).sum(axis=1, dtype=np.float64)
         whole = scores.sum(axis=1, dtype=np.float64)
-        raised = self.correct * np.log(whole / np.maximum(kept, 1e-30)) if cells.shape[1] else np.zeros(len(cells))
+        raised = self.correct * np.log(np.maximum(whole, 1e-30) / np.maximum(kept, 1e-30))
         return np.repeat(raised[:, None], cells.shape[1], axis=1).astype(np.float32)
 
 

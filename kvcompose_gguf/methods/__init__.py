@@ -89,3 +89,11 @@ def _import(place: str) -> Callable[..., Method]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"method={place!r} cannot be imported: {error}") from error
     return factory
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of ``METHODS`` by their names, and ``Custom``: ``from kvcompose_gguf.methods import SnapKV``."""
+    for place in (*METHODS.values(), "kvcompose_gguf.methods.custom:Custom"):
+        if isinstance(place, str) and place.endswith(f":{name}"):
+            return _import(place)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
