@@ -25,7 +25,7 @@ from .bench_worker import Job, Worker
 from .environment import system
 from .errors import ConfigError, ContextLengthError
 from .plots import check_plot, plot_bench
-from .run import open_vocabulary, resolve_model
+from .run import n_ctx_trained, open_vocabulary, resolve_model
 from .tables import bench_table
 
 #: as llama.cpp names them
@@ -162,7 +162,7 @@ def run_bench(
     """
     console = console or Console(quiet=True)
     with open_vocabulary(model_path) as vocabulary:
-        n_ctx_train = _n_ctx_train(vocabulary)
+        n_ctx_train = n_ctx_trained(vocabulary)
         sizes = options.sizes(n_ctx_train)
         tokens, text = context_tokens(vocabulary, max(sizes) + options.n_decode, options.text)
     environment = _environment(model_path, options, text)
@@ -246,12 +246,6 @@ def _measure(jobs: Sequence[Job], repeats: int, console: Console) -> list[Measur
         )
         for job, reading, samples, memory in zip(jobs, readings, zip(*rounds, strict=True), memories, strict=True)
     ]  # fmt: skip
-
-
-def _n_ctx_train(vocabulary: Any) -> int:
-    # n_ctx_train() is 0 without the weights: llama-model.cpp, load_hparams, returns before it
-    metadata = vocabulary.metadata()
-    return int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 0))
 
 
 def _ordinary_tokens(vocabulary: Any) -> list[int]:

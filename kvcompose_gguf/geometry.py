@@ -28,6 +28,13 @@ class LayerGeometry:
     v_trans: bool
     n_bytes_row: int
 
+    @property
+    def v_quantized(self) -> bool:
+        """Values are stored in blocks with a scale, and Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v)."""
+        from gguf import GGMLQuantizationType as GGML
+
+        return self.type_v not in (GGML.F32, GGML.F16, GGML.BF16)
+
 
 @dataclass(frozen=True)
 class KVCells:

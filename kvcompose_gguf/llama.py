@@ -22,7 +22,7 @@ from .plan import CompositionPlan
 from .queries import AttentionRequest, Evidence, QueryStates
 from .report import KVReport
 from .rows import cached_rows, write_values
-from .scoring import Attention, collect_attention, collect_queries
+from .scoring import Attention, Decoder, collect_attention, collect_queries
 
 llama_cpp = library.load()
 
@@ -80,6 +80,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def kv_compressor(self, method: Method | None) -> None:
         _check_method(method)
         if method is not None:
+            if method.simulated:
+                raise UnsupportedError(f"{type(method).__name__} is only simulated: kvcompose eval")
             method = method.for_model(Path(self.model_path))
             self._session.set_fast_attention(True)  # raises if this context cannot be compressed
             kernels.warm_up()
@@ -116,12 +118,30 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return self._compress(tokens, self.kv_compressor)
 
     @property
+    def session(self) -> KVSession:
+        """The context as numpy sees it: rows, scores, probes."""
+        return self._session
+
+    def decoder(self) -> Decoder:
+        """What scoring needs of this model."""
+        return _Decoder(self)
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens that the model was made for."""
+        return int(self._model.n_ctx_train())
+
+    @property
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
         """The layers that are compressed, in order."""
         return self._session.layers
 
     def prefill(self, context: str | bytes | Sequence[int]) -> int:
-        """Bring exactly ``context`` into a full cache; returns how many tokens had to be evaluated."""
+        """Bring exactly ``context`` into a full cache; returns how many tokens had to be evaluated.
+
+        Raises:
+            ContextLengthError: it does not fit into ``n_ctx``.
+        """
         return self._prefill(self._prompt_tokens(context))
 
     @contextlib.contextmanager
@@ -137,6 +157,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def write_values(self, values: Sequence[npt.NDArray[np.float32]]) -> None:
         """Replace the values of first rows, for each layer float32 ``(n_head_kv, n_rows, n_embd_head_v)``."""
+        if len(values) > len(self.kv_layers):
+            raise ConfigError(f"values of {len(values)} layers, the cache has {len(self.kv_layers)}")
         for ikv, rows in enumerate(values):
             write_values(self._session, ikv, rows)
 
@@ -162,6 +184,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             ConfigError: the plan does not fit this cache.
             StateError: the cache is not exactly the plan's tokens, or is composed already.
         """
+        if self._compressed:
+            raise StateError(f"the cache is compressed already, from {len(self._compressed)} tokens: reset() first")
         tokens = self._input_ids[: plan.n_tokens].tolist()
         swa_state = self._save_swa()
         try:
@@ -187,6 +211,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
         session = self._session
         compressing = n_tokens >= method.min_tokens
+        if compressing:
+            method.check_budget(session.layers, n_tokens)
         attention = self._attention(tokens, method.attention_request if compressing else None, suffix, method)
         kv_bytes_before = session.state().n_bytes
         n_kept = np.full(len(session.layers), n_tokens)
@@ -222,7 +248,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             return Attention([], n_prefilled, seconds, 0.0, 0)
         try:
             return collect_attention(
-                self._session, _Decoder(self), request, tokens, suffix, self._tokens, method.max_score_bytes
+                self._session, self.decoder(), request, tokens, suffix, self._tokens, method.max_score_bytes
             )
         finally:
             self._requires_eval = True  # the logits are another decode's
@@ -231,7 +257,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """What ``method`` may look at, now that ``tokens`` are in a full cache."""
         session, n_tokens, states = self._session, len(tokens), None
         if method.state_request is not None:
-            queries = collect_queries(session, _Decoder(self), method.state_request, tokens)
+            queries = collect_queries(session, self.decoder(), method.state_request, tokens)
             states = lambda l: QueryStates(queries[l], lambda rows, pos: session.rope(l, rows, pos))  # noqa: E731
         return Evidence(
             n_tokens,
@@ -245,6 +271,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _prefill(self, tokens: list[int], keep_prefix: bool = True) -> int:
         """Bring exactly ``tokens`` into a full cache; returns how many had to be evaluated."""
+        if len(tokens) > self._n_ctx:
+            raise ContextLengthError(f"{len(tokens)} tokens do not fit into n_ctx={self._n_ctx}")
         n_reused = 0 if self._compressed or not keep_prefix else seam.common_prefix(self._input_ids.tolist(), tokens)
         if n_reused < self.n_tokens and self._session.state().n_cells_swa:
             n_reused = 0  # sliding windows forget: going back needs tokens that they do not have any more
@@ -307,13 +335,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         bos = [self.token_bos()] if self.adds_bos else []
         return bos + self._tokens(prompt)
 
-    def _piece(self, token: int) -> bytes:
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, none of a control token."""
         return bytes(self._model.detokenize([token], special=False))
 
     def _at_seam(self, tokens: list[int]) -> list[int] | None:
         """``tokens`` so that they begin with the compressed context, or None if they do not continue it."""
         return seam.join(
-            self._compressed, tokens, self._piece, lambda text: super(Llama, self).tokenize(text, False, False)
+            self._compressed, tokens, self.piece, lambda text: super(Llama, self).tokenize(text, False, False)
         )
 
     #
@@ -356,19 +385,31 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``llama_cpp.Llama.eval``; never compresses."""
+        self._begin_eval(len(tokens))
+        super().eval(tokens)
+        self._n_seen = self.n_tokens
+
+    def _begin_eval(self, n: int) -> None:
         if 0 < self.n_tokens < len(self._compressed):
             raise StateError(
                 f"position {self.n_tokens} lies inside of {len(self._compressed)} compressed tokens: reset() first"
             )
         if self._compressed and self.n_tokens == 0:
             self.reset()
-        if self._elastic and len(tokens) > START_CELLS and not self._compressed:
-            self._reserve(self.n_tokens + len(tokens) + START_CELLS)
-        super().eval(tokens)
-        self._n_seen = self.n_tokens
+        if self._elastic and n > START_CELLS and not self._compressed:
+            self._reserve(self.n_tokens + n + START_CELLS)
 
     def eval_logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Evaluate ``tokens`` behind what is in the cache, all at once: the logits after each, ``(n, n_vocab)``."""
+        """Evaluate ``tokens`` behind what is in the cache, all at once: the logits after each, ``(n, n_vocab)``.
+
+        Raises:
+            ContextLengthError: they do not fit into ``n_ctx``.
+        """
+        if self.n_tokens + len(tokens) > self._n_ctx:
+            raise ContextLengthError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self._n_ctx}")
+        self._begin_eval(len(tokens))
+        self._requires_eval = True  # the last logits may be another token's when this is interrupted
+        self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         rows = np.empty((len(tokens), self.n_vocab()), dtype=np.float32)
         for first in range(0, len(tokens), self.n_batch):
             part = list(tokens[first : first + self.n_batch])
@@ -378,16 +419,19 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             rows[first : first + len(part)] = np.ctypeslib.as_array(logits, (len(part), self.n_vocab()))
             self.input_ids[self.n_tokens : self.n_tokens + len(part)] = part
             self.n_tokens += len(part)
-        self._requires_eval, self._n_seen = True, self.n_tokens
+        self._n_seen = self.n_tokens
         return rows
 
     def truncate(self, n_tokens: int) -> None:
-        """Forget what follows the first ``n_tokens`` tokens, which must not lie inside of a compressed context.
+        """Forget what follows the first ``n_tokens`` tokens.
 
         Raises:
-            StateError: these tokens cannot be forgotten alone.
+            StateError: these are not in the cache, lie inside of a compressed context, or the model has sliding
+                windows, which do not have what came before them any more (``can_truncate``).
         """
-        if n_tokens < len(self._compressed) or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+        if not len(self._compressed) <= n_tokens <= self.n_tokens:
+            raise StateError(f"n_tokens={n_tokens} is not in [{len(self._compressed)}, {self.n_tokens}]")
+        if n_tokens < self.n_tokens and (not self.can_truncate or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1)):
             raise StateError(f"what follows token {n_tokens} of {self.n_tokens} cannot be forgotten alone")
         self.n_tokens = n_tokens
         self._requires_eval = True

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from .checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .errors import ConfigError
 from .geometry import LayerGeometry
 from .kernels.types import FloatArray
@@ -25,6 +26,8 @@ class Repeat:
         continuation: text before every chunk but the first, followed by the 8 tokens before the chunk; empty: the
             ``instruction``.
         own: a token is judged by the chunk that repeats it alone, as by KVzip; needs all of the context.
+    Raises:
+        ConfigError: one of these out of its range; so are those of the requests below.
     """
 
     chunk: int | None = 512
@@ -33,13 +36,32 @@ class Repeat:
     continuation: str = ""
     own: bool = False
 
+    def __post_init__(self) -> None:
+        _check_chunk(self.chunk)
+        check_number("fraction", self.fraction)
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction={self.fraction} is not in (0, 1]")
+        for name in ("instruction", "continuation"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a text")
+        check_flag("own", self.own)
+        if self.own and self.fraction != 1:
+            raise ConfigError(f"own=True needs fraction=1, all of the context, not {self.fraction}")
+
 
 @dataclass(frozen=True)
 class Prompts:
     """Texts of the user, each on top of the context, ``chunk`` tokens at a time."""
 
-    texts: tuple[str, ...]
+    texts: Sequence[str]
     chunk: int | None = 512
+
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.texts, (list, tuple))
+        if not is_list or not self.texts or not all(isinstance(text, str) and text for text in self.texts):
+            raise ConfigError(f"texts={self.texts!r} is not a list of texts")
+        object.__setattr__(self, "texts", tuple(self.texts))  # equal requests have equal hashes
+        _check_chunk(self.chunk)
 
 
 @dataclass(frozen=True)
@@ -48,10 +70,17 @@ class Window:
 
     size: int
 
+    def __post_init__(self) -> None:
+        check_integer("size", self.size)
+        check_positive("size", self.size)
+
 
 @dataclass(frozen=True)
 class Prefill:
     """The context's own tokens while they are prefilled."""
+
+
+Queries = Repeat | Prompts | Window | Prefill
 
 
 @dataclass(frozen=True)
@@ -63,15 +92,24 @@ class AttentionRequest:
         aggregation: over these, ``"max"``, or ``"mean"`` over those that could see the token.
     """
 
-    queries: Repeat | Prompts | Window | Prefill
+    queries: Queries
     aggregation: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.queries, Queries):
+            raise ConfigError(f"queries={self.queries!r} is none of Repeat, Prompts, Window and Prefill")
+        check_choice("aggregation", self.aggregation, ("max", "mean"))
 
 
 @dataclass(frozen=True)
 class StateRequest:
-    """Query vectors and the means to rotate them: the last ``n_queries`` context tokens, at most ``n_batch``."""
+    """Query vectors and the means to rotate them: the last ``n_queries`` context tokens, at most ``n_ubatch``."""
 
     n_queries: int
+
+    def __post_init__(self) -> None:
+        check_integer("n_queries", self.n_queries)
+        check_positive("n_queries", self.n_queries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +166,15 @@ class Evidence:
         return reader(l)
 
 
+def _check_chunk(chunk: int | None) -> None:
+    check_integer("chunk", chunk, optional=True)
+    check_positive("chunk", chunk)
+
+
 def check_layers(
     name: str, arrays: Sequence[FloatArray], shapes: Sequence[tuple[int, int]], infinite: bool = False
 ) -> None:
-    """One float32 array of the given shape a layer, without NaN and, unless ``infinite``, without infinities.
+    """One float32 array of the given shape a layer, finite, or with ``infinite`` also +infinity.
 
     Raises:
         ConfigError: something else.
@@ -141,5 +184,5 @@ def check_layers(
     for l, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
         if array.shape != shape or array.dtype != np.float32:
             raise ConfigError(f"{name}[{l}] is {array.dtype} {array.shape}, float32 {shape} is needed")
-        if np.isnan(array).any() if infinite else not np.isfinite(array).all():
-            raise ConfigError(f"{name}[{l}] {'has NaN' if infinite else 'is not finite'}")
+        if not (array > -np.inf if infinite else np.isfinite(array)).all():
+            raise ConfigError(f"{name}[{l}] {'has NaN or -infinity' if infinite else 'is not finite'}")

@@ -7,16 +7,29 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from .errors import UnsupportedError
+from .errors import ConfigError, StateError, UnsupportedError
 from .kernels.types import FloatArray
 from .native.session import KVSession
 
 
 def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens: int) -> FloatArray:
-    """The first ``n_tokens`` keys or values of cached layer ``ikv``, float32 ``(n_head_kv, n_tokens, n_embd_head)``.
+    """Keys or values of the first ``n_tokens`` tokens in a full cache, as :func:`read_rows`.
+
+    Raises:
+        StateError: the cache is composed, or has fewer tokens.
+    """
+    state = session.state()
+    if state.n_composed or state.n_cells_used < n_tokens:
+        held = f"{state.n_composed} compressed tokens" if state.n_composed else f"{state.n_cells_used} tokens"
+        raise StateError(f"the cache has {held} now: {n_tokens} tokens of a full one cannot be read any more")
+    return read_rows(session, ikv, which, n_tokens)
+
+
+def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: int) -> FloatArray:
+    """The first ``n_rows`` rows of cached layer ``ikv``, float32 ``(n_head_kv, n_rows, n_embd_head)``.
 
     As they are stored: keys with their rotation, and both Hadamard-rotated if they are quantized (llama-kv-cache.cpp,
-    attn_rot_k and attn_rot_v), which keeps norms and products.
+    attn_rot_k and attn_rot_v), which keeps norms and products. What they hold is not checked.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
@@ -30,12 +43,11 @@ def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens
     n_block, n_bytes = GGML_QUANT_SIZES[kind]
     rows: npt.NDArray[np.float32]
     if is_v and layer.v_trans:
-        n_rows = session.cells(ikv).n_rows
-        columns = stored.reshape(n_embd, n_rows * n_bytes)[:, : n_tokens * n_bytes]
+        columns = stored.reshape(n_embd, -1)[:, : n_rows * n_bytes]
         rows = dequantize(np.ascontiguousarray(columns), kind).T
     else:
-        rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_tokens], kind)
-    heads = rows.astype(np.float32).reshape(n_tokens, layer.n_head_kv, n_embd_head)
+        rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_rows], kind)
+    heads = rows.astype(np.float32).reshape(n_rows, layer.n_head_kv, n_embd_head)
     return np.ascontiguousarray(heads.transpose(1, 0, 2))
 
 
@@ -44,10 +56,14 @@ def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
 
     Raises:
         UnsupportedError: values are quantized, and so Hadamard-rotated.
+        ConfigError: another shape, or more rows than the layer uses.
     """
     layer = session.layers[ikv]
-    if layer.type_v > 1 and layer.type_v != 30:
+    if layer.v_quantized:
         raise UnsupportedError("values of a quantized cache cannot be replaced")
+    n_used, shape = session.cells(ikv).n_rows_used, (layer.n_head_kv, layer.n_embd_head_v)
+    if values.ndim != 3 or values.shape[::2] != shape or values.shape[1] > n_used:
+        raise ConfigError(f"values of layer {ikv} are {values.shape}, ({shape[0]}, at most {n_used}, {shape[1]}) is needed")
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 

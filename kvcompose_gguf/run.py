@@ -192,6 +192,13 @@ def open_vocabulary(model_path: Path) -> Iterator[Any]:
         yield vocabulary
 
 
+def n_ctx_trained(vocabulary: Any) -> int:
+    """Tokens that the model of an opened vocabulary was made for, 0 if its file does not say."""
+    # n_ctx_train() is 0 without the weights: llama-model.cpp, load_hparams, returns before it
+    metadata = vocabulary.metadata()
+    return int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 0))
+
+
 def token_counts(model_path: Path, texts: Sequence[str]) -> list[int]:
     """Tokens of each text.
 

@@ -25,7 +25,7 @@ FLAGS = [
     f"-DCMAKE_CXX_FLAGS={SANITIZE}",
     "-DGGML_OPENMP=OFF",  # its runtime is not instrumented
 ]
-TESTS = ["scores", "compose", "native", "elastic", "kv_types", "architectures"]
+TESTS = ["scores", "compose", "native", "elastic", "kv_types", "architectures", "probes"]
 
 
 def runtime(name: str) -> str:

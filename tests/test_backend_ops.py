@@ -29,6 +29,7 @@ OPS = {
     "add": ["GGML_OP_ADD"],
     "cpy": ["GGML_OP_CPY"],
     "cont": ["GGML_OP_CONT"],
+    "reshape_3d": ["GGML_OP_RESHAPE"],
     "view_1d": ["GGML_OP_VIEW"],
     "view_2d": ["GGML_OP_VIEW"],
     "view_3d": ["GGML_OP_VIEW"],

@@ -215,8 +215,8 @@ def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     *text, loaded = done.stdout.strip().splitlines()
     assert loaded == "[]", done.stderr
-    names = [*OPTIONS, "--method", "--out", "--kv-types", "--question-seen", "--chat", "--no-chat", "--seed", "--threads"]
-    for name in (*names, "--quick", "--report-only"):
+    names = ["--method", "--out", "--kv-types", "--question-seen", "--chat", "--no-chat", "--seed", "--threads"]
+    for name in (*OPTIONS, *names, "--quick", "--report-only"):
         assert any(name in line for line in text), f"{name} is not in the help"
 
 

@@ -20,6 +20,7 @@ from kvcompose_gguf.methods.custom import Custom
 from kvcompose_gguf.methods.expected_attention import ExpectedAttention, mean_rotation
 from kvcompose_gguf.methods.keydiff import KeyDiff
 from kvcompose_gguf.methods.knorm import KNorm
+from kvcompose_gguf.methods.kvcompose import KVCompose
 from kvcompose_gguf.methods.kvzip import KVzip
 from kvcompose_gguf.methods.observed_attention import ObservedAttention
 from kvcompose_gguf.methods.pyramidkv import PyramidKV
@@ -27,7 +28,16 @@ from kvcompose_gguf.methods.random_tokens import RandomTokens
 from kvcompose_gguf.methods.snapkv import SnapKV
 from kvcompose_gguf.methods.streaming_llm import StreamingLLM
 from kvcompose_gguf.methods.tova import TOVA
-from kvcompose_gguf.queries import AttentionRequest, Evidence, Prefill, QueryStates, Repeat, StateRequest, Window
+from kvcompose_gguf.queries import (
+    AttentionRequest,
+    Evidence,
+    Prefill,
+    Prompts,
+    QueryStates,
+    Repeat,
+    StateRequest,
+    Window,
+)
 
 Scores = list[list[list[float]]]  # layer, KV head, token
 N_EMBD_K, N_EMBD_V = 6, 4
@@ -288,7 +298,7 @@ def test_methods_ask_for_what_they_read() -> None:
         "kvzip": AttentionRequest(
             Repeat(
                 2048, 1.0, "\n\nRepeat the previous context exactly.",
-                "\n\nRepeat the part of the previous context exactly, starting with",
+                "\n\nRepeat the part of the previous context exactly, starting with", own=True,
             ),
             "max",
         ),
@@ -298,7 +308,7 @@ def test_methods_ask_for_what_they_read() -> None:
     assert SnapKV(n_kept=1, window=8).attention_request == AttentionRequest(Window(8), "mean")
     assert KVzip(n_kept=1, scoring_chunk=None).attention_request.queries == Repeat(
         None, 1.0, "\n\nRepeat the previous context exactly.",
-        "\n\nRepeat the part of the previous context exactly, starting with",
+        "\n\nRepeat the part of the previous context exactly, starting with", own=True,
     )  # fmt: skip
     assert ExpectedAttention(n_kept=1, n_queries=9).state_request == StateRequest(9)
 
@@ -465,7 +475,7 @@ def test_scores_leave_the_evidence_as_it_was() -> None:
     evidence = make_evidence("layers that differ", 23, n_window=4)
     before = [array.copy() for array in arrays(evidence)]
     for name in BUILT_IN:
-        make_method(name, n_kept=9, n_sink=2).plan(evidence)
+        built_in(name, evidence, n_kept=9, n_sink=2).plan(evidence)
     for a, b in zip(before, arrays(evidence), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -491,11 +501,42 @@ def test_a_spec_sets_options() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('"a, b=c"', "a, b=c"), (' "a" ', "a"), ("'a\\n,'", "a\n,"), ("the last, of=it", None), ("a b", "a b"),
+        ("/a/b'c", "/a/b'c"), ("[x", "[x"), ("", ""), ("f(1)", "f(1)"),
+    ],
+)  # fmt: skip
+def test_texts_of_a_spec_have_commas_if_they_are_quoted(text: str, value: str | None) -> None:
+    if value is None:
+        with pytest.raises(ConfigError, match="unexpected keyword argument 'of'"):
+            make_method(f"kvcompose,instruction={text},n_kept=9")
+        return
+    got = make_method(f"kvcompose,n_sink=1,instruction={text},window=3", n_kept=9)
+    assert got == KVCompose(n_kept=9, n_sink=1, instruction=value, window=3)
+
+
+def test_lists_in_a_spec_have_commas() -> None:
+    method = make_method('kvcompose,prompts=["a, b", "c"],scoring=prompts,scoring_chunk=None', n_kept=9)
+    assert method == KVCompose(n_kept=9, scoring="prompts", prompts=["a, b", "c"], scoring_chunk=None)
+    assert hash(method.attention_request) == hash(AttentionRequest(Prompts(("a, b", "c"), None)))
+
+
+def test_an_error_inside_of_a_method_is_not_taken_for_a_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**options: Any) -> Method:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("kvcompose_gguf.methods.METHODS", {"broken": broken})
+    with pytest.raises(TypeError, match="a bug"):
+        make_method("broken,n_kept=3")
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("snap-kv", "method='snap-kv' is none of kvcompose, .*snapkv"),
         ("snapkv,window", "'window' is not option=value"),
-        ("snapkv,windows=3", "unexpected keyword argument 'windows'"),
+        ("snapkv,windows=3", "unexpected keyword argument 'windows', options are .*n_sink.*, window, kernel"),
         ("snapkv,window=0", "window=0 is not positive"),
         ("snapkv,window=1.5", "window=1.5 is not an integer"),
         ("snapkv,kernel=4", "kernel=4 is not odd"),
@@ -517,7 +558,15 @@ def test_a_spec_sets_options() -> None:
         ("streaming-llm,n_sink=-1", "n_sink=-1 is negative"),
         ("tova,n_kept=3", "exactly one of .* 2 given"),
         ("kvcompose_gguf.methods.tova:Tova", "cannot be imported"),
-        ("builtins:dict", "is not a Method"),
+        ("argparse:Namespace", "is not a Method"),
+        ("builtins:dict", "is not made by a class or function"),
+        ("math:pi", "is not made by a class or function"),
+        (":X", "is none of .* and no module:attribute"),
+        ("math:", "is none of .* and no module:attribute"),
+        (".math:pi", "is none of .* and no module:attribute"),
+        ("snapkv,window=3,window=3", "window is given twice"),
+        ("snapkv,compression_ratio=0.5", "compression_ratio is given twice"),
+        ("snapkv,window=3,", "'' is not option=value"),
     ],
 )
 def test_a_spec_out_of_range_is_refused(spec: str, message: str) -> None:
@@ -570,6 +619,41 @@ def test_a_custom_scorer_needs_no_request_and_may_return_any_floats() -> None:
 def test_a_custom_method_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Custom(n_kept=4, **options)
+
+
+@pytest.mark.parametrize(
+    ("request_of", "message"),
+    [
+        (lambda: Repeat(chunk=-1), "chunk=-1 is not positive"), (lambda: Repeat(chunk=0), "chunk=0 is not positive"),
+        (lambda: Repeat(chunk=True), "chunk=True is not an integer"), (lambda: Repeat(fraction=0), "fraction=0 is not in"),
+        (lambda: Repeat(fraction=math.nan), "fraction=nan is not in"), (lambda: Repeat(fraction="1"), "is not a number"),
+        (lambda: Repeat(instruction=None), "instruction=None is not a text"),
+        (lambda: Repeat(continuation=b"x"), "continuation=b'x' is not a text"), (lambda: Repeat(own=1), "own=1 is neither"),
+        (lambda: Repeat(own=True, fraction=0.5), "own=True needs fraction=1, .*not 0.5"),
+        (lambda: Prompts([]), r"texts=\[\] is not a list of texts"), (lambda: Prompts("who?"), "texts='who\\?' is not"),
+        (lambda: Prompts(["", "a"]), "is not a list of texts"), (lambda: Prompts(["a"], 0), "chunk=0 is not positive"),
+        (lambda: Window(0), "size=0 is not positive"), (lambda: Window(1.5), "size=1.5 is not an integer"),
+        (lambda: AttentionRequest(Window(1), "sum"), "aggregation='sum' is none of 'max', 'mean'"),
+        (lambda: AttentionRequest(Window), "queries=.* is none of Repeat, Prompts, Window and Prefill"),
+        (lambda: StateRequest(0), "n_queries=0 is not positive"), (lambda: StateRequest(None), "is not an integer"),
+    ],
+)  # fmt: skip
+def test_a_request_out_of_range_is_refused(request_of: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        request_of()
+
+
+def test_prompts_may_be_a_list() -> None:
+    assert Prompts(["a", "b"]) == Prompts(("a", "b"))
+    assert hash(AttentionRequest(Prompts(["a"]))) == hash(AttentionRequest(Prompts(("a",))))
+
+
+@pytest.mark.parametrize("infinite", [[-np.inf], [-np.inf, np.inf], [np.inf, np.nan]], ids=str)
+def test_scores_of_minus_infinity_are_refused(infinite: list[float]) -> None:
+    scores = np.zeros((2, 12), np.float32)
+    scores[1, : len(infinite)] = infinite
+    with pytest.raises(ConfigError, match=r"scores\[0\] has NaN or -infinity"):
+        Custom(n_kept=4, scorer=lambda e: [scores, scores]).plan(make_evidence("GQA", 12))
 
 
 @pytest.mark.parametrize(

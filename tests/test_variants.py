@@ -19,7 +19,7 @@ from test_kv_types import stored_rows
 from test_methods import make_evidence
 from test_scoring import Cache, context, payment, words
 
-from kvcompose_gguf import CompositionPlan, ConfigError, UnsupportedError
+from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
 from kvcompose_gguf.evaluation.runner import compressed, plan_of
 from kvcompose_gguf.evaluation.variants import EditedPlan, Variant, output_grams
 from kvcompose_gguf.geometry import LayerGeometry
@@ -28,7 +28,7 @@ from kvcompose_gguf.methods.kvcompose import KVCompose
 from kvcompose_gguf.methods.kvzip import CONTINUATION, INSTRUCTION, KVzip
 from kvcompose_gguf.methods.snapkv import SnapKV
 from kvcompose_gguf.queries import AttentionRequest, Evidence, Repeat
-from kvcompose_gguf.rows import cached_rows, write_values
+from kvcompose_gguf.rows import cached_rows, read_rows, write_values
 from kvcompose_gguf.scoring import Attention, collect_attention
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
@@ -602,7 +602,7 @@ def test_written_values_are_read_again_and_no_other_byte_is_changed(make_llama, 
     relative = {"f32": 0, "f16": 2.0**-11, "bf16": 2.0**-8}[name]
     for l, n in enumerate(n_kept):
         if n:
-            error = np.abs(cached_rows(session, l, "v", n) - values[l])
+            error = np.abs(read_rows(session, l, "v", n) - values[l])
             assert (error <= relative * np.abs(values[l]) + 2.0**-25).all(), f"the largest difference is {error.max()}"
         keys, rows = (stored_rows(llama, l, which) for which in "kv")
         np.testing.assert_array_equal(keys, before[l][0])
@@ -624,10 +624,36 @@ def test_what_is_read_can_be_written_again(make_llama):
         llama, _ = both(make_llama, type_k=TYPES[name], type_v=TYPES[name], flash_attn=flash_attn)
         llama.compose(random_plan([30, 80, 7]))
         before = [stored_rows(llama, l, "v").copy() for l in range(3)]
-        llama.write_values([cached_rows(llama._session, l, "v", n) for l, n in enumerate((30, 80, 7))])
+        llama.write_values([read_rows(llama._session, l, "v", n) for l, n in enumerate((30, 80, 7))])
         for l in range(3):
             np.testing.assert_array_equal(stored_rows(llama, l, "v"), before[l], err_msg=f"{name} {flash_attn}")
         llama.close()
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 32), (2, 5, 31), (2, 31, 32), (5, 32)], ids=str)
+def test_values_of_another_shape_are_not_written(make_llama, shape):
+    llama, _ = both(make_llama)
+    llama.compose(random_plan([30, 80, 7]))
+    before = stored_rows(llama, 0, "v").copy()
+    with pytest.raises(ConfigError, match=r"values of layer 0 are .*, \(2, at most 30, 32\) is needed"):
+        write_values(llama._session, 0, np.zeros(shape, np.float32))
+    np.testing.assert_array_equal(stored_rows(llama, 0, "v"), before)
+
+
+def test_evidence_of_a_context_that_is_not_in_the_cache_any_more_cannot_be_read(make_llama):
+    llama, _ = both(make_llama)
+    evidence = llama.observe(CONTEXT, KVCompose(n_kept=30))
+    want = evidence.read("keys", 0)
+    llama.eval(QUERY)
+    np.testing.assert_array_equal(evidence.read("keys", 0), want)
+    llama.truncate(N)
+    llama.compose(random_plan([30, 80, 7]))
+    with pytest.raises(StateError, match="80 compressed tokens now: 80 tokens of a full one"):
+        evidence.read("keys", 0)
+    llama.reset()
+    llama.prefill(CONTEXT[:40])
+    with pytest.raises(StateError, match="40 tokens now"):
+        evidence.read("values", 0)
 
 
 def test_values_of_a_quantized_cache_are_not_replaced(make_llama):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -19,12 +21,14 @@ import psutil
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, StateError
 from ..methods import Method, make_method
+from ..methods.base import check_positive
+from ..methods.compresskv import CompressKV
 from ..methods.unstructured import Unstructured
 from ..plan import CompositionPlan, TokenMask
 from ..queries import AttentionRequest, Evidence, StateRequest
-from ..run import open_vocabulary, resolve_model
+from ..run import n_ctx_trained, open_vocabulary, resolve_model
 from . import metrics, suites
 from .answering import Reply, answer, answer_again
 from .prompts import chat_frame, prompt_tokens
@@ -37,6 +41,8 @@ from .variants import EditedPlan, Variant
 if TYPE_CHECKING:
     from ..llama import Llama
 
+#: cache types whose rows can be weighed and written
+PLAIN_TYPES = ("f32", "f16", "bf16")
 #: cells beyond the context and its answer, for the queries of a scoring pass
 N_SCORING = 1024
 
@@ -47,13 +53,13 @@ class EvalOptions:
 
     Attributes:
         tasks: names of ``ruler.TASKS``; ``passkey`` is apart from the means.
-        n_tokens: of a whole sample, its longest answer included.
+        n_tokens: of a whole sample, its longest answer included, a chat format not.
         n_samples: of each task.
         methods: texts for ``make_method``.
         ratios: fractions removed.
         types_kv: names of ggml types, for keys and values.
-        question_seen: the question is there when the context is compressed; else it is hidden, as in the field's
-            protocol.
+        question_seen: methods that look at the prompt's last tokens have the question among them; else it is hidden, as
+            in the field's protocol. It changes nothing for methods that do not.
         chat: in the model's chat format, if it has one.
         n_depths: depths of the needles of ``passkey``.
         texts: where prose and questions come from, see ``load_texts``.
@@ -77,20 +83,35 @@ class EvalOptions:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_tokens", "n_samples", "n_depths"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is not positive")
+        for name in ("tasks", "methods", "ratios", "types_kv"):  # each once
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        for name in ("n_tokens", "n_samples", "n_depths", "max_tokens"):
+            check_positive(name, getattr(self, name))
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
             raise ConfigError(f"tasks={','.join(self.tasks)}: allowed are {', '.join(TASKS)}")
         wrong = [ratio for ratio in self.ratios if not 0 < ratio < 1]
-        if wrong:
-            raise ConfigError(f"ratios={wrong} are not in (0, 1); 0, the full cache, is always there")
+        if wrong or (self.methods and not self.ratios):
+            raise ConfigError(f"ratios={wrong}: some in (0, 1) are needed; 0, the full cache, is always there")
+        if not self.types_kv:
+            raise ConfigError("types_kv is empty")
         for type_kv in self.types_kv:
             kv_type(type_kv)
+        self.make_methods()
+
+    def make_methods(self, model_path: Path | None = None) -> dict[str, list[Method]]:
+        """One method a ratio for every text; with what they need to know about a model."""
+        made = {}
         for spec in self.methods:
-            for ratio in self.ratios:
-                make_method(spec, compression_ratio=ratio)
+            for_ratio = [make_method(spec, compression_ratio=ratio, min_tokens=1) for ratio in self.ratios]
+            first = for_ratio[0]
+            quantized = [kv for kv in self.types_kv if kv.lower() not in PLAIN_TYPES]
+            if quantized and first.simulated:
+                raise ConfigError(f"method={spec!r} is simulated, which types_kv={','.join(quantized)} cannot be")
+            if model_path is not None:
+                first = first.for_model(model_path)
+            made[spec] = [replace(first, compression_ratio=ratio) for ratio in self.ratios]
+        return made
 
 
 @dataclass(frozen=True)
@@ -132,9 +153,11 @@ def evaluate(
     """
     model_path = resolve_model(model)
     jobs = jobs or psutil.cpu_count(logical=False) or 1
-    folder = RunFolder.open(out, _settings(model_path, options), _environment(jobs, threads, options))
+    methods = options.make_methods(model_path)  # a calibration that is missing is found before a folder is made
+    settings = _settings(model_path, options, methods)
+    folder = RunFolder.open(out, settings, _environment(jobs, threads, options))
     done = folder.done()
-    everything = itertools.product(options.types_kv, range(options.n_samples), options.tasks)
+    everything = dict.fromkeys(itertools.product(options.types_kv, range(options.n_samples), options.tasks))
     left = [Job(task, index, kv) for kv, index, task in everything if (task, index, kv) not in done]
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
@@ -159,6 +182,8 @@ def _work(
         try:
             for future in as_completed([pool.submit(_do, job) for job in left]):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise StateError("a worker died, of too little memory perhaps; what is done is kept: run again") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -196,10 +221,7 @@ class Worker:
         self._llama: Llama | None = None
         self._type_kv = ""
         self._frame = ("", "")
-        self._methods = {
-            spec: [make_method(spec, compression_ratio=r, min_tokens=1).for_model(model_path) for r in options.ratios]
-            for spec in options.methods
-        }
+        self._methods = options.make_methods(model_path)
 
     def close(self) -> None:
         """Free the model."""
@@ -338,14 +360,21 @@ def _label(attention: AttentionRequest | None, states: StateRequest | None) -> s
     return f"{type(attention.queries).__name__.lower()}({texts}) {attention.aggregation}"
 
 
-def _settings(model_path: Path, options: EvalOptions) -> dict[str, Any]:
+def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Method]]) -> dict[str, Any]:
     """What decides the answers; more samples may be added later."""
     from ..calibration import model_sha256
 
+    with open_vocabulary(model_path) as vocabulary:  # a file that llama.cpp cannot read is found before a folder is made
+        n_ctx_train = n_ctx_trained(vocabulary)
+    if n_ctx_train and options.n_tokens > n_ctx_train:
+        raise ConfigError(f"n_tokens={options.n_tokens}, but {model_path.name} is for at most {n_ctx_train}")
     settings = {**asdict(options), "texts": load_texts(options.texts).name, "methods": list(options.methods)}
     del settings["n_samples"]
-    with open_vocabulary(model_path):  # a file that llama.cpp cannot read is found before a folder is made
-        return {"model": model_path.name, "model_sha256": model_sha256(model_path), **settings}
+    calibrations = {made[0].calibration for made in methods.values() if made and isinstance(made[0], CompressKV)}
+    digests = sorted(hashlib.sha256(made.to_json().encode()).hexdigest()[:16] for made in calibrations if made)
+    return {
+        "model": model_path.name, "model_sha256": model_sha256(model_path), **settings, "calibrations": digests
+    }  # fmt: skip
 
 
 def _environment(jobs: int, threads: int, options: EvalOptions) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checks import check_choice, check_flag, check_number, check_odd
 from ..errors import ConfigError, UnsupportedError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..methods.base import check_choice, check_flag, check_integer, check_number, check_positive, map_layers
+from ..methods.base import map_layers
 from ..methods.kvcompose import KVCompose
 from ..plan import CompositionPlan
 from ..queries import AttentionRequest, Evidence, Repeat
@@ -62,13 +63,13 @@ class Variant(KVCompose):
         super().__post_init__()
         check_flag("own", self.own)
         check_flag("output_norm", self.output_norm)
-        check_integer("pool", self.pool)
-        check_positive("pool", self.pool)
-        if self.pool % 2 == 0:
-            raise ConfigError(f"pool={self.pool} is not odd")
+        check_odd("pool", self.pool)
         check_choice("pooling", self.pooling, ("mean", "max"))
         check_number("fold", self.fold)
         check_number("correct", self.correct)
+        for name in ("fold", "correct"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} is negative or not finite")
         if self.own and (self.scoring != "repeat" or self.scoring_fraction != 1):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
 
@@ -91,7 +92,7 @@ class Variant(KVCompose):
 
             def weigh(l: int) -> FloatArray:
                 layer, attention = evidence.layers[l], evidence.attention[l]
-                if layer.type_v > 1 and layer.type_v != 30:
+                if layer.v_quantized:
                     raise UnsupportedError("output_norm=True: values are quantized, and so Hadamard-rotated")
                 values = np.repeat(evidence.read("values", l), layer.n_head // layer.n_head_kv, axis=0)
                 squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
@@ -102,6 +103,10 @@ class Variant(KVCompose):
         if self.pool == 1:
             return scores
         return [aggregate.pool_tokens(s, self.pool, self.pooling) for s in scores]
+
+    @property
+    def simulated(self) -> bool:
+        return bool(self.fold or self.correct or self.output_norm)
 
     def edited(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan | EditedPlan:
         """The plan with its edits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ..checks import check_odd
 from ..errors import ConfigError
 from .types import FloatArray, IntArray, LongArray, as_c
 
@@ -197,6 +198,5 @@ def pool_tokens(scores: FloatArray, kernel: int, kind: str) -> FloatArray:
     Returns:
         float32 of the same shape.
     """
-    if kernel < 1 or kernel % 2 == 0:
-        raise ConfigError(f"kernel={kernel} is not an odd positive number")
+    check_odd("kernel", kernel)
     return _pool_tokens(as_c(scores, "scores", np.float32, 2), kernel, _use_max(kind))

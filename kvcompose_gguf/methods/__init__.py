@@ -6,7 +6,10 @@ A user's method is a subclass of ``Method`` that is registered the same way, or 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -49,41 +52,50 @@ def make_method(spec: str, **options: Any) -> Method:
     """The method of a text such as ``"kvcompose,scoring=window,window=32"`` or ``"my_module:MyMethod"``.
 
     Args:
-        spec: a name of ``METHODS`` or ``module:attribute``, and options that are read as Python literals or else as
-            texts.
+        spec: a name of ``METHODS`` or ``module:attribute``, and options that are read as Python literals, which may
+            have commas, or else as texts, which end at the next one.
         options: more of them, e.g. ``compression_ratio=0.75``.
     Raises:
-        ConfigError: there is no such method or option, or one is out of its range.
+        ConfigError: there is no such method or option, one is given twice, or one is out of its range.
     """
-    name, *pairs = spec.split(",")
-    for pair in pairs:
-        key, is_pair, text = pair.partition("=")
-        if not is_pair:
-            raise ConfigError(f"method={spec!r}: {pair!r} is not option=value")
-        options[key.strip()] = _literal(text.strip())
+    name, *pieces = spec.split(",")
+    while pieces:
+        key, value, pieces = _first_option(spec, pieces)
+        if key in options:
+            raise ConfigError(f"method={spec!r}: {key} is given twice")
+        options[key] = value
     factory = METHODS.get(name, name)
     if isinstance(factory, str):
         factory = _import(factory)
     try:
-        method = factory(**options)
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method={spec!r} is not made by a class or function of Python: {error}") from error
+    try:
+        signature.bind(**options)
     except TypeError as error:
-        raise ConfigError(f"method={spec!r}: {error}") from error
+        raise ConfigError(f"method={spec!r}: {error}, options are {', '.join(signature.parameters)}") from error
+    method = factory(**options)
     if not isinstance(method, Method):
         raise ConfigError(f"method={spec!r} makes {method!r}, which is not a Method")
     return method
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def _first_option(spec: str, pieces: list[str]) -> tuple[str, Any, list[str]]:
+    """Name and value of the option that ``pieces``, what is between commas, begin with, and the pieces behind it."""
+    key, is_pair, text = pieces[0].partition("=")
+    if not is_pair:
+        raise ConfigError(f"method={spec!r}: {pieces[0]!r} is not option=value")
+    for n in range(1, len(pieces) + 1):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return key.strip(), ast.literal_eval(",".join([text, *pieces[1:n]]).strip()), pieces[n:]
+    return key.strip(), text.strip(), pieces[1:]
 
 
 def _import(place: str) -> Callable[..., Method]:
-    module, is_place, attribute = place.partition(":")
-    if not is_place:
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", place):
         raise ConfigError(f"method={place!r} is none of {', '.join(METHODS)}, and no module:attribute")
+    module, _, attribute = place.partition(":")
     try:
         factory: Callable[..., Method] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import TypeVar
 
 import numpy as np
 
 from .. import budget
+from ..checks import check_choice, check_flag, check_integer, check_number, check_positive  # noqa: F401
 from ..errors import ConfigError
 from ..geometry import LayerGeometry
 from ..kernels import aggregate
@@ -89,6 +89,11 @@ class Method:
     #
 
     @property
+    def simulated(self) -> bool:
+        """What it does to a cache is only tried by ``kvcompose eval``."""
+        return False
+
+    @property
     def attention_request(self) -> AttentionRequest | None:
         """The attention that ``scores`` reads; None: keys, values or nothing."""
         return None
@@ -127,6 +132,28 @@ class Method:
             return ALLOCATIONS[self.allocation]()
         return self.allocation or self.default_allocation()
 
+    def n_forced(self, n_tokens: int) -> int:
+        """Tokens that every head keeps; they rank first, so keeping them is a layer's floor as well."""
+        return min(self.n_sink + self.n_recent, n_tokens)
+
+    def check_budget(self, layers: Sequence[LayerGeometry], n_tokens: int) -> None:
+        """ConfigError if the budget is smaller than what every layer has to keep, before anything is evaluated."""
+        n_total, n_least = self.n_composites(layers, n_tokens), len(layers) * self.n_forced(n_tokens)
+        if n_total < n_least:
+            raise ConfigError(
+                f"{n_total} composites cannot be kept: {len(layers)} layers of {n_tokens} tokens, "
+                f"at least {self.n_forced(n_tokens)} in each"
+            )
+
+    def with_forced(self, scores: FloatArray) -> FloatArray:
+        """``scores`` ``(n_head_kv, N)`` with infinity for the first and last tokens that every head keeps, alone."""
+        if not self.n_sink and not self.n_recent:
+            return scores
+        out: FloatArray = np.minimum(scores, np.finfo(np.float32).max)
+        out[:, : self.n_sink] = np.inf
+        out[:, scores.shape[1] - min(self.n_recent, scores.shape[1]) :] = np.inf
+        return out
+
     def n_composites(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
         """Composites that the budget buys for a context of ``n_tokens``, over all layers."""
         if self.compression_ratio is not None:
@@ -150,52 +177,14 @@ class Method:
         check_layers("scores", scores, [(layer.n_head_kv, n_tokens) for layer in layers], infinite=True)
 
         def rank(l: int) -> tuple[FloatArray, np.ndarray]:
-            forced = scores[l]
-            if self.n_sink or self.n_recent:
-                forced = forced.copy()
-                forced[:, : self.n_sink] = np.inf
-                forced[:, n_tokens - min(self.n_recent, n_tokens) :] = np.inf
+            forced = self.with_forced(scores[l])
             return forced, aggregate.rank_tokens(forced)
 
         ranked = map_layers(rank, len(layers))
         ranks = Ranked([s for s, _ in ranked], [r for _, r in ranked])
-        # forced tokens rank first in every head, so keeping them is a floor as well
-        floor = min(self.n_sink + self.n_recent, n_tokens)
-        n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), floor)
+        n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), self.n_forced(n_tokens))
         cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
         return CompositionPlan(n_tokens, tuple(cells))
-
-
-def check_number(name: str, value: object, *, optional: bool = False) -> None:
-    """ConfigError unless ``value`` is a number, or None if that is allowed."""
-    kinds = (int, float, NoneType) if optional else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ConfigError(f"{name}={value!r} is not a number")
-
-
-def check_integer(name: str, value: object, *, optional: bool = False) -> None:
-    """ConfigError unless ``value`` is an integer, or None if that is allowed."""
-    kinds = (int, NoneType) if optional else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ConfigError(f"{name}={value!r} is not an integer")
-
-
-def check_flag(name: str, value: object) -> None:
-    """ConfigError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r} is neither True nor False")
-
-
-def check_positive(name: str, value: float | None) -> None:
-    """ConfigError unless ``value`` is positive and finite, or None."""
-    if value is not None and not 0 < value < np.inf:
-        raise ConfigError(f"{name}={value} is not positive and finite")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """ConfigError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is none of {', '.join(map(repr, choices))}")
 
 
 def map_layers(function: Callable[[int], T], n_layer: int) -> list[T]:

@@ -10,12 +10,13 @@ from types import NoneType
 import numpy as np
 
 from ..calibration import Calibration, load_calibration
+from ..checks import check_flag, check_integer, check_odd, check_positive
 from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..queries import AttentionRequest, Evidence, Window
 from .allocation import Allocation, ByEvictionError
-from .base import Method, check_integer, check_positive, map_layers
+from .base import Method, map_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +44,11 @@ class CompressKV(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("window", "n_heads", "kernel"):
+        for name in ("window", "n_heads"):
             check_integer(name, getattr(self, name))
             check_positive(name, getattr(self, name))
-        if self.kernel % 2 == 0:
-            raise ConfigError(f"kernel={self.kernel} is not odd")
-        if not isinstance(self.per_head, bool):
-            raise ConfigError(f"per_head={self.per_head!r} is neither True nor False")
+        check_odd("kernel", self.kernel)
+        check_flag("per_head", self.per_head)
         if not isinstance(self.calibration, (Calibration, NoneType)):
             raise ConfigError(f"calibration={self.calibration!r} is not a Calibration")
 

@@ -101,7 +101,11 @@ class KVCompose(Method):
             queries = Window(self.window)
         else:
             queries = Prefill()
-        return AttentionRequest(queries, "max" if self.agg_task == "max" else "mean")
+        return AttentionRequest(queries, self.agg_task)  # type: ignore[arg-type]
+
+    def rule(self) -> Allocation:
+        """As ``Method.rule``; the name ``"global"`` is the method's own rule, with its options."""
+        return self.default_allocation() if self.allocation == "global" else super().rule()
 
     def default_allocation(self) -> Allocation:
         return GlobalRanking(self.agg_head, self.keep_token_lower_bound, self.first_layer_rule)
@@ -109,11 +113,14 @@ class KVCompose(Method):
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Steps 4 and 5 of the method."""
 
+        layers = range(len(evidence.layers) if self.add_v_norm else 0)
+        # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
+        norms = [np.linalg.norm(evidence.read("values", l), axis=2) for l in layers]  # one layer in memory at a time
+
         def score(l: int) -> FloatArray:
             scores = aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, self.agg_group)
             if self.add_v_norm:
-                # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
-                scores = scores * np.linalg.norm(evidence.read("values", l), axis=2)
+                scores = scores * norms[l]
             return aggregate.add_mean_across_heads(scores) if self.add_mean_across_heads else scores
 
         return map_layers(score, len(evidence.layers))

@@ -19,9 +19,9 @@ class KVzip(Method):
     """Maximum attention while the context is repeated after an instruction, maximum over the group's query heads.
 
     Where we differ from the paper and kvpress (kvzip_press.py): the softmax is over everything visible instead of the
-    sinks, the chunk's own keys and its repeat, and all chunks judge a token instead of its own; no chat template is
-    between instruction and repeat; all heads of a layer keep equally many tokens, and all layers do (kvpress:
-    ``layerwise=True``), where the paper ranks the pairs of all layers and heads together.
+    sinks, the chunk's own keys and its repeat; no chat template is between instruction and repeat; all heads of a layer
+    keep equally many tokens, and all layers do (kvpress: ``layerwise=True``), where the paper ranks the pairs of all
+    layers and heads together.
 
     Attributes:
         scoring_chunk: context tokens that are repeated at a time; ``None``: all of them, in a cache of 2N.
@@ -37,7 +37,7 @@ class KVzip(Method):
 
     @property
     def attention_request(self) -> AttentionRequest:
-        queries = Repeat(chunk=self.scoring_chunk, instruction=INSTRUCTION, continuation=CONTINUATION)
+        queries = Repeat(chunk=self.scoring_chunk, instruction=INSTRUCTION, continuation=CONTINUATION, own=True)
         return AttentionRequest(queries, "max")
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:

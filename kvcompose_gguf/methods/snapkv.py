@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..checks import check_choice, check_integer, check_odd, check_positive
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..queries import AttentionRequest, Evidence, Window
-from .base import Method, check_choice, check_integer, check_positive, map_layers
+from .base import Method, map_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,9 @@ class SnapKV(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("window", "kernel"):
-            check_integer(name, getattr(self, name))
-            check_positive(name, getattr(self, name))
-        if self.kernel % 2 == 0:
-            raise ConfigError(f"kernel={self.kernel} is not odd")
+        check_integer("window", self.window)
+        check_positive("window", self.window)
+        check_odd("kernel", self.kernel)
         check_choice("pooling", self.pooling, ("mean", "max"))
 
     @property

@@ -22,18 +22,24 @@ class Unstructured(KVCompose):
     The bytes are those that a cache with rows per head would have.
     """
 
+    @property
+    def simulated(self) -> bool:
+        return True
+
     def mask(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> TokenMask:
         """The tokens with the largest scores of all heads; ties go to the lowest layer, head and index."""
         scores = self.scores(evidence) if scores is None else scores
-        n_rows = self.n_composites(evidence.layers, evidence.n_tokens)
+        n_tokens = evidence.n_tokens
+        self.check_budget(evidence.layers, n_tokens)
+        n_rows = self.n_composites(evidence.layers, n_tokens)
         n_head_kv = evidence.layers[0].n_head_kv  # a composite is a row of this many heads
-        forced = [np.where(np.arange(evidence.n_tokens) < self.n_sink, np.float32(np.inf), s) for s in scores]
+        forced = [self.with_forced(s) for s in scores]
         everything = np.concatenate([s.ravel() for s in forced])
         visible = np.zeros(everything.size, dtype=bool)
         visible[np.argsort(-everything, kind="stable")[: n_rows * n_head_kv]] = True
         ends = np.cumsum([s.size for s in forced])[:-1]
         masks = [part.reshape(s.shape) for part, s in zip(np.split(visible, ends), forced, strict=True)]
-        return TokenMask(evidence.n_tokens, tuple(masks))
+        return TokenMask(n_tokens, tuple(masks))
 
     def plan(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> NoReturn:
         raise UnsupportedError("the unstructured ceiling is only simulated: kvcompose eval --method unstructured")

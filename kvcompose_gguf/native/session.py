@@ -49,6 +49,7 @@ class KVSession:
         self._lib = bindings.declare(library.load().llama_cpp._lib)
         self._ctx = ctypes.cast(ctx, ctypes.c_void_p)
         self._call("llama_kvc_supported")
+        self._biased = False
         #: the cached layers in order, tuple of LayerGeometry
         self.layers = tuple(self._geometry(self._layer(ikv)) for ikv in range(self._cache().n_layer))
 
@@ -148,8 +149,8 @@ class KVSession:
             agg: ``"max"`` or ``"sum"`` over the query tokens of all decodes.
             max_bytes: working memory beside the scores themselves, float32 ``n_layer x n_head x n_cells``.
         """
+        self._call("llama_kvc_scores_begin", bindings.AGG[agg], n_cells, max_bytes)
         try:
-            self._call("llama_kvc_scores_begin", bindings.AGG[agg], n_cells, max_bytes)
             yield
         finally:
             self._call("llama_kvc_scores_end")
@@ -172,8 +173,8 @@ class KVSession:
                 ``"outputs"`` of attention, before the output projection.
             n_tokens: at most ``n_ubatch``.
         """
+        self._call("llama_kvc_taps_begin", bindings.TAP[what], n_tokens)
         try:
-            self._call("llama_kvc_taps_begin", bindings.TAP[what], n_tokens)
             yield
         finally:
             self._call("llama_kvc_taps_end")
@@ -215,7 +216,13 @@ class KVSession:
             biases: for each layer float32 ``(n_head_kv, n_rows)``; minus infinity hides a row from a KV head.
         Raises:
             UnsupportedError: values are quantized.
+            StateError: inside of another one.
         """
+        if self._biased:
+            raise StateError("attention is biased already")
+        if len(biases) > len(self.layers):
+            raise ConfigError(f"biases of {len(biases)} layers, the cache has {len(self.layers)}")
+        self._biased = True
         try:
             for ikv, bias in enumerate(biases):
                 bias = np.ascontiguousarray(bias, dtype=np.float32)
@@ -227,6 +234,7 @@ class KVSession:
                 self._call("llama_kvc_set_bias", ikv, bias.ctypes.data_as(bindings.c_float_p), bias.shape[1])
             yield
         finally:
+            self._biased = False
             self._call("llama_kvc_set_bias", 0, None, 0)
 
     def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:

@@ -30,7 +30,7 @@ public:
         llama_kvc_gather_t       gather;
     };
 
-    // part of every graph's key: changes with scoring and with the layers' sizes
+    // part of every graph's key: changes with scoring, taps, biases, the kernel and the layers' sizes
     uint64_t epoch() const { return n_epoch; }
 
     //

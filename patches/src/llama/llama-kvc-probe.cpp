@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 
 #include <cmath>
 #include <new>
@@ -74,13 +75,12 @@ const ggml_tensor * llama_kvc::tap(uint32_t ikv, bool outputs) const {
     return taps.empty() ? nullptr : taps[ikv].t;
 }
 
+// src: [n_embd_head, n_head, n_tokens]
 static void copy_rows(const llm_graph_context & g, ggml_tensor * src, ggml_tensor * dst, float scale) {
     const int64_t n_embd = dst->ne[0];
-    const int64_t n      = std::min(dst->ne[1], ggml_nelements(src)/n_embd);
+    const int64_t n      = std::min(dst->ne[1], src->ne[2]);
 
-    ggml_tensor * rows = src->ne[0] == n_embd ?
-        ggml_view_2d(g.ctx0, src, n_embd, n, src->nb[1], 0) :
-        ggml_view_3d(g.ctx0, src, src->ne[0], src->ne[1], n, src->nb[1], src->nb[2], 0);
+    ggml_tensor * rows = ggml_view_3d(g.ctx0, src, src->ne[0], src->ne[1], n, src->nb[1], src->nb[2], 0);
 
     ggml_tensor * res = ggml_cpy(g.ctx0, rows, ggml_view_2d(g.ctx0, dst, n_embd, n, dst->nb[1], 0));
     if (scale != 1.0f) {
@@ -94,7 +94,8 @@ void llama_kvc::copy_taps(const llm_graph_context & g, ggml_tensor * q, ggml_ten
         copy_rows(g, q, tap_queries[ikv].t, kq_scale);
     }
     if (!tap_outputs.empty()) {
-        copy_rows(g, cur, tap_outputs[ikv].t, 1.0f);
+        const int64_t n_head = q->ne[1];
+        copy_rows(g, ggml_reshape_3d(g.ctx0, cur, cur->ne[0]/n_head, n_head, cur->ne[1]), tap_outputs[ikv].t, 1.0f);
     }
 }
 
@@ -171,6 +172,7 @@ static void rope_plain_rows(const llama_context & lctx, int32_t il, float * rows
     if (!ctx || !backend) {
         throw std::bad_alloc();
     }
+    ggml_backend_cpu_set_n_threads(backend.get(), 1); // ggml's four would wait for each other at every node
 
     const ggml_tensor * model_factors = model.get_rope_factors(cparams, il);
 

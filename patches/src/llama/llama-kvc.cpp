@@ -195,31 +195,8 @@ int32_t llama_kvc_get_layer(llama_context * ctx, uint32_t ikv, llama_kvc_layer_i
     });
 }
 
-int32_t llama_kvc_get_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, void * dst, size_t offset, size_t size) {
-    return guarded([&]() -> int32_t {
-        llama_kv_cache * kv = nullptr;
-        int32_t il = 0;
-        ggml_tensor * k = nullptr;
-        ggml_tensor * v = nullptr;
-        if (const int32_t status = get_layer(ctx, ikv, &kv, &il, &k, &v)) {
-            return status;
-        }
-
-        const ggml_tensor * t = is_v ? v : k;
-
-        const size_t n_bytes = ggml_nbytes(t);
-        if (!dst || offset > n_bytes || size > n_bytes - offset) {
-            return fail(LLAMA_KVC_ERR_ARGUMENT, format("bytes [%zu, +%zu) of a tensor of %zu", offset, size, n_bytes));
-        }
-
-        ctx->synchronize();
-        ggml_backend_tensor_get(t, dst, offset, size);
-
-        return LLAMA_KVC_OK;
-    });
-}
-
-int32_t llama_kvc_set_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, const void * src, size_t offset, size_t size) {
+// bytes of a layer's tensor: written if src is given, else read to dst
+static int32_t move_bytes(llama_context * ctx, uint32_t ikv, int32_t is_v, void * dst, const void * src, size_t offset, size_t size) {
     return guarded([&]() -> int32_t {
         llama_kv_cache * kv = nullptr;
         int32_t il = 0;
@@ -232,15 +209,27 @@ int32_t llama_kvc_set_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, co
         ggml_tensor * t = is_v ? v : k;
 
         const size_t n_bytes = ggml_nbytes(t);
-        if (!src || offset > n_bytes || size > n_bytes - offset) {
+        if ((!dst && !src) || offset > n_bytes || size > n_bytes - offset) {
             return fail(LLAMA_KVC_ERR_ARGUMENT, format("bytes [%zu, +%zu) of a tensor of %zu", offset, size, n_bytes));
         }
 
         ctx->synchronize();
-        ggml_backend_tensor_set(t, src, offset, size);
+        if (src) {
+            ggml_backend_tensor_set(t, src, offset, size);
+        } else {
+            ggml_backend_tensor_get(t, dst, offset, size);
+        }
 
         return LLAMA_KVC_OK;
     });
+}
+
+int32_t llama_kvc_get_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, void * dst, size_t offset, size_t size) {
+    return move_bytes(ctx, ikv, is_v, dst, nullptr, offset, size);
+}
+
+int32_t llama_kvc_set_tensor(llama_context * ctx, uint32_t ikv, int32_t is_v, const void * src, size_t offset, size_t size) {
+    return move_bytes(ctx, ikv, is_v, nullptr, src, offset, size);
 }
 
 int32_t llama_kvc_reserve(llama_context * ctx, uint32_t n_cells) {
@@ -419,6 +408,7 @@ int32_t llama_kvc_taps_end(llama_context * ctx) {
         if (kv->make_kvc().tapping()) {
             ctx->synchronize();
             kv->make_kvc().taps_end();
+            ctx->kvc_reserve();
         }
 
         return LLAMA_KVC_OK;
@@ -440,6 +430,7 @@ int32_t llama_kvc_set_bias(llama_context * ctx, uint32_t ikv, const float * bias
         ctx->synchronize();
         if (!bias) {
             kvc.drop_bias();
+            ctx->kvc_reserve(); // gives the matrix back that attention had where it was not fused
             return LLAMA_KVC_OK;
         }
         if (n_rows == 0 || n_rows > kv->get_size()) {
@@ -470,6 +461,21 @@ int32_t llama_kvc_rope(llama_context * ctx, uint32_t ikv, float * rows, uint32_t
         }
         if (!rows || !pos || n_rows == 0) {
             return fail(LLAMA_KVC_ERR_ARGUMENT, "rows or pos is NULL, or n_rows = 0");
+        }
+        // which layers rotate is decided by each model's graph, so only those that tests have seen are answered for
+        switch (ctx->get_model().arch) {
+            case LLM_ARCH_LLAMA:
+            case LLM_ARCH_MISTRAL3:
+            case LLM_ARCH_QWEN2:
+            case LLM_ARCH_QWEN3:
+            case LLM_ARCH_QWEN3MOE:
+            case LLM_ARCH_PHI3:
+            case LLM_ARCH_GEMMA2:
+            case LLM_ARCH_GEMMA3:
+            case LLM_ARCH_OPENAI_MOE:
+                break;
+            default:
+                return fail(LLAMA_KVC_ERR_UNSUPPORTED, std::string("which layers of architecture ") + llm_arch_name(ctx->get_model().arch) + " rotate their keys is not known");
         }
 
         kv->make_kvc().rope_rows(*ctx, ikv, rows, n_rows, pos, inverse != 0);

@@ -115,7 +115,8 @@ LLAMA_API int32_t llama_kvc_scores_end  (struct llama_context * ctx);
 // From here on decodes leave the queries or attention outputs (what: a sum of llama_kvc_tap) of their first n_tokens
 // tokens behind, until the next decode. n_tokens is at most n_ubatch; a longer decode is several of them, and leaves the last.
 LLAMA_API int32_t llama_kvc_taps_begin(struct llama_context * ctx, int32_t what, uint32_t n_tokens);
-// dst: float32 [n_tokens][n_head][n_embd_head] of layer ikv, n = its number of floats. Vectors of quantized keys (values) are
+// dst: float32 [n_tokens][n_head][n_embd_head] of layer ikv, n = its number of floats; beyond the tokens of the latest
+// decode is what earlier ones left. Vectors of quantized keys (values) are
 // Hadamard-rotated as these are.
 LLAMA_API int32_t llama_kvc_taps_get  (struct llama_context * ctx, uint32_t ikv, int32_t what, float * dst, size_t n);
 LLAMA_API int32_t llama_kvc_taps_end  (struct llama_context * ctx);
