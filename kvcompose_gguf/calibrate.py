@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,9 +19,10 @@ from rich.table import Table
 from . import __version__
 from . import calibrate_trials as trials
 from .calibrate_trials import CalibrateOptions
-from .calibration import Calibration, calibrations_dir, model_sha256, save_calibration, write_file
+from .calibration import Calibration, calibrations_dir, model_sha256, save_calibration
 from .errors import ConfigError
 from .evaluation.texts import load_texts
+from .files import append_file, write_file
 from .methods.kvcompose import KVCompose
 from .run import load_model, resolve_model
 
@@ -34,17 +36,19 @@ def calibrate(model: str, options: CalibrateOptions, threads: int | None = None)
     Every finished trial is written beside it at once; another call with the same options goes on from there.
 
     Raises:
-        ConfigError: no model, one whose context is shorter than the prompts, or no answer was right.
+        ConfigError: no model, one whose context is shorter than the prompts, a cache folder that cannot be written,
+            or no answer was right.
     """
     model_path = resolve_model(model)
     settings = {**asdict(options), "texts": load_texts("generated").name, "package": __version__}
     sha256 = model_sha256(model_path)
-    journal = Journal(calibrations_dir() / f"{sha256}.trials.jsonl", settings)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    journal = Journal(calibrations_dir() / f"{sha256}.{digest}.trials.jsonl", settings)
     # the method only turns the fast attention on
     n_ctx = -(-options.n_tokens // 256) * 256
     llama = load_model(model_path, n_ctx, KVCompose(compression_ratio=0.0), threads=threads)
     try:
-        if options.n_tokens > llama._model.n_ctx_train():
+        if options.n_tokens > llama.n_ctx_train:
             raise ConfigError(f"trials of {options.n_tokens} tokens are longer than {model_path} can read")
         heads, errors = measure(llama, options, journal)
     finally:
@@ -83,7 +87,10 @@ class Journal:
                     record = json.loads(line)
                     self._records[record["trial"]] = record["result"]
         records = [settings, *({"trial": key, "result": result} for key, result in self._records.items())]
-        write_file(file, "".join(json.dumps(record) + "\n" for record in records))
+        try:
+            write_file(file, "".join(json.dumps(record) + "\n" for record in records))
+        except OSError as error:
+            raise ConfigError(f"{file.parent}, where calibrations are kept, cannot be written: {error}") from error
 
     def get(self, key: str) -> Any:
         """What the trial has given, None if it has not been run."""
@@ -92,8 +99,7 @@ class Journal:
     def add(self, key: str, result: Any) -> Any:
         """Keep the result of a trial; returns it."""
         self._records[key] = result
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"trial": key, "result": result}) + "\n")
+        append_file(self._file, json.dumps({"trial": key, "result": result}) + "\n")
         return result
 
 

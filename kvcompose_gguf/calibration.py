@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import platformdirs
 
 from . import models
 from .errors import ConfigError
+from .files import write_file
 
 VERSION = 1  # of the file format
 
@@ -133,15 +132,6 @@ def model_sha256(model_path: Path) -> str:
         return known[key]
     except OSError as error:
         raise ConfigError(f"{model_path} cannot be read: {error}") from error
-
-
-def write_file(file: Path, text: str) -> None:
-    """Write a text, all or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".write-", dir=file.parent) as folder:
-        unfinished = Path(folder) / file.name
-        unfinished.write_text(text, "utf-8")
-        os.replace(unfinished, file)
 
 
 def _are_lists(values: Any) -> bool:

@@ -99,7 +99,7 @@ def bench(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")] = "smollm2",
     out: Annotated[Path, typer.Option(help="Folder of the run; what it has is not done again.")] = Path("eval"),
-    tasks: Annotated[str, typer.Option(help="RULER's tasks and passkey, or `all`.")] = "all",
+    tasks: Annotated[str, typer.Option(help="`all` of RULER's, or names of theirs and passkey.")] = "all",
     n_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample, its answer included.")] = 2048,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 20,
     method: Annotated[
@@ -108,7 +108,7 @@ def evaluate(
     ] = None,
     ratios: Annotated[str, typer.Option(help="Fractions of the KV entries that are removed.")] = EVAL_RATIOS,
     kv_types: Annotated[str, typer.Option(help="Types of keys and values.")] = "f16",
-    question_seen: Annotated[bool, typer.Option(help="Compress with the question in sight.")] = False,
+    question_seen: Annotated[bool, typer.Option(help="Methods that look at the last tokens see the question.")] = False,
     chat: Annotated[bool, typer.Option(help="Use the model's chat format, if it has one.")] = True,
     texts: Annotated[str, typer.Option(help="Prose and questions: package, generated or auto.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,

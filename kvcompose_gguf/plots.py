@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 SUFFIXES = (".svg", ".png", ".pdf")
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the markers differ as well
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def check_plot(file: Path) -> None:
@@ -40,7 +40,7 @@ def plot_bench(result: BenchResult, file: Path) -> None:
     figure = Figure(figsize=(11, 5), layout="constrained")
     speed, memory = figure.subplots(1, 2)
     for i, variant in enumerate(result.variants):
-        _draw(result, variant, speed, memory, _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)])
+        _draw(result, variant, speed, memory, COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)])
     rounds = result.arguments["repeats"]
     speed.set(title="Decoding", ylabel=f"tokens/s (median of {rounds}, bars: min to max)")
     memory.set(title="KV cache in memory", ylabel="MB allocated, with room for new tokens")

@@ -63,7 +63,8 @@ def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
         raise UnsupportedError("values of a quantized cache cannot be replaced")
     n_used, shape = session.cells(ikv).n_rows_used, (layer.n_head_kv, layer.n_embd_head_v)
     if values.ndim != 3 or values.shape[::2] != shape or values.shape[1] > n_used:
-        raise ConfigError(f"values of layer {ikv} are {values.shape}, ({shape[0]}, at most {n_used}, {shape[1]}) is needed")
+        needed = f"({shape[0]}, at most {n_used}, {shape[1]})"
+        raise ConfigError(f"values of layer {ikv} are {values.shape}, {needed} is needed")
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 

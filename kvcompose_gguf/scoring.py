@@ -13,7 +13,7 @@ import numpy as np
 from .errors import ConfigError, ContextLengthError
 from .kernels.types import FloatArray
 from .native.session import KVSession
-from .queries import AttentionRequest, Prefill, Prompts, Repeat, StateRequest, Window
+from .queries import AttentionRequest, Prefill, Prompts, Queries, StateRequest, Window
 
 #: tokens of the pieces that ``scoring_fraction`` takes: long enough for each to be text
 PIECE = 64
@@ -145,9 +145,7 @@ class _Collector:
     max_bytes: int
     tokenize: Callable[[str], Sequence[int]] | None
 
-    def collect(
-        self, queries: Repeat | Prompts | Window | Prefill, tokens: Sequence[int], suffix: Sequence[int]
-    ) -> Attention:
+    def collect(self, queries: Queries, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
         if isinstance(queries, Window):
             return self.of_window(queries.size, tokens, suffix)
         if isinstance(queries, Prefill):

@@ -19,6 +19,7 @@ from kvcompose_gguf.calibrate_trials import CalibrateOptions
 from kvcompose_gguf.calibration import Calibration, load_calibration, model_sha256, save_calibration
 from kvcompose_gguf.cli import app
 from kvcompose_gguf.evaluation.answering import Reply
+from kvcompose_gguf.evaluation.texts import load_texts
 from kvcompose_gguf.methods.allocation import Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
 from kvcompose_gguf.queries import Evidence
@@ -120,7 +121,9 @@ def test_the_users_own_calibration_comes_before_the_packages(folder, tmp_path, m
 
 
 def test_every_calibration_of_the_package_can_be_used():
-    for file in (Path(kvcompose_gguf.__file__).parent / "data" / "calibrations").glob("*.json"):
+    files = [*(Path(kvcompose_gguf.__file__).parent / "data" / "calibrations").glob("*.json")]
+    assert files
+    for file in files:
         assert Calibration.from_json(file.read_text("utf-8")).model_sha256 == file.stem
 
 
@@ -153,16 +156,16 @@ def test_attention_to_the_place_is_the_twins(make_llama, belongs, name):
     config, place = tiny.ARCHITECTURES[name], range(40, 61)
     prompt, choices = tiny.tokens(config, 320), tiny.tokens(config, 7, seed=1)
     llama = make_llama(config, swa_full=False, **ONE_THREAD)
-    llama._prefill(prompt)
+    llama.prefill(prompt)
     got = trials.attention_to(llama, prompt, choices, belongs, place)
     model = tiny.NumpyLlama(config)
     # the query that chose a token is at the position before it
     attention = model.forward(prompt + choices[:-1])[1]
     queries = [len(prompt) - 1 + i for i, belong in enumerate(belongs) if belong]
-    want = np.array([attention[layer.il][:, queries, 40:61].sum(axis=(1, 2)) for layer in llama._session.layers])
+    want = np.array([attention[layer.il][:, queries, 40:61].sum(axis=(1, 2)) for layer in llama.session.layers])
     difference = np.abs(np.array(got) - want).max()
     assert difference < 1e-4, f"the largest difference is {difference}"
-    assert llama.n_tokens == llama._session.state().n_cells_used == len(prompt) - 1
+    assert llama.n_tokens == llama.session.state().n_cells_used == len(prompt) - 1
 
 
 def test_echo_and_induction_are_the_twins(make_llama):
@@ -193,7 +196,7 @@ def test_eviction_errors_are_those_of_one_masked_layer_of_the_twin(make_llama):
     model = tiny.NumpyLlama(tiny.GQA)
     attention = model.forward(prompt)[1]
     scores = [p[:, -8:].sum(axis=1) / np.minimum(8, 120 - np.arange(120)) for p in attention]
-    evidence = Evidence(120, llama._session.layers, [s.astype(np.float32) for s in scores], 8)
+    evidence = Evidence(120, llama.session.layers, [s.astype(np.float32) for s in scores], 8)
     method = CompressKV(n_kept=32, allocation=Uniform(), calibration=Calibration("", "", heads, (0.2, 0.3, 0.5)))
     plan = method.plan(evidence)
     assert plan.n_kept.tolist() == [32] * 3
@@ -218,7 +221,7 @@ def test_models_with_sliding_windows_are_measured_in_their_other_layers(make_lla
     options = {"n_ctx": 1024, "swa_full": False, "n_ubatch": 128, **ONE_THREAD}
     llama = make_llama(tiny.ARCHITECTURES[name], **options)
     heads, errors = calibrate.measure(llama, SMALL, calibrate.Journal(tmp_path / "trials.jsonl", {}))
-    assert len(heads) == len(errors) == len(llama._session.layers) == 2
+    assert len(heads) == len(errors) == len(llama.session.layers) == 2
     assert min(errors) > 0
 
 
@@ -244,6 +247,20 @@ def test_a_prompt_has_its_needle_where_it_should_be(make_llama, spelled, number)
         assert f"{end}.\n\nBased on" in text
 
 
+def test_prose_is_the_needles_own_and_not_that_of_an_evaluation(make_llama, spelled):
+    llama = make_llama(**ONE_THREAD)
+    options = CalibrateOptions(n_needles=2, n_lengths=1, n_depths=1, shortest=1200)
+    found = []
+    sentences = load_texts("generated").sentences
+    for number in range(2):
+        prompt, _ = trials.needle_prompt(llama, options, number)
+        text = llama.detokenize(prompt).decode().replace("▁", " ")
+        found.append({i for i, sentence in enumerate(sentences) if sentence in text})
+        assert found[number]
+    assert not found[0] & found[1]
+    assert min(found[0] | found[1]) >= len(sentences) - 2 * 150
+
+
 def test_recall_counts_words():
     assert trials.recall("a storm broke its lamp", " A STORM, it broke: its lamp!") == 1
     assert trials.recall("a storm broke its lamp", "storm storm storm") == 0.2
@@ -260,7 +277,7 @@ def test_a_wrong_answer_does_not_count_and_other_tokens_of_a_right_one_do_not(ma
     result = trials.needle_trial(llama, SMALL, 1)
     _, prompt, choices, belongs, place = seen[0]
     assert (prompt, place) == trials.needle_prompt(llama, SMALL, 1)
-    text = bytes(llama._piece(token)[0] for token in choices).decode()
+    text = bytes(llama.piece(token)[0] for token in choices).decode()
     assert text == f"▁X:▁{NEEDLES[0][1].upper()}."
     assert belongs == [byte in NEEDLES[0][1].upper().encode() for byte in text.encode()]
     assert np.shape(result["heads"]) == (3, 4)
@@ -287,6 +304,12 @@ def test_wrong_options_are_refused(options, words):
 #
 
 
+def journal_of(file: Path) -> Path:
+    """The finished trials of the only calibration beside them."""
+    (journal,) = file.parent.glob(f"{file.stem}.*.trials.jsonl")
+    return journal
+
+
 @pytest.mark.parametrize("options", [SMALL, CalibrateOptions(n_random=32, n_errors=2)], ids=["needles", "random"])
 def test_a_model_is_calibrated_from_end_to_end(folder, forced, tiny_model, capsys, options):
     path = tiny_model(tiny.GQA)
@@ -303,7 +326,7 @@ def test_a_model_is_calibrated_from_end_to_end(folder, forced, tiny_model, capsy
     method = CompressKV(n_kept=40).for_model(path)
     assert method.calibration == made
 
-    records = [json.loads(line) for line in (folder / f"{file.stem}.trials.jsonl").read_text().splitlines()][1:]
+    records = [json.loads(line) for line in journal_of(file).read_text("utf-8").splitlines()][1:]
     results = {record["trial"]: record["result"] for record in records}
     scores = [result["heads"] for key, result in results.items() if key.startswith("heads")]
     assert len(scores) == options.n_trials == 4
@@ -317,7 +340,7 @@ def test_a_model_is_calibrated_from_end_to_end(folder, forced, tiny_model, capsy
 def test_an_interrupted_calibration_goes_on_and_ends_with_the_same_file(folder, forced, tiny_model, monkeypatch, step):
     path = str(tiny_model(tiny.GQA))
     file = calibrate.calibrate(path, SMALL, threads=1)
-    journal = folder / f"{file.stem}.trials.jsonl"
+    journal = journal_of(file)
     whole, want = journal.read_bytes(), file.read_bytes()
     file.unlink()
     journal.unlink()
@@ -344,8 +367,18 @@ def test_an_interrupted_calibration_goes_on_and_ends_with_the_same_file(folder, 
     calibrate.calibrate(path, SMALL, threads=1)  # nothing is left to do
     assert len(calls) == (5 if step == "attention_to" else 4)
     other = CalibrateOptions(**{**vars(SMALL), "n_errors": 1})
-    calibrate.calibrate(path, other, threads=1)  # other options, another calibration
-    assert len(journal.read_bytes().splitlines()) == 1 + 4 + 1
+    calibrate.calibrate(path, other, threads=1)  # other options, another calibration, whose trials are apart
+    assert journal.read_bytes() == whole
+    (apart,) = {*folder.glob("*.trials.jsonl")} - {journal}
+    assert len(apart.read_bytes().splitlines()) == 1 + 4 + 1
+
+
+def test_a_cache_folder_that_cannot_be_written_is_refused_before_anything_is_measured(folder, tiny_model, monkeypatch):
+    folder.parent.mkdir()
+    folder.write_text("a file in its place")
+    monkeypatch.setattr(calibrate, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=f"{folder}, where calibrations are kept, cannot be written"):
+        calibrate.calibrate(str(tiny_model(tiny.GQA)), SMALL, threads=1)
 
 
 def test_without_a_right_answer_another_way_is_named(folder, forced, tiny_model):
@@ -353,8 +386,8 @@ def test_without_a_right_answer_another_way_is_named(folder, forced, tiny_model)
     with pytest.raises(ConfigError, match=r"none of 4 answers was right.*--data-free"):
         calibrate.calibrate(str(tiny_model(tiny.GQA)), SMALL, threads=1)
     forced[:] = [b"no", b"no", b"no", f" {NEEDLES[0][1]}".encode()]
-    file = calibrate.calibrate(str(tiny_model(tiny.GQA)), CalibrateOptions(**{**vars(SMALL), "n_errors": 2}), threads=1)
-    n_lines = len((folder / f"{file.stem}.trials.jsonl").read_text("utf-8").splitlines())
+    calibrate.calibrate(str(tiny_model(tiny.GQA)), CalibrateOptions(**{**vars(SMALL), "n_errors": 2}), threads=1)
+    n_lines = max(len(journal.read_text("utf-8").splitlines()) for journal in folder.glob("*.trials.jsonl"))
     assert n_lines == 1 + 4 + 1  # of the two errors that were wanted one could be measured
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from kvcompose_gguf.errors import ConfigError
 from kvcompose_gguf.evaluation.metrics import bootstrap_interval
+from kvcompose_gguf.evaluation.records import Answer, RunFolder, SampleCost
 from kvcompose_gguf.evaluation.report import markdown, write_report
-from kvcompose_gguf.evaluation.results import Answer, Mean, RunFolder, SampleCost, Summary, summarise
+from kvcompose_gguf.evaluation.results import Mean, Summary, summarise
 
 SETTINGS = {"tasks": ["a", "b"], "ratios": [0.5, 0.75], "seed": 0}
 ENVIRONMENT = {"model": "tiny.gguf", "date": "2026-01-01", "cpu": "a CPU"}
@@ -456,8 +457,17 @@ def test_the_report_says_what_a_sample_costs() -> None:
     seconds = {"full": 0.4, "KVCompose": 0.75, "SnapKV": 0.25}
     text = report_of([[replace(one, seconds=seconds[one.method]) for one in sample] for sample in SMALL])
     costs = table(text, "What a sample costs")
-    assert costs["cache"][2:6] == ["prefill", "scoring: repeat", "scoring: window", "answer, full"]
-    assert costs["f16"] == ["3", "100", "4.00", "3.00", "0.25", "0.40", "0.50", "9.00"]
+    assert costs["cache"][2:] == ["prefill", "scoring: repeat", "scoring: window", "rest per answer", "all of it"]
+    assert costs["f16"] == ["3", "100", "4.00", "3.00", "0.25", "0.50", "9.00"]  # the full cache's answers do not compare
+    assert "restore, compose and answer, checked against the full cache's answer" in text
+    assert "whole prefill" not in text
+
+
+def test_the_report_says_which_scoring_contains_a_prefill() -> None:
+    costs = [replace(cost_of(SMALL[0]), scoring_seconds={"prefill() mean": 5.0, "window(size=8) max": 1.0})]
+    text = markdown(summarise(flat(SMALL)), CONFIG, costs)
+    assert "Scoring: prefill() mean contains a whole prefill." in text
+    assert "window(size=8) max contains" not in text
 
 
 def test_the_report_says_which_layers_keep_least_and_most() -> None:
@@ -499,7 +509,7 @@ def test_a_run_of_the_full_cache_alone_has_a_report() -> None:
 
 def test_an_empty_run_has_a_report(tmp_path: Path) -> None:
     run = RunFolder.open(tmp_path, {}, {})
-    write_report(run, plots=False)
+    write_report(run)
     assert "unknown model, undated" in (tmp_path / "report.md").read_text("utf-8")
 
 
@@ -513,7 +523,7 @@ def test_pictures_are_drawn_and_named_in_the_report(folder: RunFolder) -> None:
             replace(one, n_kept=(20, 40) if one.method == "KVCompose" else (30, 30), type_kv="q8_0") for one in sample
         ]
         folder.add(cost_of(kept), kept)
-    write_report(folder, plots=True)
+    write_report(folder)
     text = (folder.path / "report.md").read_text("utf-8")
     for name in ("curves", "budgets", "passkey"):
         assert f"![{name}]({name}.svg)" in text
@@ -525,7 +535,7 @@ def test_pictures_are_drawn_and_named_in_the_report(folder: RunFolder) -> None:
 
 def test_only_what_has_numbers_is_drawn(folder: RunFolder) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
-    write_report(folder, plots=True)
+    write_report(folder)
     assert [file.name for file in folder.path.glob("*.svg")] == ["curves.svg"]
 
 
@@ -536,20 +546,18 @@ def test_more_methods_than_colours_can_be_drawn(tmp_path: Path) -> None:
         methods = [answer(task, 0, f"method {i}", 0.5, i / 20, depth=depth, n_kept=(i, 9)) for i in range(16)]
         sample = [answer(task, 0, "full", 0.0, 1.0, depth=depth), *methods]
         run.add(cost_of(sample), sample)
-    write_report(run, plots=True)
+    write_report(run)
     assert len(list(run.path.glob("*.svg"))) == 3
     assert "method 15" in (run.path / "curves.svg").read_text("utf-8")
 
 
 def test_without_matplotlib_the_report_says_so(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    write_report(folder, plots=True)
+    write_report(folder)
     text = (folder.path / "report.md").read_text("utf-8")
     assert "No pictures: " in text
     assert "pip install 'kvcompose-gguf[plot]'" in text
     assert "![" not in text
-    write_report(folder, plots=False)
-    assert "No pictures" not in (folder.path / "report.md").read_text("utf-8")
 
 
 def test_a_mean_has_its_interval_around_it() -> None:

@@ -304,3 +304,47 @@ def test_labels_of_requests_are_all_different():
     assert len(labels) == len([request for request in requests if any(request)])
 
 
+
+
+def test_a_missing_calibration_is_found_before_a_folder_is_made(model_path, tmp_path):
+    with pytest.raises(ConfigError, match="kvcompose calibrate"):
+        evaluate(str(model_path), options(methods=("compresskv",)), tmp_path / "run", jobs=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_longer_than_the_model_was_made_for_are_refused(model_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"n_tokens=1000000, but .* is for at most"):
+        evaluate(str(model_path), options(n_tokens=1_000_000), tmp_path / "run", jobs=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_simulated_needs_a_cache_that_is_not_quantized():
+    with pytest.raises(ConfigError, match="'unstructured' is simulated"):
+        options(methods=("kvcompose", "unstructured"), types_kv=("f16", "q8_0"))
+    options(methods=("unstructured",), types_kv=("f16", "bf16"))
+
+
+def test_a_worker_that_dies_is_said_so(model_path, tmp_path, monkeypatch):
+    from concurrent.futures.process import BrokenProcessPool
+
+    from kvcompose_gguf.errors import StateError
+
+    class Pool:
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            return False
+
+        def submit(self, *args):
+            raise BrokenProcessPool
+
+        def shutdown(self, **kwargs):
+            pass
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    with pytest.raises(StateError, match="a worker died"):
+        evaluate(str(model_path), options(n_samples=2), tmp_path, jobs=2)

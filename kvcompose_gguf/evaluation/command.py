@@ -38,6 +38,6 @@ def evaluate(
         names = RULER_TASKS if tasks == "all" else tuple(tasks.split(","))
         asked = EvalOptions(tasks=names, methods=tuple(expand(list(methods))), **options)
         folder = run(model, quick_options(asked) if quick else asked, out, jobs=jobs, threads=threads, console=console)
-    write_report(folder, plots=True)
+    write_report(folder)
     console.print(Markdown((out / "report.md").read_text("utf-8")))
     console.print(f"{out / 'report.md'}, with pictures, summary.json and all answers beside it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 
 CHUNK = 1 << 22  # logits that are worked on at a time: 32 MiB of float64 for each of the few arrays
+N_RESAMPLES = 2000  # of the bootstrap
 
 
 def string_match_all(answer: str, references: Sequence[str]) -> float:
@@ -65,26 +67,37 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 
 def bootstrap_interval(
-    values: Sequence[float], n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+    values: Sequence[float] | NDArray[np.float64], strata: Sequence[str] = ()
 ) -> tuple[float, float]:
-    """(low, high) of the mean: quantiles of the means of ``n_resamples`` draws with replacement.
+    """(low, high), the 95 % interval of the mean: quantiles of those of 2,000 draws with replacement.
+
+    Args:
+        strata: of each value; draws are within them, the mean is that of their means. Empty: all are of one.
 
     Raises:
-        ConfigError: no values, no resamples, or a confidence outside (0, 1).
+        ConfigError: no values, or not as many strata.
     """
     array = np.asarray(values, np.float64)
-    if array.ndim != 1 or not array.size:
-        raise ConfigError(f"values of shape {array.shape}, allowed is one dimension with at least one value")
-    if n_resamples < 1 or not 0 < confidence < 1:
-        raise ConfigError(f"n_resamples={n_resamples}, confidence={confidence}, allowed are 1 and more, and (0, 1)")
-    rng = np.random.default_rng(seed)
-    n_rows = max(1, CHUNK // array.size)
-    means = [
-        array[rng.integers(0, array.size, (min(n_rows, n_resamples - start), array.size))].mean(1)
-        for start in range(0, n_resamples, n_rows)
-    ]
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    if array.ndim != 1 or not array.size or len(strata) not in (0, array.size):
+        raise ConfigError(
+            f"values of shape {array.shape}, {len(strata)} strata, allowed is one dimension with at least one value,"
+            " and none or as many strata"
+        )
+    low, high = np.quantile(_weights(tuple(strata) or ("",) * array.size) @ array, [0.025, 0.975])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=4)
+def _weights(strata: tuple[str, ...]) -> NDArray[np.float64]:
+    """Of the values in every draw, ``(N_RESAMPLES, n_values)``; rows sum to 1."""
+    names, codes = np.unique(strata, return_inverse=True)
+    weights = np.zeros((N_RESAMPLES, len(codes)))
+    rng = np.random.default_rng(0)
+    for code in range(len(names)):
+        members = np.flatnonzero(codes == code)
+        draws = members[rng.integers(0, members.size, (N_RESAMPLES, members.size))]
+        np.add.at(weights, (np.arange(N_RESAMPLES)[:, None], draws), 1 / (members.size * len(names)))
+    return weights
 
 
 def area_under_curve(ratios: Sequence[float], scores: Sequence[float]) -> float:

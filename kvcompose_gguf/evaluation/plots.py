@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plots import _COLORS, _MARKERS, check_plot
+from ..plots import COLORS, MARKERS, check_plot
 from .records import FULL
 from .results import Summary, TypeSummary
 
@@ -128,9 +128,9 @@ def _grids(part: TypeSummary, name_type: bool) -> dict[str, tuple[list[float], l
 def _styles(parts: Sequence[TypeSummary]) -> dict[str, dict[str, Any]]:
     """A colour and marker for every method in the order of the run, dashed and dotted when they come again."""
     methods = dict.fromkeys(cell.method for part in parts for cell in part.cells if cell.method != FULL)
-    n = len(_COLORS)
+    n = len(COLORS)
     return {
-        method: {"color": _COLORS[i % n], "marker": _MARKERS[i % n], "linestyle": ("-", "--", ":")[i // n % 3]}
+        method: {"color": COLORS[i % n], "marker": MARKERS[i % n], "linestyle": ("-", "--", ":")[i // n % 3]}
         for i, method in enumerate(methods)
     }
 

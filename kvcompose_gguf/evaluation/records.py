@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
+from ..files import append_file, write_file
 
 FULL = "full"  # the method of an uncompressed cache
 CONFIG, ANSWERS, SAMPLES = "config.json", "answers.jsonl", "samples.jsonl"
@@ -32,7 +32,8 @@ class Answer:
         n_tokens: tokens of the context that is compressed.
         n_kept: composite tokens of every layer, or None.
         kv_bytes: of the rows kept.
-        seconds: wall time of the answer.
+        seconds: wall time: of the full cache's answer, token by token; of others restore, compose and answer, checked
+            against that one, so that the two do not compare.
     """
 
     task: str
@@ -60,7 +61,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class SampleCost:
-    """Wall time of a sample with one type of cache; ``scoring_seconds`` by the kind of attention asked for."""
+    """Wall time of a sample with one type of cache; ``scoring_seconds`` by the kind of attention asked for.
+
+    That of ``prefill()`` contains a whole prefill.
+    """
 
     task: str
     index: int
@@ -106,8 +110,7 @@ class RunFolder:
             left = [name for name in (ANSWERS, SAMPLES) if (path / name).exists()]
             if left:
                 raise ConfigError(f"folder={str(path)!r} has {left[0]}, but no {CONFIG}: its settings are not known")
-            path.mkdir(parents=True, exist_ok=True)
-            _replace(path / CONFIG, _pretty(config))
+            write_file(path / CONFIG, _pretty(config))
         except OSError as error:
             raise ConfigError(f"folder={str(path)!r} cannot be written: {error}") from error
         return cls(path)
@@ -122,11 +125,11 @@ class RunFolder:
         changed = {name: value for name, value in config["environment"].items() if before.get(name, ...) != value}
         if changed:
             self.config["resumed"].append(changed)
-            _replace(self.path / CONFIG, _pretty(self.config))
+            write_file(self.path / CONFIG, _pretty(self.config))
         for name, records in ((ANSWERS, self.answers()), (SAMPLES, self.costs())):
             file, text = self.path / name, "".join(map(_line, records))
             if file.exists() and file.read_bytes() != text.encode():
-                _replace(file, text)
+                write_file(file, text)
 
     def add(self, cost: SampleCost, answers: Sequence[Answer]) -> None:
         """Append a sample: its answers, and once they are on the disk its cost, which makes it a finished one.
@@ -141,8 +144,8 @@ class RunFolder:
         if len({(answer.method, answer.ratio) for answer in answers}) < len(answers):
             raise ConfigError(f"sample={_key(cost)} has two answers of one method and ratio")
         lines = "".join(map(_line, answers)), _line(cost)  # both before anything is written
-        _append(self.path / ANSWERS, lines[0])
-        _append(self.path / SAMPLES, lines[1])
+        append_file(self.path / ANSWERS, lines[0])
+        append_file(self.path / SAMPLES, lines[1])
 
     def done(self) -> set[tuple[str, int, str]]:
         """(task, index, type_kv) of the finished samples."""
@@ -183,18 +186,3 @@ def _read(file: Path, kind: type[Record]) -> list[Record]:
         except (ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"{str(file)!r}, line {number}, is not one of a run: {error}") from error
     return records
-
-
-def _append(file: Path, text: str) -> None:
-    with file.open("ab") as out:
-        out.write(text.encode())
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _replace(file: Path, text: str) -> None:
-    """``text`` instead of what was in ``file``, or, after a crash, what was."""
-    new = file.with_name(file.name + ".new")
-    new.write_bytes(b"")
-    _append(new, text)
-    new.replace(file)

@@ -12,6 +12,10 @@ from .plots import draw
 from .records import FULL, RunFolder, SampleCost
 from .results import Cell, Mean, Passkey, Summary, TypeSummary, summarise
 
+_COSTS = (
+    "Median seconds. Rest per answer: restore, compose and answer, checked against the full cache's answer; of the"
+    " compressed caches that the means are of."
+)
 _NOTE = """\
 ±: half the width of the 95 % interval of a bootstrap that draws samples within their tasks, 2,000 times; where all \
 samples agree it is 0, whatever others would say. Ratios are the share of the KV entries removed. AUC: area under the \
@@ -19,8 +23,8 @@ score against the ratio, from the full cache to the largest ratio, divided by th
 cache, on straight lines between ratios; `≥`: not reached at the largest ratio."""
 
 
-def write_report(folder: RunFolder, plots: bool = True) -> None:
-    """Write ``report.md`` and ``summary.json`` into the folder, and with ``plots`` and matplotlib the pictures.
+def write_report(folder: RunFolder) -> None:
+    """Write ``report.md`` and ``summary.json`` into the folder, and where matplotlib is installed the pictures.
 
     Raises:
         ConfigError: the folder's records are not those of a run.
@@ -29,7 +33,7 @@ def write_report(folder: RunFolder, plots: bool = True) -> None:
     (folder.path / "summary.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", "utf-8")
     pictures, note = [], ""
     try:
-        pictures = draw(summary, folder.path) if plots else []
+        pictures = draw(summary, folder.path)
     except ConfigError as error:
         note = f"No pictures: {error}"
     (folder.path / "report.md").write_text(markdown(summary, folder.config, folder.costs(), pictures, note), "utf-8")
@@ -101,21 +105,21 @@ def _type_sections(part: TypeSummary, reference: str | None) -> list[str]:
 
 
 def _cost_table(summary: Summary, costs: Sequence[SampleCost]) -> str:
-    """Median seconds; answers are those that the means are of."""
+    """What a sample costs; not the full cache's answers, which are token by token and so do not compare."""
     kinds = list(dict.fromkeys(kind for cost in costs for kind in cost.scoring_seconds))
     rows = []
     for type_kv in dict.fromkeys(cost.type_kv for cost in costs):
         mine = [cost for cost in costs if cost.type_kv == type_kv]
         scoring = [[c.scoring_seconds[kind] for c in mine if kind in c.scoring_seconds] for kind in kinds]
         cells = [cell for part in summary.types if part.type_kv == type_kv for cell in part.cells]
-        answers = [[cell.seconds for cell in cells if (cell.method == FULL) is full] for full in (True, False)]
-        columns = [[c.prefill_seconds for c in mine], *scoring, *answers, [c.total_seconds for c in mine]]
+        rest = [cell.seconds for cell in cells if cell.method != FULL]
+        columns = [[c.prefill_seconds for c in mine], *scoring, rest, [c.total_seconds for c in mine]]
         medians = [f"{statistics.median(column):.2f}" if column else "" for column in columns]
         n_tokens = f"{statistics.median(cost.n_tokens for cost in mine):,.0f}"
         rows.append([type_kv, str(len(mine)), n_tokens, *medians])
-    scoring_titles = [f"scoring: {kind}" for kind in kinds]
-    titles = ["prefill", *scoring_titles, "answer, full", "answer, compressed", "all of it"]
-    return "Median seconds.\n\n" + _table(["cache", "samples", "tokens", *titles], rows)
+    titles = ["prefill", *(f"scoring: {kind}" for kind in kinds), "rest per answer", "all of it"]
+    whole = [f" Scoring: {kind} contains a whole prefill." for kind in kinds if kind.startswith("prefill(")]
+    return "".join([_COSTS, *whole, "\n\n", _table(["cache", "samples", "tokens", *titles], rows)])
 
 
 def _score_table(part: TypeSummary) -> str:

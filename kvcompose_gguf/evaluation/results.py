@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import statistics
 from collections.abc import Sequence
@@ -14,13 +13,9 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from .metrics import area_under_curve, bootstrap_interval, largest_ratio_within
-from .records import FULL, Answer, RunFolder, SampleCost
-
-__all__ = ["Answer", "RunFolder", "SampleCost", "Summary", "summarise"]  # what a caller needs
+from .records import FULL, Answer
 
 PASSKEY = "passkey"  # a grid of its own, no part of the mean over tasks
-
-_N_RESAMPLES, _CONFIDENCE, _SEED = 2000, 0.95, 0  # the defaults of bootstrap_interval
 
 #: (method, ratio) -> answers to the same samples, in the same order
 Columns = dict[tuple[str, float], list[Answer]]
@@ -47,7 +42,7 @@ class Cell:
         tasks: score of each of :attr:`TypeSummary.tasks`.
         n_kept: of every layer, mean over samples; None unless every sample has it.
         n_tokens, kv_bytes: means over samples.
-        seconds: of an answer, median over samples.
+        seconds: as :attr:`Answer.seconds`, median over samples.
     """
 
     method: str
@@ -258,23 +253,9 @@ def _mean(values: Sequence[float] | NDArray[np.float64], strata: Sequence[str]) 
     """The mean of the strata's means, with the interval of a bootstrap within them."""
     array = np.asarray(values, np.float64)
     value = statistics.fmean(map(statistics.fmean, _grouped(array.tolist(), strata).values()))
-    low, high = np.quantile(_weights(tuple(strata)) @ array, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
-    return Mean(value, float(low), float(high), array.size)
+    return Mean(value, *bootstrap_interval(array, strata), array.size)
 
 
 def _mean_of_all(values: Sequence[float | None], strata: Sequence[str]) -> Mean | None:
     there = [value for value in values if value is not None]
     return _mean(there, strata) if len(there) == len(values) else None
-
-
-@functools.lru_cache(maxsize=4)
-def _weights(strata: tuple[str, ...]) -> NDArray[np.float64]:
-    """Of the samples in every draw, ``(n_resamples, n_samples)``; rows sum to 1."""
-    names, codes = np.unique(strata, return_inverse=True)
-    weights = np.zeros((_N_RESAMPLES, len(codes)))
-    rng = np.random.default_rng(_SEED)
-    for code in range(len(names)):
-        members = np.flatnonzero(codes == code)
-        draws = members[rng.integers(0, members.size, (_N_RESAMPLES, members.size))]
-        np.add.at(weights, (np.arange(_N_RESAMPLES)[:, None], draws), 1 / (members.size * len(names)))
-    return weights

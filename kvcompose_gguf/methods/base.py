@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from .. import budget
-from ..checks import check_choice, check_flag, check_integer, check_number, check_positive  # noqa: F401
+from ..checks import check_choice, check_flag, check_integer, check_number, check_positive  # noqa: F401 (methods take them from here)
 from ..errors import ConfigError
 from ..geometry import LayerGeometry
 from ..kernels import aggregate
