@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tiny
-from click.testing import Result
 from test_cli import failure
 from typer.testing import CliRunner
 
@@ -38,7 +37,7 @@ def arguments(model: Path | str, out: Path, methods: Sequence[str] = METHODS, **
     return ["eval", str(model), *(text for pair in pairs for text in pair)]
 
 
-def invoke(*args: str) -> Result:
+def invoke(*args: str) -> Any:
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
     return result
