@@ -163,7 +163,7 @@ class _Measured:
         tokens = list(self._job.tokens)
         if self._job.variant.compression_ratio is None:
             seconds = self._eval_seconds([tokens])
-            n_bytes_rows = len(tokens) * sum(layer.n_bytes_row for layer in self._llama._session.layers)
+            n_bytes_rows = len(tokens) * sum(layer.n_bytes_row for layer in self._llama.kv_layers)
             return Reading(seconds, 0.0, 0.0, 0.0, 0, n_bytes_rows)
         report = self._llama.compress(tokens)
         return Reading(

@@ -144,17 +144,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """
         return self._prefill(self._prompt_tokens(context))
 
-    @contextlib.contextmanager
-    def biased(self, biases: Sequence[npt.NDArray[np.float32]]) -> Iterator[None]:
-        """Inside of the ``with``, attention logits of the layers' first rows get something added.
-
-        Args:
-            biases: for each layer float32 ``(n_head_kv, n_rows)``; minus infinity hides a row from a KV head. Rows are
-                the tokens of a full cache, or the composites of a compressed one and then the tokens behind them.
-        """
-        with self._session.biased(biases):
-            yield
-
     def write_values(self, values: Sequence[npt.NDArray[np.float32]]) -> None:
         """Replace the values of first rows, for each layer float32 ``(n_head_kv, n_rows, n_embd_head_v)``."""
         if len(values) > len(self.kv_layers):

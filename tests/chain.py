@@ -93,7 +93,7 @@ def main() -> None:
 
     if options.get("type_v", 1) <= 1:  # quantized values cannot be biased
         out["plain"] = outputs()
-        with llama.biased(list((5 * rng.normal(size=(3, 2, 33))).astype(np.float32))):
+        with llama.session.biased(list((5 * rng.normal(size=(3, 2, 33))).astype(np.float32))):
             out["biased"] = outputs()
     llama.eval(after)
     out["composed"] = logits()

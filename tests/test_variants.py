@@ -709,7 +709,7 @@ def test_a_bias_of_log_two_is_the_composite_twice(make_llama, flash_attn, n_room
     want, unbiased = model.forward(QUERY)[0], plain.forward(QUERY)[0]
     tolerance = 5e-3 if flash_attn else 1e-3
     assert np.abs(want - unbiased).max() > 10 * tolerance, "the bias changes nothing"
-    with llama.biased(biases):
+    with llama.session.biased(biases):
         assert_close(decode_one_by_one(llama, QUERY), want, tolerance, "one by one")
         llama.truncate(N)
         assert_close(llama.eval_logits(QUERY), want, tolerance, "at once")
@@ -725,7 +725,7 @@ def test_tokens_behind_the_composites_get_no_bias(make_llama):
     model.compose(plan)
     llama.eval(QUERY[:-1])
     model.forward(QUERY[:-1])
-    with llama.biased([np.full(cells.shape, np.log(5), np.float32) for cells in plan.cells]), llama._session.taps("outputs", 1):  # fmt: skip
+    with llama.session.biased([np.full(cells.shape, np.log(5), np.float32) for cells in plan.cells]), llama._session.taps("outputs", 1):  # fmt: skip
         llama.eval(QUERY[-1:])
         got = llama._session.tapped("outputs", 0, 1)[0]
     _, attention = model.forward(QUERY[-1:])
@@ -741,7 +741,7 @@ def test_a_layer_that_keeps_nothing_takes_an_empty_bias(make_llama):
     biases = [np.full(cells.shape, 0.7, np.float32) for cells in plan.cells]
     llama.compose(plan)
     model.compose(plan, biases=biases)
-    with llama.biased(biases):
+    with llama.session.biased(biases):
         assert_close(llama.eval_logits(QUERY), model.forward(QUERY)[0], 1e-3)
 
 

@@ -338,7 +338,7 @@ def compressed(llama: Llama, state: Any, plan: Plan) -> Iterator[Callable[[], No
 
     restore()
     biases = plan.biases() if isinstance(plan, TokenMask) else plan.biases if isinstance(plan, EditedPlan) else []
-    with llama.biased(biases) if len(biases) else contextlib.nullcontext():
+    with llama.session.biased(biases) if len(biases) else contextlib.nullcontext():
         yield restore
 
 

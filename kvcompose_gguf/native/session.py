@@ -213,7 +213,8 @@ class KVSession:
         """Decodes inside of the ``with`` add to the attention logits of the rows, layer by layer.
 
         Args:
-            biases: for each layer float32 ``(n_head_kv, n_rows)``; minus infinity hides a row from a KV head.
+            biases: for each layer float32 ``(n_head_kv, n_rows)``; minus infinity hides a row from a KV head. Rows are
+                the tokens of a full cache, or the composites of a compressed one and then the tokens behind them.
         Raises:
             UnsupportedError: values are quantized.
             StateError: inside of another one.
