@@ -460,8 +460,17 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return {**super().__getstate__(), "kv_compressor": self.kv_compressor, "elastic": self._elastic}
 
     def save_state(self) -> Any:
-        """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is."""
-        state = super().save_state()
+        """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is, logits with ``logits_all`` only."""
+        data = np.empty(llama_cpp.llama_state_get_size(self.ctx), dtype=np.uint8)
+        n_bytes = llama_cpp.llama_state_get_data(self.ctx, _bytes_of(data), data.size)
+        state: Any = llama_cpp.LlamaState(
+            input_ids=self.input_ids.copy(),
+            scores=self._scores[: self.n_tokens if self._logits_all else 0].copy(),
+            n_tokens=self.n_tokens,
+            llama_state=data[:n_bytes].tobytes(),
+            llama_state_size=n_bytes,
+            seed=self._seed,
+        )
         state.kv_compressed = list(self._compressed)
         state.kv_swa = self._swa_state
         return state
@@ -475,14 +484,21 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if state.n_tokens >= self._n_ctx:
             raise StateError(f"the state has {state.n_tokens} tokens, too many for a context of n_ctx={self._n_ctx}")
         self.reset()
-        try:
-            super().load_state(state)
-        except RuntimeError as error:
-            self.n_tokens = 0
-            raise StateError(f"the state cannot be loaded into this context: {error}") from error
+        data = np.frombuffer(state.llama_state, dtype=np.uint8)
+        if llama_cpp.llama_state_set_data(self.ctx, _bytes_of(data), data.size) != data.size:
+            raise StateError("the state cannot be loaded into this context")
+        if self._logits_all:
+            self.scores[: len(state.scores)] = state.scores
+        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
+        self.n_tokens = self._n_seen = state.n_tokens
+        self._seed = state.seed
+        self._requires_eval = True
         self._compressed = list(getattr(state, "kv_compressed", []))
         self._swa_state = getattr(state, "kv_swa", None)
-        self._n_seen = self.n_tokens
+
+
+def _bytes_of(data: npt.NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _check_method(method: Any) -> None:

@@ -495,6 +495,16 @@ def test_the_defaults_are_the_papers() -> None:
     assert (method.scoring, method.scoring_fraction) == ("repeat", 1)
 
 
+def test_paper_gives_the_papers_settings_and_refuses_others() -> None:
+    method = KVCompose.paper(compression_ratio=0.5, keep_last=7)
+    assert (method.scoring_chunk, method.keep_last, method.allocation) == (None, 7, "global")
+    assert dataclasses.replace(method, scoring_chunk=512, keep_last=32, allocation=None) == KVCompose(
+        compression_ratio=0.5
+    )
+    with pytest.raises(ConfigError, match="agg_head, n_sink: decided by the paper"):
+        KVCompose.paper(compression_ratio=0.5, n_sink=4, agg_head="max")
+
+
 @pytest.mark.parametrize("floor", [{"keep_token_lower_bound": 7}, {"n_sink": 7}, {"keep_token_lower_bound": 10**6}])
 @pytest.mark.parametrize("bought", [{"compression_ratio": 0.75}, {"n_kept": 6.9}, {"max_kv_bytes": 96 * 20}])
 def test_floors_larger_than_the_budget_are_refused(floor: dict[str, int], bought: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +90,25 @@ class KVCompose(Method):
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts")
         if (self.scoring == "prompts") != bool(self.prompts):
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
+
+    @classmethod
+    def paper(cls, **budget: Any) -> KVCompose:
+        """The paper's exact settings, whatever our defaults are: the whole repeat in one piece, nothing forced.
+
+        Args:
+            **budget: one of Method's budgets, and what the paper does not decide, e.g. ``keep_last``.
+        Raises:
+            ConfigError: one of the settings that the paper decides.
+        """
+        settings = {
+            "scoring": "repeat", "scoring_chunk": None, "scoring_fraction": 1.0, "instruction": "",
+            "agg_task": "max", "agg_group": "mean", "agg_head": "mean", "add_v_norm": False,
+            "add_mean_across_heads": True, "keep_token_lower_bound": 0, "first_layer_rule": False,
+            "allocation": "global", "n_sink": 0, "n_recent": 0,
+        }  # fmt: skip
+        if decided := sorted(settings.keys() & budget):
+            raise ConfigError(f"{', '.join(decided)}: decided by the paper's settings, use {cls.__name__}()")
+        return cls(**settings, **budget)
 
     @property
     def attention_request(self) -> AttentionRequest:
