@@ -11,7 +11,7 @@ from conftest import greedy
 
 from kvcompose_gguf import CompositionPlan, ConfigError, UnsupportedError
 from kvcompose_gguf.evaluation import prompts, runner, suites
-from kvcompose_gguf.evaluation.answering import answer, answer_again
+from kvcompose_gguf.evaluation.answering import BETWEEN, N_DRAFT, Drafts, answer, answer_again
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
 from kvcompose_gguf.evaluation.runner import EvalOptions, Job, Worker, compressed, evaluate
 from kvcompose_gguf.evaluation.samples import Sample
@@ -79,6 +79,59 @@ def test_answering_beside_a_reference_gives_the_caches_own_greedy_answer_and_the
         assert np.abs(reply.logits - logits).max() < 1e-4
         n_different += reply.choices != full.choices
     assert n_different > 0, "no cache answered differently: nothing was tested"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_earlier_answers_change_how_often_an_answer_is_evaluated_and_not_what_it_says(make_llama, monkeypatch, name):
+    llama = make_llama(tiny.ARCHITECTURES[name])
+    monkeypatch.setattr(llama, "is_end", lambda token: False)
+    llama.prefill(CONTEXT)
+    state = llama.save_state()
+    full = answer(llama, QUESTION, N_ANSWER)
+    n_calls, eval_logits = [0], llama.eval_logits
+
+    def counted(tokens):
+        n_calls[0] += 1
+        return eval_logits(tokens)
+
+    monkeypatch.setattr(llama, "eval_logits", counted)
+    with compressed(llama, state, random_plan([5] * len(llama.kv_layers))) as restore:
+        replies, calls, ends = [], [], []
+        own = answer(llama, QUESTION, N_ANSWER).choices
+        wrong = [*own[:6], own[6] ^ 1, *own[7:]]
+        for earlier in ([], [own], [wrong], [[token ^ 1 for token in own], own[:7]]):
+            drafts = Drafts()
+            for choices in earlier:
+                drafts.add(choices)
+            restore()
+            n_calls[0] = 0
+            replies.append(answer_again(llama, QUESTION, N_ANSWER, full, restore, drafts if earlier else None))
+            calls.append(n_calls[0])
+            ends.append(llama.n_tokens)
+    assert own != full.choices
+    assert all(reply.choices == own for reply in replies)
+    assert all((reply.logits == replies[0].logits).all() for reply in replies)
+    if llama.can_truncate:
+        assert len(set(ends)) == 1, "what was only tried is forgotten"
+        assert calls[1] < calls[2] < calls[0]
+        assert calls[1] <= calls[0] - (N_ANSWER - 2) * N_DRAFT // (N_DRAFT + 1) + 1
+    else:
+        assert len(set(calls)) == 1
+
+
+def test_what_followed_the_same_tokens_before_is_tried():
+    drafts = Drafts()
+    assert drafts.after([1, 2], 8) == []
+    drafts.add([5, 6, 7, 8, 9])
+    drafts.add([5, 6, 1, 2])
+    assert drafts.after([5, 6, 7], 8) == [8, 9], "the answer with the same beginning"
+    assert drafts.after([5, 6], 8) == [1, 2], "the latest of them"
+    assert drafts.after([5, 6], 1) == [1]
+    assert drafts.after([5, 6], -1) == []
+    assert drafts.after([0, 7, 8], 8) == [9], "the same last tokens"
+    assert drafts.after([3, 4, 0, 3, 4], 8) == [0, 3], "said before in this answer"
+    assert drafts.after([5, 6, 1, 2], 8) == [], "where one ended"
+    assert drafts.after([9, ord(BETWEEN) - 1], 8) == []
 
 
 def test_an_answer_ends_with_its_end_token(make_llama, monkeypatch):

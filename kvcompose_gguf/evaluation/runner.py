@@ -30,7 +30,7 @@ from ..plan import CompositionPlan, TokenMask
 from ..queries import AttentionRequest, Evidence, StateRequest
 from ..run import n_ctx_trained, open_vocabulary, resolve_model
 from . import metrics, suites
-from .answering import Reply, answer, answer_again
+from .answering import Drafts, Reply, answer, answer_again
 from .prompts import chat_frame, prompt_tokens
 from .records import FULL, Answer, RunFolder, SampleCost
 from .ruler import RULER_TASKS, TASKS, make_sample
@@ -262,11 +262,12 @@ class Worker:
             )  # fmt: skip
 
         full, seconds = _timed(lambda: answer(llama, question, max_tokens))
-        answers = [grade(FULL, 0.0, full, full, seconds, None)]
+        answers, drafts = [grade(FULL, 0.0, full, full, seconds, None)], Drafts()
         for (spec, ratio), plan in plans.items():
             begin = time.perf_counter()
             with compressed(llama, state, plan) as restore:
-                reply = answer_again(llama, question, max_tokens, full, restore)
+                reply = answer_again(llama, question, max_tokens, full, restore, drafts)
+            drafts.add(reply.choices)
             answers.append(grade(spec, ratio, reply, full, time.perf_counter() - begin, plan))
         total = time.perf_counter() - start
         return SampleCost(
