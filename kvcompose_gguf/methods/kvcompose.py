@@ -100,7 +100,7 @@ class KVCompose(Method):
         Raises:
             ConfigError: one of the settings that the paper decides.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "scoring": "repeat", "scoring_chunk": None, "scoring_fraction": 1.0, "instruction": "",
             "agg_task": "max", "agg_group": "mean", "agg_head": "mean", "add_v_norm": False,
             "add_mean_across_heads": True, "keep_token_lower_bound": 0, "first_layer_rule": False,
