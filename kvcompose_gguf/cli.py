@@ -6,6 +6,7 @@ Those modules are imported by the handlers, so that ``--help`` needs neither the
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +138,13 @@ def fetch(name: Annotated[str, typer.Argument(help="The model's name, e.g. smoll
     typer.echo(fetch(name))
 
 
+class Only(str, Enum):
+    """What `calibrate` may be kept to."""
+
+    SURROGATE = "surrogate"
+    COMPRESSKV = "compresskv"
+
+
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")],
@@ -148,14 +156,28 @@ def calibrate(
     errors: Annotated[int, typer.Option(help="Prompts that eviction errors are measured with.")] = 12,
     data_free: Annotated[bool, typer.Option("--data-free", help="Random tokens instead of facts in prose.")] = False,
     random_tokens: Annotated[int, typer.Option(help="With --data-free: tokens that come four times.")] = 256,
+    passages: Annotated[int, typer.Option(help="Texts that the surrogate is fitted to.")] = 40,
+    passage_tokens: Annotated[int, typer.Option(help="Tokens of the longest of these texts.")] = 2048,
+    text: Annotated[list[Path] | None, typer.Option(help="Your own text, for half of these; may be repeated.")] = None,
+    only: Annotated[Only | None, typer.Option(help="Measure for one method only.")] = None,
     threads: Threads = None,
 ) -> None:
-    """Measure once what `compresskv` has to know about a model; an interrupted run goes on where it was."""
-    from .calibrate import calibrate
-    from .calibrate_trials import CalibrateOptions
+    """Measure once what `kvcompose` and `compresskv` have to know about a model; an interrupted run goes on.
 
-    options = CalibrateOptions(needles, lengths, depths, shortest, longest, errors, random_tokens if data_free else 0)
-    calibrate(model, options, threads)
+    For `kvcompose,scoring=surrogate` a predictor of the repeat's attention, for `compresskv` retrieval heads and
+    eviction errors.
+    """
+    if only != Only.COMPRESSKV:
+        from .surrogate_fit import FitOptions, fit_surrogate
+
+        files = tuple(str(file) for file in text or [])
+        fit_surrogate(model, FitOptions(n_passages=passages, longest=passage_tokens, files=files), threads)
+    if only != Only.SURROGATE:
+        from .calibrate import calibrate
+        from .calibrate_trials import CalibrateOptions
+
+        n_random = random_tokens if data_free else 0
+        calibrate(model, CalibrateOptions(needles, lengths, depths, shortest, longest, errors, n_random), threads)
 
 
 @app.command()

@@ -205,10 +205,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         attention = self._attention(tokens, method.attention_request if compressing else None, suffix, method)
         kv_bytes_before = session.state().n_bytes
         n_kept = np.full(len(session.layers), n_tokens)
-        state_seconds = plan_seconds = compose_seconds = 0.0
+        state_seconds = score_seconds = plan_seconds = compose_seconds = 0.0
         if compressing:
             evidence, state_seconds = _timed(lambda: self._evidence(tokens, attention, method))
-            plan, plan_seconds = _timed(lambda: method.plan(evidence))
+            scores, score_seconds = _timed(lambda: method.scores(evidence))
+            plan, plan_seconds = _timed(lambda: method.plan(evidence, scores))
             _, compose_seconds = _timed(lambda: self.compose(plan, method.n_room))
             n_kept = plan.n_kept
 
@@ -220,7 +221,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             kv_bytes_before=kv_bytes_before,
             kv_bytes=session.state().n_bytes,
             prefill_seconds=attention.prefill_seconds,
-            score_seconds=attention.score_seconds + state_seconds,
+            score_seconds=attention.score_seconds + state_seconds + score_seconds,
             plan_seconds=plan_seconds,
             compose_seconds=compose_seconds,
             n_prefilled=attention.n_prefilled,
@@ -256,6 +257,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             keys=lambda l: cached_rows(session, l, "k", n_tokens),
             values=lambda l: cached_rows(session, l, "v", n_tokens),
             states=states,
+            unrotate=lambda l: lambda rows, pos: session.rope(l, rows, pos, inverse=True),
         )
 
     def _prefill(self, tokens: list[int], keep_prefix: bool = True) -> int:

@@ -140,6 +140,8 @@ class Evidence:
         keys, values: of a layer by its number, float32 ``(n_head_kv, N, n_embd_head)``, as they are cached: keys
             with their rotation, and both Hadamard-rotated if they are quantized. Read only when called.
         states: query vectors of a layer, for methods with a ``state_request``.
+        unrotate: of a layer by its number, what gives keys float32 ``(n_rows, n_embd_head_k)`` as they are cached, and
+            their positions int32 ``(n_rows,)``, back as they were before their rotation.
     """
 
     n_tokens: int
@@ -149,13 +151,14 @@ class Evidence:
     keys: Callable[[int], FloatArray] | None = None
     values: Callable[[int], FloatArray] | None = None
     states: Callable[[int], QueryStates] | None = None
+    unrotate: Callable[[int], Callable[[FloatArray, npt.NDArray[np.int32]], FloatArray]] | None = None
 
     def __post_init__(self) -> None:
         if self.attention:
             check_layers("attention", self.attention, [(layer.n_head, self.n_tokens) for layer in self.layers])
 
-    def read(self, which: Literal["keys", "values", "states"], l: int) -> Any:
-        """``keys``, ``values`` or ``states`` of layer ``l``.
+    def read(self, which: Literal["keys", "values", "states", "unrotate"], l: int) -> Any:
+        """``keys``, ``values``, ``states`` or ``unrotate`` of layer ``l``.
 
         Raises:
             ConfigError: this evidence is without them.

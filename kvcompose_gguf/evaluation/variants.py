@@ -73,15 +73,16 @@ class Variant(KVCompose):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
 
     @property
-    def attention_request(self) -> AttentionRequest:
+    def attention_request(self) -> AttentionRequest | None:
         request = super().attention_request
-        if self.own and isinstance(request.queries, Repeat):
+        if self.own and request is not None and isinstance(request.queries, Repeat):
             return replace(request, queries=replace(request.queries, own=True))
         return request
 
     def for_model(self, model_path: Path) -> Variant:
         """With the Gram matrices of the output projections, if they are needed."""
-        return replace(self, grams=output_grams(model_path)) if self.output_norm and not self.grams else self
+        made = replace(self, surrogate=super().for_model(model_path).surrogate)
+        return replace(made, grams=output_grams(model_path)) if self.output_norm and not self.grams else made
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Steps 4 and 5 of KVCompose, with the idea in between."""

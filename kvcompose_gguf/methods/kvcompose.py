@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,11 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..queries import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
+from ..surrogate import Surrogate, load_surrogate
 from .allocation import Allocation, GlobalRanking
 from .base import Method, check_choice, check_flag, check_integer, check_number, check_positive, map_layers
 
-SCORING = ("repeat", "prompts", "window", "prefill")
+SCORING = ("repeat", "prompts", "window", "prefill", "surrogate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,9 @@ class KVCompose(Method):
     Attributes:
         scoring: whose attention judges the context: ``"repeat"``, the context itself a second time; ``"prompts"``, the
             ``prompts`` given (task-aware); ``"window"``, the last tokens of the prompt, or ``"prefill"``, all of the
-            context's own tokens while they are prefilled. The last two need no second pass. With ``agg_task="mean"``
-            they count for each token only the queries that could see it.
+            context's own tokens while they are prefilled. These two need no second pass. With ``agg_task="mean"``
+            they count for each token only the queries that could see it. ``"surrogate"``: what the repeat would give
+            is predicted from keys and values; for models that were calibrated.
         scoring_fraction: share of the context that is run a second time, in pieces spread over all of it, for
             ``scoring="repeat"``: less time for less quality.
         instruction: text that every chunk of the repeat begins with, for ``scoring="repeat"``.
@@ -46,6 +50,7 @@ class KVCompose(Method):
             ``n_sink`` a layer may keep nothing, where the newest reference keeps one token more than its budget.
         first_layer_rule: layer 0 takes the highest composite score of all layers at every rank. An artefact of the
             reference (Hugging Face reads the cache length from layer 0) that costs budget; for parity checks.
+        surrogate: of the model, for ``scoring="surrogate"``; None: the one that ``for_model`` finds.
     Raises:
         ConfigError: an option out of its range, or not exactly one budget.
     """
@@ -63,6 +68,7 @@ class KVCompose(Method):
     add_mean_across_heads: bool = True
     keep_token_lower_bound: int = 0
     first_layer_rule: bool = False
+    surrogate: Surrogate | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +96,12 @@ class KVCompose(Method):
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts")
         if (self.scoring == "prompts") != bool(self.prompts):
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
+        if not isinstance(self.surrogate, (Surrogate, NoneType)):
+            raise ConfigError(f"surrogate={self.surrogate!r} is not a Surrogate")
+        if self.scoring == "surrogate" and (self.agg_task, self.agg_group) != ("max", "mean"):
+            raise ConfigError(
+                f"agg_task={self.agg_task!r}, agg_group={self.agg_group!r}: scoring='surrogate' predicts max and mean"
+            )
 
     @classmethod
     def paper(cls, **budget: Any) -> KVCompose:
@@ -111,7 +123,9 @@ class KVCompose(Method):
         return cls(**settings, **budget)
 
     @property
-    def attention_request(self) -> AttentionRequest:
+    def attention_request(self) -> AttentionRequest | None:
+        if self.scoring == "surrogate":
+            return None
         queries: Repeat | Prompts | Window | Prefill
         if self.scoring == "repeat":
             queries = Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction)
@@ -122,6 +136,12 @@ class KVCompose(Method):
         else:
             queries = Prefill()
         return AttentionRequest(queries, self.agg_task)  # type: ignore[arg-type]
+
+    def for_model(self, model_path: Path) -> KVCompose:
+        """With the model's surrogate, if it is needed and none was given."""
+        if self.scoring != "surrogate" or self.surrogate is not None:
+            return self
+        return replace(self, surrogate=load_surrogate(model_path))
 
     def rule(self) -> Allocation:
         """As ``Method.rule``; the name ``"global"`` is the method's own rule, with its options."""
@@ -137,10 +157,20 @@ class KVCompose(Method):
         # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
         norms = [np.linalg.norm(evidence.read("values", l), axis=2) for l in layers]  # one layer in memory at a time
 
+        predicted = self._predicted(evidence) if self.scoring == "surrogate" else []
+
         def score(l: int) -> FloatArray:
-            scores = aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, self.agg_group)
+            if predicted:
+                scores = predicted[l]
+            else:
+                scores = aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, self.agg_group)
             if self.add_v_norm:
                 scores = scores * norms[l]
             return aggregate.add_mean_across_heads(scores) if self.add_mean_across_heads else scores
 
         return map_layers(score, len(evidence.layers))
+
+    def _predicted(self, evidence: Evidence) -> list[FloatArray]:
+        if self.surrogate is None:
+            raise ConfigError("scoring='surrogate': kvcompose calibrate MODEL, then for_model(MODEL)")
+        return self.surrogate.predict(evidence)

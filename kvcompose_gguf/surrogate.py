@@ -1,0 +1,227 @@
+"""Predict the attention of a repeat of the context from what the cache has of it: ``KVCompose(scoring="surrogate")``.
+
+For every layer and KV head a ridge regression of log(attention + EPS), the attention being what KVCompose's repeat pays
+to a token at most, mean over the group. It sees a token's key twice: as it was before its rotation, and as a query at
+the end of the context meets it, R(i - N) k_i. The second is what carries over to longer contexts: the logit of a query
+is linear in it, with its distance. The idea of a predictor is that of KVzap (hidden states, gates trained in PyTorch);
+this one is fitted in minutes on the CPU and needs nothing but the cache.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .calibration import calibrations_dir, model_sha256
+from .errors import ConfigError
+from .files import write_file
+from .geometry import LayerGeometry
+from .kernels.types import FloatArray
+from .methods.base import map_layers
+from .queries import Evidence
+
+VERSION = 1  # of features and file
+
+#: added to attention before its logarithm: what is below is all the same
+EPS = 1e-5
+
+#: tokens whose features are in memory at a time
+CHUNK = 2048
+
+#: block of the Hadamard rotation of quantized values (llama-kv-cache.cpp, build_input_v_rot)
+N_HADAMARD_V = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """A fitted predictor of one model file.
+
+    Attributes:
+        model_name: of the file, for humans.
+        model_sha256: of the file.
+        weights: for each layer float32 ``(n_head_kv, n_features)``.
+        settings: what it was fitted with.
+        quality: what was measured on passages that were held out.
+        version: of the features and the file.
+    Raises:
+        ConfigError: another version, or weights that are not finite.
+    """
+
+    model_name: str
+    model_sha256: str
+    weights: tuple[FloatArray, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ConfigError(f"version={self.version!r} of a surrogate, {VERSION} is needed: calibrate again")
+        for l, weights in enumerate(self.weights):
+            if weights.ndim != 2 or weights.dtype != np.float32 or not np.isfinite(weights).all():
+                raise ConfigError(f"weights of layer {l} are not finite float32 (n_head_kv, n_features)")
+
+    def predict(self, evidence: Evidence) -> list[FloatArray]:
+        """The attention that each token would get: for each layer float32 ``(n_head_kv, N)``, in [0, 1].
+
+        Raises:
+            ConfigError: it was fitted to a model of another shape.
+        """
+        shapes = [weights.shape for weights in self.weights]
+        needed = [(layer.n_head_kv, n_features(layer)) for layer in evidence.layers]
+        if shapes != needed:
+            raise ConfigError(f"the surrogate of {self.model_name} has weights {shapes}, the model needs {needed}")
+
+        def predict(l: int) -> FloatArray:
+            column = self.weights[l][:, :, None]
+            parts = [(part @ column)[:, :, 0] for part in features(evidence, l)]
+            return attention_of(np.concatenate(parts, axis=1))
+
+        return map_layers(predict, len(evidence.layers))
+
+    def to_bytes(self) -> bytes:
+        """The file that ``from_bytes`` reads: an .npz without pickles."""
+        about = {name: getattr(self, name) for name in ("model_name", "model_sha256", "settings", "quality", "version")}
+        arrays = {f"weights{l}": weights for l, weights in enumerate(self.weights)}
+        stream = io.BytesIO()
+        np.savez(stream, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        return stream.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Surrogate:
+        """The surrogate of a file.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                about = json.loads(str(arrays["about"]))
+                weights = tuple(arrays[f"weights{l}"] for l in range(len(arrays.files) - 1))
+            return cls(weights=weights, **about)
+        except ConfigError:
+            raise
+        except Exception as error:  # zipfile, numpy and json have many
+            raise ConfigError(f"not a surrogate: {error}") from error
+
+
+#
+# features
+#
+
+
+def n_features(layer: LayerGeometry) -> int:
+    """Features of a token in one head of the layer."""
+    return 3 * layer.n_embd_head_k + 2 * layer.n_embd_head_v + 3 + len(_position_features(0, 1, 1).T) + 1
+
+
+def features(evidence: Evidence, l: int) -> Iterator[FloatArray]:
+    """Features of a layer's tokens, some at a time and in their order: float32 ``(n_head_kv, n_tokens, n_features)``.
+
+    A token's own key and value and the length of the context decide them, so they could be had while it is prefilled.
+    """
+    n_tokens, layer = evidence.n_tokens, evidence.layers[l]
+    cached: FloatArray = evidence.read("keys", l)
+    values = plain_values(evidence.read("values", l), layer)
+    unrotate = evidence.read("unrotate", l)
+    n_head_kv, d = layer.n_head_kv, layer.n_embd_head_k
+    # linear, so the rows of the identity are the matrix that turns keys back by the whole length of the context
+    to_end = unrotate(np.eye(d, dtype=np.float32), np.full(d, n_tokens, dtype=np.int32))
+    for first in range(0, n_tokens, CHUNK):
+        rows, pos = cached[:, first : first + CHUNK], np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
+        part = values[:, first : first + CHUNK]
+        plain = unrotate(rows.reshape(-1, d), np.tile(pos, n_head_kv)).reshape(rows.shape)
+        v_norms = np.linalg.norm(part, axis=2, keepdims=True)
+        columns = [
+            plain,
+            rows @ to_end,
+            np.square(plain),
+            part,
+            np.square(part),
+            np.linalg.norm(plain, axis=2, keepdims=True),
+            v_norms,
+            np.log(v_norms + np.float32(1e-6)),
+            np.broadcast_to(places := _position_features(first, len(pos), n_tokens), (n_head_kv, *places.shape)),
+            np.ones_like(v_norms),
+        ]
+        yield np.concatenate(columns, axis=2)
+
+
+def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:
+    """float32 ``(n, 11)``: where tokens are in the context, from its beginning, from its end, and as a share."""
+    i = np.arange(first, first + n, dtype=np.float32)
+    share, before_end = i / n_tokens, n_tokens - i
+    columns = [
+        share, share**2, share**3, np.exp(-i / 8), np.exp(-i / 2), np.log1p(i), np.log(before_end),
+        np.log(before_end) ** 2, np.exp(-before_end / 16), np.exp(-before_end / 128), i == 0,
+    ]  # fmt: skip
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def plain_values(values: FloatArray, layer: LayerGeometry) -> FloatArray:
+    """``values`` ``(n_head_kv, N, n_embd_head_v)`` without the Hadamard rotation of quantized ones."""
+    if not layer.v_quantized or layer.n_embd_head_v % N_HADAMARD_V:
+        return values
+    matrix: FloatArray = np.ones((1, 1), dtype=np.float32)
+    while len(matrix) < N_HADAMARD_V:  # ggml_gen_hadamard: orthonormal, symmetric
+        matrix = (np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)).astype(np.float32)
+    blocks = values.reshape(*values.shape[:2], -1, N_HADAMARD_V)
+    plain: FloatArray = (blocks @ matrix).reshape(values.shape)
+    return plain
+
+
+def target_of(attention: FloatArray) -> FloatArray:
+    """What is regressed on."""
+    target: FloatArray = np.log(attention + np.float32(EPS))
+    return target
+
+
+def attention_of(prediction: FloatArray) -> FloatArray:
+    """The inverse of ``target_of``, for predictions that may be anything."""
+    bounded = np.clip(prediction, np.float32(np.log(EPS)), np.float32(0))
+    attention: FloatArray = np.maximum(np.exp(bounded) - np.float32(EPS), 0)
+    return attention
+
+
+#
+# files
+#
+
+
+def surrogate_file(sha256: str) -> Path:
+    """Where the user's surrogate of a model is."""
+    return calibrations_dir() / f"{sha256}.surrogate.npz"
+
+
+def load_surrogate(model_path: Path) -> Surrogate:
+    """The surrogate of a model file: the user's own, or else the one that the package has.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    sha256 = model_sha256(model_path)
+    own = surrogate_file(sha256)
+    for file in (own, Path(__file__).parent / "data" / "calibrations" / own.name):
+        if not file.is_file():
+            continue
+        try:
+            surrogate = Surrogate.from_bytes(file.read_bytes())
+        except (OSError, ConfigError) as error:
+            raise ConfigError(f"{file}: {error}") from error
+        if surrogate.model_sha256 != sha256:
+            raise ConfigError(f"{file} is the surrogate of another model, {surrogate.model_name}")
+        return surrogate
+    raise ConfigError(f"{model_path} has no surrogate yet, make one: kvcompose calibrate {model_path}")
+
+
+def save_surrogate(surrogate: Surrogate) -> Path:
+    """Keep a surrogate in the user's cache, where ``load_surrogate`` finds it; returns the file."""
+    file = surrogate_file(surrogate.model_sha256)
+    write_file(file, surrogate.to_bytes())
+    return file

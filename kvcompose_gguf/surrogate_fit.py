@@ -1,0 +1,232 @@
+"""Fit a surrogate: read passages, repeat them, regress what the repeat paid to a token on what the cache has of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
+
+from . import __version__
+from .calibration import calibrations_dir, model_sha256
+from .checks import check_positive
+from .errors import ConfigError
+from .files import replaced
+from .kernels import aggregate
+from .kernels.types import FloatArray
+from .methods.base import map_layers
+from .methods.kvcompose import KVCompose
+from .passages import MIN_TOKENS, Passage, passage
+from .queries import Evidence
+from .run import load_model, resolve_model
+from .surrogate import Surrogate, features, save_surrogate, target_of
+from .surrogate_quality import compare, quality_tables, summary
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+Float64Array = npt.NDArray[np.float64]
+
+#: every so many passages one is held out, to validate with
+HOLD_OUT = 5
+#: of the ridge, per token, for features of variance 1
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """What a surrogate is fitted to.
+
+    Attributes:
+        n_passages: texts that are read, every fifth of them to validate with.
+        longest: tokens of the longest ones; others have a half and a quarter of them.
+        files: the user's texts, which every second passage is from.
+        scoring_chunk: of the repeat whose attention is learnt, as ``KVCompose.scoring_chunk``.
+    Raises:
+        ConfigError: an option out of its range.
+    """
+
+    n_passages: int = 40
+    longest: int = 2048
+    files: tuple[str, ...] = ()
+    scoring_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("n_passages", "longest", "scoring_chunk"):
+            check_positive(name, getattr(self, name))
+        if self.n_passages < HOLD_OUT:
+            raise ConfigError(f"n_passages={self.n_passages}, at least {HOLD_OUT} are needed: one is to validate with")
+        if self.longest < MIN_TOKENS:
+            raise ConfigError(f"longest={self.longest}, at least {MIN_TOKENS} tokens are needed")
+
+    @property
+    def fitted(self) -> list[int]:
+        """Numbers of the passages that it is fitted to."""
+        return [number for number in range(self.n_passages) if number % HOLD_OUT != HOLD_OUT - 1]
+
+    @property
+    def held_out(self) -> list[int]:
+        """Numbers of the passages that it is validated with."""
+        return [number for number in range(self.n_passages) if number % HOLD_OUT == HOLD_OUT - 1]
+
+
+def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -> Path:
+    """Fit a surrogate to a model, print how good it is, and return the file, where ``KVCompose`` finds it.
+
+    An interrupted call with the same options goes on behind the last passage that was kept.
+
+    Raises:
+        ConfigError: no model, one whose context is shorter than the passages, or a text that cannot be used.
+    """
+    model_path = resolve_model(model)
+    method = KVCompose(compression_ratio=0.0, scoring_chunk=options.scoring_chunk)
+    n_ctx = -(-(options.longest + min(options.longest, options.scoring_chunk) + 1) // 256) * 256
+    llama = load_model(model_path, n_ctx, method, threads=threads)
+    console = Console(stderr=True)
+    try:
+        if options.longest > llama.n_ctx_train:
+            raise ConfigError(f"passages of {options.longest} tokens are longer than {model_path} can read")
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            surrogate = _fit(llama, model_path, method, options, progress)
+    finally:
+        llama.close()
+    file = save_surrogate(surrogate)
+    console = Console()
+    for table in quality_tables(surrogate.quality):
+        console.print(table)
+    console.print(str(file), soft_wrap=True)
+    return file
+
+
+def _fit(llama: Llama, model_path: Path, method: KVCompose, options: FitOptions, progress: Progress) -> Surrogate:
+    files = [Path(name) for name in options.files]
+    settings = {**asdict(options), "files": [_digest(file) for file in files], "package": __version__}
+    sha256 = model_sha256(model_path)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    journal = calibrations_dir() / f"{sha256}.{digest}.sums.npz"
+
+    def observed(number: int) -> tuple[Passage, Evidence]:
+        text = passage(llama, number, options.longest, files)
+        llama.reset()
+        return text, llama.observe(text.tokens, method)
+
+    sums = Sums.read(journal)
+    bar = progress.add_task("passages", total=options.n_passages, completed=sums.n_passages)
+    for number in options.fitted[sums.n_passages :]:
+        sums.add(observed(number)[1], method)
+        sums.write(journal)
+        progress.advance(bar)
+    weights = sums.solve()
+    made = Surrogate(model_path.name, sha256, weights)
+    results = []
+    for number in options.held_out:
+        text, evidence = observed(number)
+        repeated = [repeat_of(evidence, method, l) for l in range(len(evidence.layers))]
+        results.append({"kind": text.kind, **compare(made.predict(evidence), repeated, evidence)})
+        progress.advance(bar)
+    with contextlib.suppress(OSError):
+        journal.unlink()
+    return Surrogate(model_path.name, sha256, weights, settings, summary(results))
+
+
+def _digest(file: Path) -> str:
+    try:
+        return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+
+
+#
+# regression
+#
+
+
+class Sums:
+    """What a ridge regression needs of all tokens so far, for every layer and KV head; its size is that of no text.
+
+    Features are shifted and scaled by the mean and the deviation that they had in the first passage, so that their
+    products keep their digits; the last feature is the constant.
+    """
+
+    LISTS = ("shifts", "scales", "grams", "moments")
+
+    def __init__(self) -> None:
+        self.n_passages = 0
+        self.n_tokens = 0
+        self.shifts: list[FloatArray] = []  # (n_head_kv, n_features), as scales
+        self.scales: list[FloatArray] = []
+        self.grams: list[Float64Array] = []  # (n_head_kv, n_features, n_features)
+        self.moments: list[Float64Array] = []  # (n_head_kv, n_features)
+
+    def add(self, evidence: Evidence, method: KVCompose) -> None:
+        """Count the tokens of a passage."""
+        layers = range(len(evidence.layers))
+        tables = [np.concatenate([*features(evidence, l)], axis=1) for l in layers] if not self.shifts else None
+        if tables is not None:
+            for table in tables:
+                shift, scale = table.mean(axis=1), table.std(axis=1)
+                shift[:, -1], scale[:, -1] = 0, 1
+                self.shifts.append(shift)
+                self.scales.append(np.where(scale > 0, scale, 1).astype(np.float32))
+                self.grams.append(np.zeros((*shift.shape, shift.shape[1])))
+                self.moments.append(np.zeros(shift.shape))
+
+        def add(l: int) -> None:
+            targets = target_of(repeat_of(evidence, method, l))
+            first = 0
+            for part in features(evidence, l):
+                part = (part - self.shifts[l][:, None]) / self.scales[l][:, None]
+                target = targets[:, first : first + part.shape[1]]
+                self.grams[l] += part.transpose(0, 2, 1) @ part
+                self.moments[l] += (part.transpose(0, 2, 1) @ target[:, :, None])[:, :, 0]
+                first += part.shape[1]
+
+        map_layers(add, len(evidence.layers))
+        self.n_tokens += evidence.n_tokens
+        self.n_passages += 1
+
+    def solve(self) -> tuple[FloatArray, ...]:
+        """For each layer the weights of features as they are, float32 ``(n_head_kv, n_features)``."""
+        return tuple(map_layers(self._solve, len(self.grams)))
+
+    def _solve(self, l: int) -> FloatArray:
+        means = self.grams[l][:, :, -1] / self.n_tokens
+        variances = np.einsum("hff->hf", self.grams[l]) / self.n_tokens - means**2
+        penalty = RIDGE * self.n_tokens * np.maximum(variances, 1e-6)
+        penalty[:, -1] = 0
+        regular = self.grams[l] + penalty[:, :, None] * np.eye(penalty.shape[1])
+        weights = np.linalg.solve(regular, self.moments[l][:, :, None])[:, :, 0] / self.scales[l]
+        weights[:, -1] -= (weights * self.shifts[l]).sum(axis=1)
+        return weights.astype(np.float32)
+
+    def write(self, file: Path) -> None:
+        """Keep it; nothing is lost if the file cannot be written but what an interruption would cost."""
+        arrays = {f"{name}{l}": array for name in self.LISTS for l, array in enumerate(getattr(self, name))}
+        with contextlib.suppress(OSError), replaced(file) as unfinished:
+            np.savez(unfinished, counts=[self.n_passages, self.n_tokens, len(self.grams)], **arrays)
+
+    @classmethod
+    def read(cls, file: Path) -> Sums:
+        """What was kept in ``file``, or an empty one."""
+        sums = cls()
+        with contextlib.suppress(OSError, ValueError, KeyError), np.load(file, allow_pickle=False) as arrays:
+            n_passages, n_tokens, n_layer = map(int, arrays["counts"])
+            lists = {
+                name: [arrays[f"{name}{l}"] for l in range(n_layer)]
+                for name in ("shifts", "scales", "grams", "moments")
+            }
+            sums.n_passages, sums.n_tokens = n_passages, n_tokens
+            sums.shifts, sums.scales, sums.grams, sums.moments = (lists[name] for name in lists)
+        return sums
+
+
+def repeat_of(evidence: Evidence, method: KVCompose, l: int) -> FloatArray:
+    """The attention that is predicted: float32 ``(n_head_kv, N)``."""
+    return aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, method.agg_group)
