@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -304,11 +305,13 @@ class Worker:
             requests.setdefault((methods[0].attention_request, methods[0].state_request), []).append(spec)
         plans: dict[tuple[str, float], Plan] = {}
         for (attention, states), specs in requests.items():
-            evidence, elapsed = _timed(lambda specs=specs: llama.observe(context, self._methods[specs[0]][0], suffix))  # type: ignore[misc]
+            evidence, elapsed = _timed(partial(llama.observe, context, self._methods[specs[0]][0], suffix))
             if attention is not None or states is not None:
                 seconds[_label(attention, states)] = elapsed
             for spec in specs:
-                scores = self._methods[spec][0].scores(evidence)
+                scores, elapsed = _timed(partial(self._methods[spec][0].scores, evidence))
+                if attention is None and states is None:  # all that it costs
+                    seconds[spec] = elapsed
                 for ratio, method in zip(self._options.ratios, self._methods[spec], strict=True):
                     plans[spec, ratio] = plan_of(method, evidence, scores)
         for spec, ratio in itertools.product(self._methods, self._options.ratios):
