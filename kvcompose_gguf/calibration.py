@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import platformdirs
 
@@ -85,19 +86,44 @@ def load_calibration(model_path: Path) -> Calibration:
     Raises:
         ConfigError: there is none, or it is damaged.
     """
+    calibration = find_measured(model_path, ".json", lambda data: Calibration.from_json(data.decode()))
+    if calibration is None:
+        raise ConfigError(f"{model_path} has no calibration yet, make one: kvcompose calibrate {model_path}")
+    return calibration
+
+
+class Measured(Protocol):
+    """What was measured of one model file."""
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def model_sha256(self) -> str: ...
+
+
+T = TypeVar("T", bound=Measured)
+
+
+def find_measured(model_path: Path, ending: str, read: Callable[[bytes], T]) -> T | None:
+    """What was measured of a model file, kept as its hash and ``ending``: the user's own, or else the package's.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     sha256 = model_sha256(model_path)
     for folder in (calibrations_dir(), Path(__file__).parent / "data" / "calibrations"):
-        file = folder / f"{sha256}.json"
+        file = folder / f"{sha256}{ending}"
         if not file.is_file():
             continue
         try:
-            calibration = Calibration.from_json(file.read_text("utf-8"))
+            measured = read(file.read_bytes())
         except (OSError, ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: {error}") from error
-        if calibration.model_sha256 != sha256:
-            raise ConfigError(f"{file} is the calibration of another model, {calibration.model_name}")
-        return calibration
-    raise ConfigError(f"{model_path} has no calibration yet, make one: kvcompose calibrate {model_path}")
+        if measured.model_sha256 != sha256:
+            raise ConfigError(f"{file} was measured of another model, {measured.model_name}")
+        return measured
+    return None
 
 
 def save_calibration(calibration: Calibration) -> Path:

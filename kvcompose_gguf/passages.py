@@ -52,11 +52,13 @@ def passage(llama: Llama, number: int, longest: int, files: Sequence[Path] = ())
     length = max(MIN_TOKENS, int(longest * LENGTHS[number % len(LENGTHS)]))
     rng = random.Random(number)
     if files and number % 2:
-        return Passage("text", _cut(llama, _from_anywhere(_read(files[number // 2 % len(files)]), rng), length))
+        turn = number // 2
+        file = files[(turn + turn // len(files)) % len(files)]  # every round begins with another file
+        return Passage("text", _cut(llama, _from_anywhere(_read(file), rng), length, str(file)))
     kind = list(KINDS)[number % len(KINDS)]
     if kind == "written":
         return Passage(kind, written(llama, rng, length))
-    return Passage(kind, _cut(llama, KINDS[kind](rng), length))
+    return Passage(kind, _cut(llama, KINDS[kind](rng), length, kind))
 
 
 def written(llama: Llama, rng: random.Random, n_tokens: int) -> list[int]:
@@ -185,11 +187,11 @@ def _from_anywhere(text: str, rng: random.Random) -> str:
     return text[text.rfind("\n", 0, rng.randrange(len(text) // 2 + 1)) + 1 :]
 
 
-def _cut(llama: Llama, text: str, n_tokens: int) -> list[int]:
+def _cut(llama: Llama, text: str, n_tokens: int, name: str) -> list[int]:
     """The first ``n_tokens`` tokens of the text, or what it has, as those of a prompt."""
     tokens = list(llama.tokenize(text[: 12 * n_tokens].encode(), add_bos=llama.adds_bos))
     if len(tokens) < MIN_TOKENS:
-        raise ConfigError(f"a text of {len(tokens)} tokens is too short, {MIN_TOKENS} are needed")
+        raise ConfigError(f"{name}: {len(tokens)} tokens from one of its lines on, {MIN_TOKENS} are needed")
     return tokens[:n_tokens]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .calibration import calibrations_dir, model_sha256
+from .calibration import calibrations_dir, find_measured
 from .errors import ConfigError
 from .files import write_file
 from .geometry import LayerGeometry
@@ -31,8 +32,11 @@ VERSION = 1  # of features and file
 #: added to attention before its logarithm: what is below is all the same
 EPS = 1e-5
 
-#: tokens whose features are in memory at a time
-CHUNK = 2048
+#: tokens whose features are in memory at a time, in each thread
+CHUNK = 512
+
+#: layers that are in memory as float32 at a time
+N_THREADS = 4
 
 #: block of the Hadamard rotation of quantized values (llama-kv-cache.cpp, build_input_v_rot)
 N_HADAMARD_V = 64
@@ -83,7 +87,7 @@ class Surrogate:
             parts = [(part @ column)[:, :, 0] for part in features(evidence, l)]
             return attention_of(np.concatenate(parts, axis=1))
 
-        return map_layers(predict, len(evidence.layers))
+        return map_layers(predict, len(evidence.layers), N_THREADS)
 
     def to_bytes(self) -> bytes:
         """The file that ``from_bytes`` reads: an .npz without pickles."""
@@ -166,7 +170,8 @@ def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:
 
 def plain_values(values: FloatArray, layer: LayerGeometry) -> FloatArray:
     """``values`` ``(n_head_kv, N, n_embd_head_v)`` without the Hadamard rotation of quantized ones."""
-    if not layer.v_quantized or layer.n_embd_head_v % N_HADAMARD_V:
+    disabled = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") not in ("", "0")
+    if not layer.v_quantized or layer.n_embd_head_v % N_HADAMARD_V or disabled:
         return values
     matrix: FloatArray = np.ones((1, 1), dtype=np.float32)
     while len(matrix) < N_HADAMARD_V:  # ggml_gen_hadamard: orthonormal, symmetric
@@ -193,35 +198,28 @@ def attention_of(prediction: FloatArray) -> FloatArray:
 # files
 #
 
+ENDING = ".surrogate.npz"
 
-def surrogate_file(sha256: str) -> Path:
-    """Where the user's surrogate of a model is."""
-    return calibrations_dir() / f"{sha256}.surrogate.npz"
+
+def find_surrogate(model_path: Path) -> Surrogate | None:
+    """The surrogate of a model file: the user's own, or else the one that the package has, or None.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return find_measured(model_path, ENDING, Surrogate.from_bytes)
 
 
 def load_surrogate(model_path: Path) -> Surrogate:
-    """The surrogate of a model file: the user's own, or else the one that the package has.
-
-    Raises:
-        ConfigError: there is none, or it is damaged.
-    """
-    sha256 = model_sha256(model_path)
-    own = surrogate_file(sha256)
-    for file in (own, Path(__file__).parent / "data" / "calibrations" / own.name):
-        if not file.is_file():
-            continue
-        try:
-            surrogate = Surrogate.from_bytes(file.read_bytes())
-        except (OSError, ConfigError) as error:
-            raise ConfigError(f"{file}: {error}") from error
-        if surrogate.model_sha256 != sha256:
-            raise ConfigError(f"{file} is the surrogate of another model, {surrogate.model_name}")
-        return surrogate
-    raise ConfigError(f"{model_path} has no surrogate yet, make one: kvcompose calibrate {model_path}")
+    """As ``find_surrogate``; ConfigError, which names the command, if there is none."""
+    surrogate = find_surrogate(model_path)
+    if surrogate is None:
+        raise ConfigError(f"{model_path} has no surrogate yet, make one: kvcompose calibrate {model_path}")
+    return surrogate
 
 
 def save_surrogate(surrogate: Surrogate) -> Path:
     """Keep a surrogate in the user's cache, where ``load_surrogate`` finds it; returns the file."""
-    file = surrogate_file(surrogate.model_sha256)
+    file = calibrations_dir() / f"{surrogate.model_sha256}{ENDING}"
     write_file(file, surrogate.to_bytes())
     return file

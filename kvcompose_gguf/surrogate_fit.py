@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,8 @@ from .methods.base import map_layers
 from .methods.kvcompose import KVCompose
 from .passages import MIN_TOKENS, Passage, passage
 from .queries import Evidence
-from .run import load_model, resolve_model
-from .surrogate import Surrogate, features, save_surrogate, target_of
+from .run import load_model, n_ctx_trained, open_vocabulary, resolve_model
+from .surrogate import EPS, VERSION, Surrogate, features, save_surrogate, target_of
 from .surrogate_quality import compare, quality_tables, summary
 
 if TYPE_CHECKING:
@@ -86,54 +88,67 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
         ConfigError: no model, one whose context is shorter than the passages, or a text that cannot be used.
     """
     model_path = resolve_model(model)
+    with open_vocabulary(model_path) as vocabulary:
+        n_ctx_train = n_ctx_trained(vocabulary)
+    if n_ctx_train and options.longest > n_ctx_train:
+        raise ConfigError(f"passages of {options.longest} tokens are longer than {model_path} can read, {n_ctx_train}")
+    constants = {"features": VERSION, "eps": EPS, "ridge": RIDGE, "package": __version__}
+    settings = {**asdict(options), "files": [_digest(Path(name)) for name in options.files], **constants}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    sha256 = model_sha256(model_path)
+    journal = calibrations_dir() / f"{sha256}.{digest}.sums.npz"
+    sums = Sums.read(journal)
+    sums.write(journal)  # what cannot be written is better known before than after
+
     method = KVCompose(compression_ratio=0.0, scoring_chunk=options.scoring_chunk)
     n_ctx = -(-(options.longest + min(options.longest, options.scoring_chunk) + 1) // 256) * 256
-    llama = load_model(model_path, n_ctx, method, threads=threads)
+    reader = _Reader(load_model(model_path, n_ctx, method, threads=threads), method, options)
     console = Console(stderr=True)
-    try:
-        if options.longest > llama.n_ctx_train:
-            raise ConfigError(f"passages of {options.longest} tokens are longer than {model_path} can read")
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            surrogate = _fit(llama, model_path, method, options, progress)
-    finally:
-        llama.close()
-    file = save_surrogate(surrogate)
+    with (
+        contextlib.closing(reader.llama),
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        bar = progress.add_task("passages", total=options.n_passages, completed=sums.n_passages)
+        for number in options.fitted[sums.n_passages :]:
+            _, evidence, repeated = reader.read(number)
+            sums.add(evidence, repeated)
+            sums.write(journal)
+            progress.advance(bar)
+        fitted = Surrogate(model_path.name, sha256, sums.solve(), settings)
+        results = []
+        for number in options.held_out:
+            text, evidence, repeated = reader.read(number)
+            results.append({"kind": text.kind, **compare(fitted.predict(evidence), repeated, evidence)})
+            progress.advance(bar)
+    fitted = replace(fitted, quality=summary(results))
+    file = save_surrogate(fitted)
+    with contextlib.suppress(OSError):
+        journal.unlink()
     console = Console()
-    for table in quality_tables(surrogate.quality):
+    for table in quality_tables(fitted.quality):
         console.print(table)
     console.print(str(file), soft_wrap=True)
     return file
 
 
-def _fit(llama: Llama, model_path: Path, method: KVCompose, options: FitOptions, progress: Progress) -> Surrogate:
-    files = [Path(name) for name in options.files]
-    settings = {**asdict(options), "files": [_digest(file) for file in files], "package": __version__}
-    sha256 = model_sha256(model_path)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    journal = calibrations_dir() / f"{sha256}.{digest}.sums.npz"
+@dataclass(frozen=True)
+class _Reader:
+    """Passages as the model reads them."""
 
-    def observed(number: int) -> tuple[Passage, Evidence]:
-        text = passage(llama, number, options.longest, files)
-        llama.reset()
-        return text, llama.observe(text.tokens, method)
+    llama: Llama
+    method: KVCompose
+    options: FitOptions
 
-    sums = Sums.read(journal)
-    bar = progress.add_task("passages", total=options.n_passages, completed=sums.n_passages)
-    for number in options.fitted[sums.n_passages :]:
-        sums.add(observed(number)[1], method)
-        sums.write(journal)
-        progress.advance(bar)
-    weights = sums.solve()
-    made = Surrogate(model_path.name, sha256, weights)
-    results = []
-    for number in options.held_out:
-        text, evidence = observed(number)
-        repeated = [repeat_of(evidence, method, l) for l in range(len(evidence.layers))]
-        results.append({"kind": text.kind, **compare(made.predict(evidence), repeated, evidence)})
-        progress.advance(bar)
-    with contextlib.suppress(OSError):
-        journal.unlink()
-    return Surrogate(model_path.name, sha256, weights, settings, summary(results))
+    def read(self, number: int) -> tuple[Passage, Evidence, list[FloatArray]]:
+        """A passage, what the cache has of it, and what its repeat pays: a layer float32 ``(n_head_kv, N)``."""
+        text = passage(self.llama, number, self.options.longest, [Path(name) for name in self.options.files])
+        self.llama.reset()
+        evidence = self.llama.observe(text.tokens, self.method)
+        repeated = [
+            aggregate.aggregate_group(attention, layer.n_head_kv, self.method.agg_group)
+            for attention, layer in zip(evidence.attention, evidence.layers, strict=True)
+        ]
+        return text, evidence, repeated
 
 
 def _digest(file: Path) -> str:
@@ -165,21 +180,22 @@ class Sums:
         self.grams: list[Float64Array] = []  # (n_head_kv, n_features, n_features)
         self.moments: list[Float64Array] = []  # (n_head_kv, n_features)
 
-    def add(self, evidence: Evidence, method: KVCompose) -> None:
-        """Count the tokens of a passage."""
+    def add(self, evidence: Evidence, repeated: Sequence[FloatArray]) -> None:
+        """Count the tokens of a passage, and what its repeat pays to them, a layer float32 ``(n_head_kv, N)``."""
         layers = range(len(evidence.layers))
         tables = [np.concatenate([*features(evidence, l)], axis=1) for l in layers] if not self.shifts else None
         if tables is not None:
             for table in tables:
-                shift, scale = table.mean(axis=1), table.std(axis=1)
-                shift[:, -1], scale[:, -1] = 0, 1
+                # a constant's mean and deviation are not exact: its place is the intercept
+                shift, constant = table.mean(axis=1, dtype=np.float64).astype(np.float32), np.ptp(table, axis=1) == 0
+                shift[:, -1] = 0
                 self.shifts.append(shift)
-                self.scales.append(np.where(scale > 0, scale, 1).astype(np.float32))
+                self.scales.append(np.where(constant, 1, table.std(axis=1)).astype(np.float32))
                 self.grams.append(np.zeros((*shift.shape, shift.shape[1])))
                 self.moments.append(np.zeros(shift.shape))
 
         def add(l: int) -> None:
-            targets = target_of(repeat_of(evidence, method, l))
+            targets = target_of(repeated[l])
             first = 0
             for part in features(evidence, l):
                 part = (part - self.shifts[l][:, None]) / self.scales[l][:, None]
@@ -207,16 +223,20 @@ class Sums:
         return weights.astype(np.float32)
 
     def write(self, file: Path) -> None:
-        """Keep it; nothing is lost if the file cannot be written but what an interruption would cost."""
+        """Keep it; ConfigError if the folder cannot be written, which the result will need as well."""
         arrays = {f"{name}{l}": array for name in self.LISTS for l, array in enumerate(getattr(self, name))}
-        with contextlib.suppress(OSError), replaced(file) as unfinished:
-            np.savez(unfinished, counts=[self.n_passages, self.n_tokens, len(self.grams)], **arrays)
+        try:
+            with replaced(file) as unfinished:
+                np.savez(unfinished, counts=[self.n_passages, self.n_tokens, len(self.grams)], **arrays)
+        except OSError as error:
+            raise ConfigError(f"{file.parent}, where calibrations are kept, cannot be written: {error}") from error
 
     @classmethod
     def read(cls, file: Path) -> Sums:
         """What was kept in ``file``, or an empty one."""
         sums = cls()
-        with contextlib.suppress(OSError, ValueError, KeyError), np.load(file, allow_pickle=False) as arrays:
+        damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+        with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as arrays:
             n_passages, n_tokens, n_layer = map(int, arrays["counts"])
             lists = {
                 name: [arrays[f"{name}{l}"] for l in range(n_layer)]
@@ -225,8 +245,3 @@ class Sums:
             sums.n_passages, sums.n_tokens = n_passages, n_tokens
             sums.shifts, sums.scales, sums.grams, sums.moments = (lists[name] for name in lists)
         return sums
-
-
-def repeat_of(evidence: Evidence, method: KVCompose, l: int) -> FloatArray:
-    """The attention that is predicted: float32 ``(n_head_kv, N)``."""
-    return aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, method.agg_group)

@@ -13,7 +13,7 @@ import tiny
 from typer.testing import CliRunner
 
 import kvcompose_gguf
-from kvcompose_gguf import ConfigError, UnsupportedError, calibrate, calibration, models
+from kvcompose_gguf import ConfigError, UnsupportedError, calibrate, calibration, models, surrogate_fit
 from kvcompose_gguf import calibrate_trials as trials
 from kvcompose_gguf.calibrate_trials import CalibrateOptions
 from kvcompose_gguf.calibration import Calibration, load_calibration, model_sha256, save_calibration
@@ -405,6 +405,7 @@ def test_tokens_that_do_not_spell_their_text_are_refused(make_llama):
 def test_the_command_hands_its_options_on(monkeypatch):
     seen = []
     monkeypatch.setattr(calibrate, "calibrate", lambda *args: seen.append(args))
+    monkeypatch.setattr(surrogate_fit, "fit_surrogate", lambda *args: None)
     for arguments in (["m"], ["m", "--needles", "1", "--data-free", "--threads", "2", "--longest", "999"]):
         assert CliRunner().invoke(app, ["calibrate", *arguments]).exit_code == 0
     assert seen == [

@@ -63,7 +63,8 @@ class Answer:
 class SampleCost:
     """Wall time of a sample with one type of cache; ``scoring_seconds`` by the kind of attention asked for.
 
-    That of ``prefill()`` contains a whole prefill. Methods that ask for none are there by their own names.
+    That of ``prefill()`` contains a whole prefill, the sample's only one if a method asks for it. Methods that ask for
+    none are there by their own names.
     """
 
     task: str

@@ -28,7 +28,7 @@ from ..methods.base import check_positive
 from ..methods.compresskv import CompressKV
 from ..methods.unstructured import Unstructured
 from ..plan import CompositionPlan, TokenMask
-from ..queries import AttentionRequest, Evidence, StateRequest
+from ..queries import AttentionRequest, Evidence, Prefill, StateRequest
 from ..run import n_ctx_trained, open_vocabulary, resolve_model
 from . import metrics, suites
 from .answering import Drafts, Reply, answer, answer_again
@@ -244,9 +244,12 @@ class Worker:
         max_tokens = self._max_tokens(llama, sample)
 
         llama.reset()
-        _, prefill_seconds = _timed(lambda: llama.prefill(context))
         scoring_seconds: dict[str, float] = {}
+        prefill_seconds = 0.0
+        if not self._scored_prefills():
+            _, prefill_seconds = _timed(lambda: llama.prefill(context))
         plans = dict(self._plans(llama, context, question if options.question_seen else [], scoring_seconds))
+        prefill_seconds = prefill_seconds or next(iter(scoring_seconds.values()))
         state = llama.save_state()
 
         def grade(method: str, ratio: float, reply: Reply, full: Reply, seconds: float, plan: Plan | None) -> Answer:
@@ -296,6 +299,11 @@ class Worker:
         counts = [len(llama.tokenize(f" {text}, ".encode(), add_bos=False)) for text in sample.references]
         return min(sample.max_tokens, 16 + 2 * (max(counts) if _is_any(sample) else sum(counts)))
 
+    def _scored_prefills(self) -> list[tuple[AttentionRequest | None, StateRequest | None]]:
+        """Requests for the attention of a prefill: the first of them brings the context into the cache."""
+        asked = [(methods[0].attention_request, methods[0].state_request) for methods in self._methods.values()]
+        return [request for request in asked if request[0] is not None and isinstance(request[0].queries, Prefill)]
+
     def _plans(
         self, llama: Llama, context: list[int], suffix: list[int], seconds: dict[str, float]
     ) -> Iterator[tuple[tuple[str, float], Plan]]:
@@ -304,7 +312,8 @@ class Worker:
         for spec, methods in self._methods.items():
             requests.setdefault((methods[0].attention_request, methods[0].state_request), []).append(spec)
         plans: dict[tuple[str, float], Plan] = {}
-        for (attention, states), specs in requests.items():
+        order = sorted(requests, key=lambda request: request not in self._scored_prefills())
+        for (attention, states), specs in ((request, requests[request]) for request in order):
             evidence, elapsed = _timed(partial(llama.observe, context, self._methods[specs[0]][0], suffix))
             if attention is not None or states is not None:
                 seconds[_label(attention, states)] = elapsed

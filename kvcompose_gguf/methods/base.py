@@ -187,7 +187,7 @@ class Method:
         return CompositionPlan(n_tokens, tuple(cells))
 
 
-def map_layers(function: Callable[[int], T], n_layer: int) -> list[T]:
-    """The kernels release the GIL, so layers run on as many threads as there are cores."""
-    with ThreadPoolExecutor() as pool:
+def map_layers(function: Callable[[int], T], n_layer: int, n_threads: int | None = None) -> list[T]:
+    """The kernels release the GIL, so layers run on as many threads as there are cores, or at most ``n_threads``."""
+    with ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(function, range(n_layer)))

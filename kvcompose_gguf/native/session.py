@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,15 +49,17 @@ class KVSession:
     def __init__(self, ctx: Any) -> None:
         self._lib = bindings.declare(library.load().llama_cpp._lib)
         self._ctx = ctypes.cast(ctx, ctypes.c_void_p)
+        self._one_at_a_time = threading.Lock()  # as llama.cpp wants it; layers are planned in several threads
         self._call("llama_kvc_supported")
         self._biased = False
         #: the cached layers in order, tuple of LayerGeometry
         self.layers = tuple(self._geometry(self._layer(ikv)) for ikv in range(self._cache().n_layer))
 
     def _call(self, name: str, *args: Any) -> None:
-        status = getattr(self._lib, name)(self._ctx, *args)
+        with self._one_at_a_time:
+            status = getattr(self._lib, name)(self._ctx, *args)
+            message = "" if status == bindings.OK else self._lib.llama_kvc_last_error().decode()
         if status != bindings.OK:
-            message = self._lib.llama_kvc_last_error().decode()
             raise _EXCEPTIONS.get(status, NativeError)(message)
 
     def _cache(self) -> bindings.CacheInfo:
