@@ -256,6 +256,24 @@ def test_removing_next_to_nothing_changes_next_to_nothing(model_path, tmp_path):
         assert answer_.answer == answers[0].answer
 
 
+def test_a_surrogate_that_was_fitted_anew_is_another_run(model_path, tmp_path, monkeypatch):
+    from kvcompose_gguf.methods import kvcompose
+    from kvcompose_gguf.surrogate import Surrogate
+
+    options = EvalOptions(
+        tasks=("niah_single_1",), n_tokens=250, n_samples=1, methods=("kvcompose,scoring=surrogate",), ratios=(0.5,)
+    )
+    monkeypatch.setattr(runner, "_work", lambda *args: iter(()))
+    for weight, message in ((0.0, None), (0.0, None), (1.0, "calibrations")):
+        surrogate = Surrogate("m.gguf", "0", (np.full((2, 3), weight, np.float32),))
+        monkeypatch.setattr(kvcompose, "load_surrogate", lambda path, made=surrogate: made)
+        if message is None:
+            evaluate(str(model_path), options, tmp_path / "run", jobs=1)
+        else:
+            with pytest.raises(ConfigError, match=message):
+                evaluate(str(model_path), options, tmp_path / "run", jobs=1)
+
+
 def test_a_run_goes_on_where_it_was_and_takes_more_samples_but_no_other_settings(model_path, tmp_path, monkeypatch):
     small = {"tasks": ("passkey",), "methods": ("random",), "ratios": (0.5,)}
     first = evaluate(str(model_path), options(**small), tmp_path, jobs=1).answers()

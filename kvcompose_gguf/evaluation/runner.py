@@ -26,6 +26,7 @@ from ..errors import ConfigError, StateError
 from ..methods import Method, make_method
 from ..methods.base import check_positive
 from ..methods.compresskv import CompressKV
+from ..methods.kvcompose import KVCompose
 from ..methods.unstructured import Unstructured
 from ..plan import CompositionPlan, TokenMask
 from ..queries import AttentionRequest, Evidence, Prefill, StateRequest
@@ -312,8 +313,8 @@ class Worker:
         for spec, methods in self._methods.items():
             requests.setdefault((methods[0].attention_request, methods[0].state_request), []).append(spec)
         plans: dict[tuple[str, float], Plan] = {}
-        order = sorted(requests, key=lambda request: request not in self._scored_prefills())
-        for (attention, states), specs in ((request, requests[request]) for request in order):
+        for attention, states in sorted(requests, key=lambda request: request not in self._scored_prefills()):
+            specs = requests[attention, states]
             evidence, elapsed = _timed(partial(llama.observe, context, self._methods[specs[0]][0], suffix))
             if attention is not None or states is not None:
                 seconds[_label(attention, states)] = elapsed
@@ -383,11 +384,20 @@ def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Me
         raise ConfigError(f"n_tokens={options.n_tokens}, but {model_path.name} is for at most {n_ctx_train}")
     settings = {**asdict(options), "texts": load_texts(options.texts).name, "methods": list(options.methods)}
     del settings["n_samples"]
-    calibrations = {made[0].calibration for made in methods.values() if made and isinstance(made[0], CompressKV)}
-    digests = sorted(hashlib.sha256(made.to_json().encode()).hexdigest()[:16] for made in calibrations if made)
+    measured = {_measured(made[0]) for made in methods.values() if made} - {b""}
+    digests = sorted(hashlib.sha256(data).hexdigest()[:16] for data in measured)
     return {
         "model": model_path.name, "model_sha256": model_sha256(model_path), **settings, "calibrations": digests
     }  # fmt: skip
+
+
+def _measured(method: Method) -> bytes:
+    """What was measured of the model and decides what ``method`` keeps, or nothing."""
+    if isinstance(method, CompressKV) and method.calibration is not None:
+        return method.calibration.to_json().encode()
+    if isinstance(method, KVCompose) and method.surrogate is not None:
+        return b"".join(weights.tobytes() for weights in method.surrogate.weights)
+    return b""
 
 
 def _environment(jobs: int, threads: int, options: EvalOptions) -> dict[str, Any]:
