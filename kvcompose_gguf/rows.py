@@ -41,14 +41,15 @@ def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: in
     n_embd_head = layer.n_embd_head_v if is_v else layer.n_embd_head_k
     n_embd = layer.n_head_kv * n_embd_head
     n_block, n_bytes = GGML_QUANT_SIZES[kind]
-    rows: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.floating]
     if is_v and layer.v_trans:
         columns = stored.reshape(n_embd, -1)[:, : n_rows * n_bytes]
         rows = dequantize(np.ascontiguousarray(columns), kind).T
     else:
         rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_rows], kind)
-    heads = rows.astype(np.float32).reshape(n_rows, layer.n_head_kv, n_embd_head)
-    return np.ascontiguousarray(heads.transpose(1, 0, 2))
+    out = np.empty((layer.n_head_kv, n_rows, n_embd_head), dtype=np.float32)
+    out[:] = rows.reshape(n_rows, layer.n_head_kv, n_embd_head).transpose(1, 0, 2)
+    return out
 
 
 def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:

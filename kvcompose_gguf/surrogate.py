@@ -23,6 +23,7 @@ from .calibration import calibrations_dir, find_measured
 from .errors import ConfigError
 from .files import write_file
 from .geometry import LayerGeometry
+from .kernels.linear import weigh_rows
 from .kernels.types import FloatArray
 from .methods.base import map_layers
 from .queries import Evidence
@@ -83,8 +84,16 @@ class Surrogate:
             raise ConfigError(f"the surrogate of {self.model_name} has weights {shapes}, the model needs {needed}")
 
         def predict(l: int) -> FloatArray:
-            column = self.weights[l][:, :, None]
-            parts = [(part @ column)[:, :, 0] for part in features(evidence, l)]
+            layer = evidence.layers[l]
+            of = dict(zip(FEATURES, np.split(self.weights[l], np.cumsum(_widths(layer))[:-1], axis=1), strict=True))
+            on_cached = of["at_end"] @ _to_end(evidence, l).T
+            parts = [
+                weigh_rows(
+                    part.cached, part.plain, part.values, on_cached, of["plain"], of["plain_squared"], of["values"],
+                    of["values_squared"], of["norms"], of["places"] @ part.places.T + of["constant"],
+                )
+                for part in _parts(evidence, l)
+            ]  # fmt: skip
             return attention_of(np.concatenate(parts, axis=1))
 
         return map_layers(predict, len(evidence.layers), N_THREADS)
@@ -120,9 +129,18 @@ class Surrogate:
 #
 
 
+#: groups of features, in their order
+FEATURES = ("plain", "at_end", "plain_squared", "values", "values_squared", "norms", "places", "constant")
+
+
 def n_features(layer: LayerGeometry) -> int:
     """Features of a token in one head of the layer."""
-    return 3 * layer.n_embd_head_k + 2 * layer.n_embd_head_v + 3 + len(_position_features(0, 1, 1).T) + 1
+    return sum(_widths(layer))
+
+
+def _widths(layer: LayerGeometry) -> list[int]:
+    d_k, d_v = layer.n_embd_head_k, layer.n_embd_head_v
+    return [d_k, d_k, d_k, d_v, d_v, 3, _position_features(0, 1, 1).shape[1], 1]
 
 
 def features(evidence: Evidence, l: int) -> Iterator[FloatArray]:
@@ -130,31 +148,54 @@ def features(evidence: Evidence, l: int) -> Iterator[FloatArray]:
 
     A token's own key and value and the length of the context decide them, so they could be had while it is prefilled.
     """
-    n_tokens, layer = evidence.n_tokens, evidence.layers[l]
-    cached: FloatArray = evidence.read("keys", l)
-    values = plain_values(evidence.read("values", l), layer)
-    unrotate = evidence.read("unrotate", l)
-    n_head_kv, d = layer.n_head_kv, layer.n_embd_head_k
-    # linear, so the rows of the identity are the matrix that turns keys back by the whole length of the context
-    to_end = unrotate(np.eye(d, dtype=np.float32), np.full(d, n_tokens, dtype=np.int32))
-    for first in range(0, n_tokens, CHUNK):
-        rows, pos = cached[:, first : first + CHUNK], np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
-        part = values[:, first : first + CHUNK]
-        plain = unrotate(rows.reshape(-1, d), np.tile(pos, n_head_kv)).reshape(rows.shape)
-        v_norms = np.linalg.norm(part, axis=2, keepdims=True)
+    to_end = _to_end(evidence, l)
+    for part in _parts(evidence, l):
+        v_norms = np.linalg.norm(part.values, axis=2, keepdims=True)
         columns = [
-            plain,
-            rows @ to_end,
-            np.square(plain),
-            part,
-            np.square(part),
-            np.linalg.norm(plain, axis=2, keepdims=True),
+            part.plain,
+            part.cached @ to_end,
+            np.square(part.plain),
+            part.values,
+            np.square(part.values),
+            np.linalg.norm(part.plain, axis=2, keepdims=True),
             v_norms,
             np.log(v_norms + np.float32(1e-6)),
-            np.broadcast_to(places := _position_features(first, len(pos), n_tokens), (n_head_kv, *places.shape)),
+            np.broadcast_to(part.places, (len(part.values), *part.places.shape)),
             np.ones_like(v_norms),
         ]
         yield np.concatenate(columns, axis=2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What features are made of, of some tokens: float32 ``(n_head_kv, n, d)``, and places ``(n, 11)``."""
+
+    cached: FloatArray
+    plain: FloatArray
+    values: FloatArray
+    places: FloatArray
+
+
+def _parts(evidence: Evidence, l: int) -> Iterator[_Part]:
+    n_tokens, layer = evidence.n_tokens, evidence.layers[l]
+    keys: FloatArray = evidence.read("keys", l)
+    values = plain_values(evidence.read("values", l), layer)
+    unrotate = evidence.read("unrotate", l)
+    for first in range(0, n_tokens, CHUNK):
+        cached, pos = keys[:, first : first + CHUNK], np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
+        plain = unrotate(cached.reshape(-1, layer.n_embd_head_k), np.tile(pos, layer.n_head_kv)).reshape(cached.shape)
+        places = _position_features(first, len(pos), n_tokens)
+        yield _Part(cached, plain, values[:, first : first + CHUNK], places)
+
+
+def _to_end(evidence: Evidence, l: int) -> FloatArray:
+    """What turns cached keys back by the whole length of the context, ``keys @ matrix``."""
+    d = evidence.layers[l].n_embd_head_k
+    # linear, so it is what becomes of the rows of the identity
+    matrix: FloatArray = evidence.read("unrotate", l)(
+        np.eye(d, dtype=np.float32), np.full(d, evidence.n_tokens, dtype=np.int32)
+    )
+    return matrix
 
 
 def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:
