@@ -156,12 +156,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
         Args:
             context: as for ``compress``; what the cache has of it already is not evaluated again.
+            method: what ``for_model`` gives, if it has to know something about the model.
             suffix: tokens that follow it in its prompt.
         Raises:
             ContextLengthError: it does not fit, or leaves no cell for the queries on top of it.
         """
         tokens = self._prompt_tokens(context)
-        method = method.for_model(Path(self.model_path))
         return self._evidence(tokens, self._attention(tokens, method.attention_request, suffix, method), method)
 
     def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:

@@ -100,7 +100,7 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
     sums = Sums.read(journal)
     sums.write(journal)  # what cannot be written is better known before than after
 
-    method = KVCompose(compression_ratio=0.0, scoring_chunk=options.scoring_chunk)
+    method = KVCompose(compression_ratio=0.0, scoring="repeat", scoring_chunk=options.scoring_chunk)
     n_ctx = -(-(options.longest + min(options.longest, options.scoring_chunk) + 1) // 256) * 256
     reader = _Reader(load_model(model_path, n_ctx, method, threads=threads), method, options)
     console = Console(stderr=True)

@@ -76,7 +76,7 @@ def main() -> None:
     modes = {name: MODES[name] for name in args.modes.split(",")}
 
     path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
-    plain = KVCompose(compression_ratio=0.5, keep_last=0)
+    plain = KVCompose(compression_ratio=0.5, keep_last=0, scoring="repeat")
     llama = Llama(
         path, n_ctx=args.n_tokens + 640, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
         kv_compressor=plain, type_k=args.type_kv, type_v=args.type_kv, verbose=False,

@@ -111,7 +111,7 @@ def bench_modes(make: Callable[..., Llama], ids: list[int], repeats: int) -> dic
         "repeat 1/8": mode(scoring_fraction=0.125),
         "repeat 1/4": mode(scoring_fraction=0.25),
         "repeat 1/2": mode(scoring_fraction=0.5),
-        "repeat": mode(),
+        "repeat": mode(scoring="repeat"),
     }
     samples = alternate(sides, repeats)
     llama.close()

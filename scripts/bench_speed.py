@@ -65,7 +65,7 @@ def main() -> None:
     full._prefill(tokens)
     prefill_seconds = time.perf_counter() - start
 
-    small = Llama(path, kv_compressor=KVCompose(compression_ratio=args.ratio), **options)
+    small = Llama(path, kv_compressor=KVCompose(compression_ratio=args.ratio, scoring="repeat"), **options)
     small.load_state(full.save_state())  # one prefill for both
     report = small.compress(tokens)
 

@@ -19,6 +19,7 @@ from test_kv_types import TYPES, stored_rows
 from test_kvcompose_plan import specified_plan
 
 from kvcompose_gguf import ConfigError, KVCompose, calibration, surrogate
+from kvcompose_gguf.evaluation.variants import Variant
 from kvcompose_gguf.geometry import LayerGeometry
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.knorm import KNorm
@@ -30,6 +31,12 @@ N = 90
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 KEYS_ONLY = KNorm(n_kept=1)  # a method that asks for no attention
 GOOD = Surrogate("m.gguf", "abc", (np.ones((2, 5), np.float32), np.zeros((1, 3), np.float32)), {"n": 3}, {"rank": [1]})
+
+
+def fitting_surrogate(llama: Any) -> Surrogate:
+    """Random weights of a loaded model's shape, as of its file."""
+    evidence = llama.observe(tiny.tokens(tiny.GQA, 20), KEYS_ONLY)
+    return Surrogate("m", calibration.model_sha256(Path(llama.model_path)), random_weights(evidence, 0.5))
 
 
 @pytest.fixture
@@ -361,6 +368,40 @@ def test_kvcompose_asks_for_no_attention_and_needs_a_surrogate(folder, make_llam
         method.scores(make_evidence(10))
     with pytest.raises(ConfigError, match="no surrogate yet"):
         make_llama(tiny.GQA, method)
+
+
+def test_auto_is_the_surrogate_where_there_is_one_and_the_repeat_where_not(folder, make_llama):
+    auto, repeat = KVCompose(compression_ratio=0.5), KVCompose(compression_ratio=0.5, scoring="repeat")
+    assert auto.scoring == "auto"
+    assert auto.attention_request == repeat.attention_request  # before a model is known
+    llama = make_llama(tiny.GQA, auto, **ONE_THREAD)
+    assert llama.kv_compressor == repeat
+    save_surrogate(made := fitting_surrogate(llama))
+    llama.kv_compressor = auto
+    assert llama.kv_compressor.scoring == "surrogate"
+    assert llama.kv_compressor.surrogate.to_bytes() == made.to_bytes()
+    report = llama.compress(tiny.tokens(tiny.GQA, 300))
+    assert (report.scoring_chunk, report.n_kept.sum()) == (0, 300 * tiny.GQA.n_layer // 2)
+    llama.kv_compressor = repeat
+    assert llama.kv_compressor == repeat
+
+
+@pytest.mark.parametrize(
+    "options", [{"scoring_fraction": 0.5}, {"instruction": "x"}, {"agg_task": "mean"}, {"agg_group": "max"}], ids=str
+)
+def test_auto_is_the_repeat_where_an_option_asks_for_what_is_not_predicted(folder, make_llama, options):
+    llama = make_llama(tiny.GQA, KEYS_ONLY)
+    save_surrogate(fitting_surrogate(llama))
+    path = Path(llama.model_path)
+    assert KVCompose(n_kept=9, agg_head="max").for_model(path).scoring == "surrogate"
+    assert KVCompose(n_kept=9, **options).for_model(path).scoring == "repeat"
+    for name in ("own", "output_norm"):
+        assert Variant(n_kept=9, **{name: True}).for_model(path).scoring == "repeat"
+
+
+def test_a_surrogate_that_was_given_is_taken_without_looking_for_another(folder, tmp_path):
+    method = KVCompose(n_kept=9, surrogate=GOOD).for_model(tmp_path / "no such file")
+    assert (method.scoring, method.surrogate) == ("surrogate", GOOD)
 
 
 @pytest.mark.parametrize("options", [{}, {"add_v_norm": True, "add_mean_across_heads": False, "n_sink": 3}])

@@ -303,7 +303,7 @@ def test_a_layer_without_an_output_projection_is_refused(tiny_model, tmp_path):
         output_grams(write_projections(tmp_path / "f.gguf", [some, None, some], 2))
     with pytest.raises(UnsupportedError, match="no output projection"):
         Variant(n_kept=1, output_norm=True).for_model(tmp_path / "f.gguf")
-    assert Variant(n_kept=1).for_model(tmp_path / "no such file").grams == ()
+    assert Variant(n_kept=1, scoring="repeat").for_model(tmp_path / "no such file").grams == ()
 
 
 @pytest.mark.parametrize("ils", [(0, 1, 2), (2,)], ids=["all layers", "sliding windows before it"])

@@ -69,8 +69,14 @@ class Variant(KVCompose):
         for name in ("fold", "correct"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative or not finite")
-        if self.own and (self.scoring != "repeat" or self.scoring_fraction != 1):
+        if self.own and (not self._may_repeat or self.scoring_fraction != 1):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
+        if self.output_norm and self.scoring == "surrogate":
+            raise ConfigError("output_norm=True weighs attention, which scoring='surrogate' has none of")
+
+    @property
+    def _can_be_predicted(self) -> bool:
+        return super()._can_be_predicted and not self.own and not self.output_norm
 
     @property
     def attention_request(self) -> AttentionRequest | None:
@@ -81,7 +87,7 @@ class Variant(KVCompose):
 
     def for_model(self, model_path: Path) -> Variant:
         """With the Gram matrices of the output projections, if they are needed."""
-        made = replace(self, surrogate=super().for_model(model_path).surrogate)
+        made = super().for_model(model_path)
         return replace(made, grams=output_grams(model_path)) if self.output_norm and not self.grams else made
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:

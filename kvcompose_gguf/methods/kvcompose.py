@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,11 +14,16 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..queries import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
-from ..surrogate import Surrogate, load_surrogate
+from ..surrogate import Surrogate, find_surrogate, load_surrogate
 from .allocation import Allocation, GlobalRanking
 from .base import Method, check_choice, check_flag, check_integer, check_number, check_positive, map_layers
 
-SCORING = ("repeat", "prompts", "window", "prefill", "surrogate")
+SCORING = ("auto", "repeat", "prompts", "window", "prefill", "surrogate")
+
+K = TypeVar("K", bound="KVCompose")
+
+#: agg_task and agg_group of what surrogates are fitted to
+PREDICTED = ("max", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +33,13 @@ class KVCompose(Method):
     Those of every method, the budget among them, are described at ``Method``.
 
     Attributes:
-        scoring: whose attention judges the context: ``"repeat"``, the context itself a second time; ``"prompts"``, the
-            ``prompts`` given (task-aware); ``"window"``, the last tokens of the prompt, or ``"prefill"``, all of the
-            context's own tokens while they are prefilled. These two need no second pass. With ``agg_task="mean"``
-            they count for each token only the queries that could see it. ``"surrogate"``: what the repeat would give
-            is predicted from keys and values; for models that were calibrated.
+        scoring: whose attention judges the context: ``"repeat"``, the context itself a second time (the paper's);
+            ``"prompts"``, the ``prompts`` given (task-aware); ``"window"``, the last tokens of the prompt, or
+            ``"prefill"``, all of the context's own tokens while they are prefilled. These two need no second pass.
+            With ``agg_task="mean"`` they count for each token only the queries that could see it. ``"surrogate"``:
+            what the repeat would give is predicted from keys and values; for models that were calibrated.
+            ``"auto"``: ``for_model`` makes it ``"surrogate"`` if the model has one and no option speaks against it,
+            else ``"repeat"``.
         scoring_fraction: share of the context that is run a second time, in pieces spread over all of it, for
             ``scoring="repeat"``: less time for less quality.
         instruction: text that every chunk of the repeat begins with, for ``scoring="repeat"``.
@@ -55,7 +62,7 @@ class KVCompose(Method):
         ConfigError: an option out of its range, or not exactly one budget.
     """
 
-    scoring: str = "repeat"
+    scoring: str = "auto"
     scoring_fraction: float = 1.0
     instruction: str = ""
     window: int = 64
@@ -87,9 +94,9 @@ class KVCompose(Method):
         check_choice("scoring", self.scoring, SCORING)
         if not 0 < self.scoring_fraction <= 1:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} is not in (0, 1]")
-        if self.scoring_fraction != 1 and self.scoring != "repeat":
+        if self.scoring_fraction != 1 and not self._may_repeat:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} needs scoring='repeat'")
-        if not isinstance(self.instruction, str) or (self.instruction and self.scoring != "repeat"):
+        if not isinstance(self.instruction, str) or (self.instruction and not self._may_repeat):
             raise ConfigError(f"instruction={self.instruction!r} is a text, and needs scoring='repeat'")
         is_list = isinstance(self.prompts, (list, tuple))
         if not is_list or not all(isinstance(text, str) and text for text in self.prompts):
@@ -98,7 +105,7 @@ class KVCompose(Method):
             raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
         if not isinstance(self.surrogate, (Surrogate, NoneType)):
             raise ConfigError(f"surrogate={self.surrogate!r} is not a Surrogate")
-        if self.scoring == "surrogate" and (self.agg_task, self.agg_group) != ("max", "mean"):
+        if self.scoring == "surrogate" and self._aggregations != PREDICTED:
             raise ConfigError(
                 f"agg_task={self.agg_task!r}, agg_group={self.agg_group!r}: scoring='surrogate' predicts max and mean"
             )
@@ -123,11 +130,24 @@ class KVCompose(Method):
         return cls(**settings, **budget)
 
     @property
+    def _aggregations(self) -> tuple[str, str]:
+        return self.agg_task, self.agg_group
+
+    @property
+    def _can_be_predicted(self) -> bool:
+        """No option asks for another repeat than surrogates are fitted to."""
+        return (self.scoring_fraction, self.instruction, *self._aggregations) == (1, "", *PREDICTED)
+
+    @property
+    def _may_repeat(self) -> bool:
+        return self.scoring in ("auto", "repeat")
+
+    @property
     def attention_request(self) -> AttentionRequest | None:
         if self.scoring == "surrogate":
             return None
         queries: Repeat | Prompts | Window | Prefill
-        if self.scoring == "repeat":
+        if self._may_repeat:
             queries = Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction)
         elif self.scoring == "prompts":
             queries = Prompts(tuple(self.prompts), self.scoring_chunk)
@@ -137,11 +157,14 @@ class KVCompose(Method):
             queries = Prefill()
         return AttentionRequest(queries, self.agg_task)  # type: ignore[arg-type]
 
-    def for_model(self, model_path: Path) -> KVCompose:
-        """With the model's surrogate, if it is needed and none was given."""
-        if self.scoring != "surrogate" or self.surrogate is not None:
+    def for_model(self: K, model_path: Path) -> K:
+        """With the model's surrogate, if it is needed and none was given; ``"auto"`` is decided."""
+        if self.scoring == "surrogate" and self.surrogate is None:
+            return replace(self, surrogate=load_surrogate(model_path))
+        if self.scoring != "auto":
             return self
-        return replace(self, surrogate=load_surrogate(model_path))
+        surrogate = (self.surrogate or find_surrogate(model_path)) if self._can_be_predicted else None
+        return replace(self, scoring="surrogate" if surrogate else "repeat", surrogate=surrogate)
 
     def rule(self) -> Allocation:
         """As ``Method.rule``; the name ``"global"`` is the method's own rule, with its options."""
