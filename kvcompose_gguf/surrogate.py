@@ -182,7 +182,8 @@ def _parts(evidence: Evidence, l: int) -> Iterator[_Part]:
     values = plain_values(evidence.read("values", l), layer)
     unrotate = evidence.read("unrotate", l)
     for first in range(0, n_tokens, CHUNK):
-        cached, pos = keys[:, first : first + CHUNK], np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
+        cached = np.ascontiguousarray(keys[:, first : first + CHUNK])
+        pos = np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
         plain = unrotate(cached.reshape(-1, layer.n_embd_head_k), np.tile(pos, layer.n_head_kv)).reshape(cached.shape)
         places = _position_features(first, len(pos), n_tokens)
         yield _Part(cached, plain, values[:, first : first + CHUNK], places)

@@ -4,22 +4,26 @@
     python scripts/bench_ttft.py MODEL [--method kvcompose,scoring=surrogate] [--n-tokens 4000,8000] [--repeats 5]
 
 Regime: one process and one context; a prompt of N seeded tokens of prose, greedy, until the first token is there. Every
-repeat measures the plain llama.cpp cache and then the method on the same prompt, from an empty cache. The last line is
-one JSON document. Give it the machine alone.
+repeat measures on the same prompt, each time from an empty cache: llama.cpp as it is ("plain"), our attention kernel
+without a compression ("read"), and the method ("compressed"). The last line is one JSON document. Give it the machine
+alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
+from dataclasses import replace
+from typing import Any
 
 from bench_speed import context_tokens, cpu_name
 
 from kvcompose_gguf import Llama
 from kvcompose_gguf.methods import make_method
-from kvcompose_gguf.run import resolve_model
+from kvcompose_gguf.run import n_ctx_trained, open_vocabulary, resolve_model
 
 
 def first_token_seconds(llama: Llama, tokens: list[int]) -> float:
@@ -45,31 +49,29 @@ def main() -> None:
     path = resolve_model(args.model)
     sizes = [int(n) for n in args.n_tokens.split(",")]
     method = make_method(args.method, compression_ratio=args.ratio)
+    with open_vocabulary(path) as vocabulary:
+        n_ctx = min(max(sizes) + 768, n_ctx_trained(vocabulary) or 1 << 30)
     llama = Llama(
-        str(path), n_ctx=max(sizes) + 768, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
+        str(path), n_ctx=n_ctx, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
         verbose=False, kv_compressor=method,
     )  # fmt: skip
-    method = llama.kv_compressor
+    sides = {"plain": None, "read": replace(method, min_tokens=1 << 30), "compressed": llama.kv_compressor}
     result = {"model": path.name, "method": args.method, "ratio": args.ratio, "threads": args.threads}
     result["cpu"] = cpu_name()
     for n_tokens in sizes:
         tokens = context_tokens(llama, n_tokens)
-        plain, compressed, scoring, planning = [], [], [], []
+        seconds: dict[str, list[float]] = {name: [] for name in (*sides, "scoring", "plan_and_compose")}
         for _ in range(args.repeats):
-            llama.kv_compressor = None
-            plain.append(first_token_seconds(llama, tokens))
-            llama.kv_compressor = method
-            compressed.append(first_token_seconds(llama, tokens))
-            scoring.append(llama.kv_report.score_seconds)
-            planning.append(llama.kv_report.plan_seconds + llama.kv_report.compose_seconds)
-        ratios = sorted(c / p for c, p in zip(compressed, plain, strict=True))
-        row = {
-            "plain_seconds": statistics.median(plain), "compressed_seconds": statistics.median(compressed),
-            "ratio_median": statistics.median(ratios), "ratio_least": ratios[0], "ratio_most": ratios[-1],
-            "scoring_seconds": statistics.median(scoring), "plan_and_compose_seconds": statistics.median(planning),
-            "scoring_share": statistics.median(s / p for s, p in zip(scoring, plain, strict=True)),
-        }  # fmt: skip
-        print(n_tokens, {name: round(value, 3) for name, value in row.items()}, flush=True)
+            for name, side in sides.items():
+                llama.kv_compressor = side
+                seconds[name].append(first_token_seconds(llama, tokens))
+            seconds["scoring"].append(llama.kv_report.score_seconds)
+            seconds["plan_and_compose"].append(llama.kv_report.plan_seconds + llama.kv_report.compose_seconds)
+        row: dict[str, Any] = {f"{name}_seconds": statistics.median(samples) for name, samples in seconds.items()}
+        for above, below in itertools.product(("compressed", "scoring"), ("plain", "read")):
+            ratios = sorted(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+            row[f"{above}_over_{below}"] = {"median": statistics.median(ratios), "range": (ratios[0], ratios[-1])}
+        print(n_tokens, json.dumps(row), flush=True)
         result[str(n_tokens)] = row
     print(json.dumps(result))
 

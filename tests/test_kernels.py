@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvcompose_gguf.errors import ConfigError
-from kvcompose_gguf.kernels import aggregate, compose, reference
+from kvcompose_gguf.kernels import aggregate, compose, linear, reference
 
 INF = np.float32(np.inf)
 
@@ -389,3 +389,47 @@ def test_no_tokens_pool_to_none() -> None:
 def test_pooling_needs_an_odd_kernel(kernel: int) -> None:
     with pytest.raises(ConfigError, match=f"kernel={kernel} is not (odd|positive)"):
         aggregate.pool_tokens(FLOATS, kernel, "mean")
+
+
+def row_arguments(n_head_kv: int, n: int, d_k: int, d_v: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng((n_head_kv, n, d_k, d_v))
+    keys, values, on_keys, on_values = (n_head_kv, n, d_k), (n_head_kv, n, d_v), (n_head_kv, d_k), (n_head_kv, d_v)
+    shapes = {
+        "cached": keys, "plain": keys, "values": values, "on_cached": on_keys, "on_plain": on_keys,
+        "on_plain_squared": on_keys, "on_values": on_values, "on_values_squared": on_values,
+        "on_norms": (n_head_kv, 3), "offsets": (n_head_kv, n),
+    }  # fmt: skip
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (3, 50, 64, 64), (2, 7, 6, 10), (1, 9, 1, 3), (2, 0, 4, 4)], ids=str)
+def test_weigh_rows_is_as_its_twin(shape: tuple[int, int, int, int]) -> None:
+    arguments = row_arguments(*shape)
+    kernel, twin = linear.weigh_rows(**arguments), reference.weigh_rows(**arguments)
+    assert (kernel.dtype, kernel.shape) == (twin.dtype, twin.shape) == (np.float32, shape[:2])
+    np.testing.assert_allclose(kernel, twin, rtol=1e-5, atol=1e-4)
+    if not twin.size:
+        return
+    for name in arguments:  # nothing is left out
+        changed = linear.weigh_rows(**(arguments | {name: arguments[name] + np.float32(0.5)}))
+        assert not np.isclose(changed, twin, rtol=1e-4, atol=1e-3).all(), name
+
+
+def test_weigh_rows_compiles_one_version_for_whatever_layout() -> None:
+    arguments = row_arguments(3, 20, 8, 8)
+    want = linear.weigh_rows(**arguments)
+    n_versions = len(linear._weigh_rows.signatures)
+    slices = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in arguments.items()}
+    np.testing.assert_array_equal(linear.weigh_rows(**slices), want)
+    assert len(linear._weigh_rows.signatures) == n_versions
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weigh_rows_lets_a_row_that_is_not_finite_be_seen_and_spoils_no_other(bad: float) -> None:
+    arguments = row_arguments(2, 9, 4, 4)
+    want = linear.weigh_rows(**arguments)
+    arguments["values"][1, 3, 2] = bad
+    got = linear.weigh_rows(**arguments)
+    assert not np.isfinite(got[1, 3])
+    got[1, 3] = want[1, 3]
+    np.testing.assert_array_equal(got, want)

@@ -14,7 +14,7 @@ def warm_up() -> None:
     """Compile every kernel, or load it from numba's cache: seconds the first time, so not inside of a timed step."""
     import numpy as np
 
-    from . import aggregate, compose
+    from . import aggregate, compose, linear
 
     compose.gather_function()
     scores = aggregate.add_mean_across_heads(aggregate.aggregate_group(np.zeros((2, 2), np.float32), 1, "mean"))
@@ -22,3 +22,5 @@ def warm_up() -> None:
     aggregate.allocate_budget(aggregate.composite_scores(scores, ranking, "mean")[None], 1)
     aggregate.select_cells(ranking, 1)
     aggregate.pool_tokens(scores, 1, "mean")
+    rows, weights, norms = (np.zeros(shape, np.float32) for shape in ((1, 1, 2), (1, 2), (1, 3)))
+    linear.weigh_rows(rows, rows, rows, weights, weights, weights, weights, weights, norms, weights[:, :1])

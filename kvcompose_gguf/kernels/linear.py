@@ -5,11 +5,45 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .types import FloatArray
+from .types import FloatArray, as_c
 
 
 # sums may be taken in any order, which lets them be vectors; NaN and infinity stay what they are
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+def _weigh_rows(
+    cached: FloatArray,
+    plain: FloatArray,
+    values: FloatArray,
+    on_cached: FloatArray,
+    on_plain: FloatArray,
+    on_plain_squared: FloatArray,
+    on_values: FloatArray,
+    on_values_squared: FloatArray,
+    on_norms: FloatArray,
+    offsets: FloatArray,
+) -> FloatArray:
+    n_head_kv, n, d_k = cached.shape
+    d_v = values.shape[2]
+    out = np.empty((n_head_kv, n), dtype=np.float32)
+    for h in range(n_head_kv):
+        for i in range(n):
+            total = offsets[h, i]
+            squares = np.float32(0)
+            for j in range(d_k):
+                k = plain[h, i, j]
+                total += cached[h, i, j] * on_cached[h, j] + k * (on_plain[h, j] + k * on_plain_squared[h, j])
+                squares += k * k
+            total += np.sqrt(squares) * on_norms[h, 0]
+            squares = np.float32(0)
+            for j in range(d_v):
+                v = values[h, i, j]
+                total += v * (on_values[h, j] + v * on_values_squared[h, j])
+                squares += v * v
+            norm = np.sqrt(squares)
+            out[h, i] = total + norm * on_norms[h, 1] + np.log(norm + np.float32(1e-6)) * on_norms[h, 2]
+    return out
+
+
 def weigh_rows(
     cached: FloatArray,
     plain: FloatArray,
@@ -35,23 +69,13 @@ def weigh_rows(
     Returns:
         float32 ``(n_head_kv, n)``.
     """
-    n_head_kv, n, d_k = cached.shape
-    d_v = values.shape[2]
-    out = np.empty((n_head_kv, n), dtype=np.float32)
-    for h in range(n_head_kv):
-        for i in range(n):
-            total = offsets[h, i]
-            squares = np.float32(0)
-            for j in range(d_k):
-                k = plain[h, i, j]
-                total += cached[h, i, j] * on_cached[h, j] + k * (on_plain[h, j] + k * on_plain_squared[h, j])
-                squares += k * k
-            total += np.sqrt(squares) * on_norms[h, 0]
-            squares = np.float32(0)
-            for j in range(d_v):
-                v = values[h, i, j]
-                total += v * (on_values[h, j] + v * on_values_squared[h, j])
-                squares += v * v
-            norm = np.sqrt(squares)
-            out[h, i] = total + norm * on_norms[h, 1] + np.log(norm + np.float32(1e-6)) * on_norms[h, 2]
-    return out
+    rows = {"cached": cached, "plain": plain, "values": values}
+    weights = {
+        "on_cached": on_cached, "on_plain": on_plain, "on_plain_squared": on_plain_squared, "on_values": on_values,
+        "on_values_squared": on_values_squared, "on_norms": on_norms, "offsets": offsets,
+    }  # fmt: skip
+    # one layout: every other one would be compiled on its own
+    return _weigh_rows(
+        *(as_c(array, name, np.float32, 3) for name, array in rows.items()),
+        *(as_c(array, name, np.float32, 2) for name, array in weights.items()),
+    )

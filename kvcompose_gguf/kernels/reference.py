@@ -46,6 +46,28 @@ def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
     return np.sort(ranking[:, :n_kept], axis=1)
 
 
+def weigh_rows(
+    cached: FloatArray,
+    plain: FloatArray,
+    values: FloatArray,
+    on_cached: FloatArray,
+    on_plain: FloatArray,
+    on_plain_squared: FloatArray,
+    on_values: FloatArray,
+    on_values_squared: FloatArray,
+    on_norms: FloatArray,
+    offsets: FloatArray,
+) -> FloatArray:
+    k_norms, v_norms = (np.linalg.norm(rows.astype(np.float64), axis=2) for rows in (plain, values))
+    norms = np.stack([k_norms, v_norms, np.log(v_norms + 1e-6)], axis=2)
+    pairs = (
+        (cached, on_cached), (plain, on_plain), (np.square(plain.astype(np.float64)), on_plain_squared),
+        (values, on_values), (np.square(values.astype(np.float64)), on_values_squared), (norms, on_norms),
+    )  # fmt: skip
+    total = offsets + sum(np.einsum("hnd,hd->hn", rows.astype(np.float64), weights) for rows, weights in pairs)
+    return total.astype(np.float32)
+
+
 def gather(
     src: int,
     dst: int,
