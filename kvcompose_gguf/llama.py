@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels, seam
+from . import kernels, seam, states
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
 from .geometry import KVCells, LayerGeometry
 from .methods.base import Method
@@ -176,7 +175,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if self._compressed:
             raise StateError(f"the cache is compressed already, from {len(self._compressed)} tokens: reset() first")
         tokens = self._input_ids[: plan.n_tokens].tolist()
-        swa_state = self._save_swa()
+        swa_state = states.save_windows(self.ctx, self._session.state())
         try:
             self._session.compose(plan, n_room)
         finally:  # Ctrl-C may arrive after the cache has changed
@@ -276,38 +275,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self.eval(tokens[n_reused:])
         return len(tokens) - n_reused
 
-    def _save_swa(self) -> Any:
-        """State of the sliding-window layers, which lose what lies behind their window; None if they lose nothing."""
-        state = self._session.state()
-        if not 0 < state.n_cells_swa < state.n_cells:
-            return None
-        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size_ext(self.ctx, 0, flags))()
-        llama_cpp.llama_state_seq_get_data_ext(self.ctx, buffer, len(buffer), 0, flags)
-        return buffer
-
-    def _load_swa(self, buffer: Any) -> None:
-        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        if llama_cpp.llama_state_seq_set_data_ext(self.ctx, buffer, len(buffer), 0, flags) != len(buffer):
-            raise NativeError("the sliding-window layers could not be brought back to the end of the context")
-
     def _back_to_context(self) -> None:
         """Forget what follows the compressed context, with the sliding windows as they were at its end."""
         n_context, self.n_tokens = len(self._compressed), 0  # if this does not get to its end, all is forgotten
         self._ctx.kv_cache_seq_rm(-1, n_context, -1)
-        self._load_swa(self._swa_state)
+        states.load_windows(self.ctx, self._swa_state)
         self.n_tokens = n_context
 
     @contextlib.contextmanager
     def _on_top(self, pos: int) -> Iterator[None]:
-        swa_state = self._save_swa()
+        swa_state = states.save_windows(self.ctx, self._session.state())
         n_tokens, self.n_tokens = self.n_tokens, 0  # as above
         try:
             yield
         finally:
             self._ctx.kv_cache_seq_rm(-1, pos, -1)
             if swa_state is not None:
-                self._load_swa(swa_state)
+                states.load_windows(self.ctx, swa_state)
             self.n_tokens = n_tokens
 
     #
@@ -463,14 +447,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def save_state(self) -> Any:
         """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is, logits with ``logits_all`` only."""
-        data = np.empty(llama_cpp.llama_state_get_size(self.ctx), dtype=np.uint8)
-        n_bytes = llama_cpp.llama_state_get_data(self.ctx, _bytes_of(data), data.size)
         state: Any = llama_cpp.LlamaState(
             input_ids=self.input_ids.copy(),
             scores=self._scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
-            llama_state=data[:n_bytes].tobytes(),
-            llama_state_size=n_bytes,
+            llama_state=(data := states.save(self.ctx)),
+            llama_state_size=len(data),
             seed=self._seed,
         )
         state.kv_compressed = list(self._compressed)
@@ -486,9 +468,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         if state.n_tokens >= self._n_ctx:
             raise StateError(f"the state has {state.n_tokens} tokens, too many for a context of n_ctx={self._n_ctx}")
         self.reset()
-        data = np.frombuffer(state.llama_state, dtype=np.uint8)
-        if llama_cpp.llama_state_set_data(self.ctx, _bytes_of(data), data.size) != data.size:
-            raise StateError("the state cannot be loaded into this context")
+        states.load(self.ctx, state.llama_state)
         if self._logits_all:
             self.scores[: len(state.scores)] = state.scores
         self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
@@ -497,10 +477,6 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._requires_eval = True
         self._compressed = list(getattr(state, "kv_compressed", []))
         self._swa_state = getattr(state, "kv_swa", None)
-
-
-def _bytes_of(data: npt.NDArray[np.uint8]) -> Any:
-    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _check_method(method: Any) -> None:

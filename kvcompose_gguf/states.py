@@ -1,0 +1,58 @@
+"""A context's memory as bytes: all of it, or the sliding-window layers alone."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import NativeError, StateError
+from .geometry import CacheState
+from .native import library
+
+llama_cpp = library.load()
+
+
+def save(ctx: Any) -> bytes:
+    """The whole state of a ``llama_context``."""
+    data = np.empty(llama_cpp.llama_state_get_size(ctx), dtype=np.uint8)
+    n_bytes = llama_cpp.llama_state_get_data(ctx, _pointer(data), data.size)
+    return data[:n_bytes].tobytes()
+
+
+def load(ctx: Any, state: bytes) -> None:
+    """Bring back what ``save`` gave.
+
+    Raises:
+        StateError: it is another model's, or does not fit.
+    """
+    data = np.frombuffer(state, dtype=np.uint8)
+    if llama_cpp.llama_state_set_data(ctx, _pointer(data), data.size) != data.size:
+        raise StateError("the state cannot be loaded into this context")
+
+
+def save_windows(ctx: Any, cells: CacheState) -> Any:
+    """State of the sliding-window layers, which lose what lies behind their window; None if they lose nothing."""
+    if not 0 < cells.n_cells_swa < cells.n_cells:
+        return None
+    flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    buffer = (ctypes.c_uint8 * llama_cpp.llama_state_seq_get_size_ext(ctx, 0, flags))()
+    llama_cpp.llama_state_seq_get_data_ext(ctx, buffer, len(buffer), 0, flags)
+    return buffer
+
+
+def load_windows(ctx: Any, buffer: Any) -> None:
+    """Bring back what ``save_windows`` gave.
+
+    Raises:
+        NativeError: that is not possible.
+    """
+    flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    if llama_cpp.llama_state_seq_set_data_ext(ctx, buffer, len(buffer), 0, flags) != len(buffer):
+        raise NativeError("the sliding-window layers could not be brought back to the end of the context")
+
+
+def _pointer(data: npt.NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
