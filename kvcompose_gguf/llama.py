@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -310,9 +311,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         bos = [self.token_bos()] if self.adds_bos else []
         return bos + self._tokens(prompt)
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of a token, none of a control token."""
-        return bytes(self._model.detokenize([token], special=False))
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes of a token; of a control token none, or with ``special`` its name."""
+        size = 64
+        while True:  # the bindings' detokenize() loses tokens of more than 32 bytes
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
 
     def _at_seam(self, tokens: list[int]) -> list[int] | None:
         """``tokens`` so that they begin with the compressed context, or None if they do not continue it."""

@@ -1,0 +1,1 @@
+"""``kvcompose serve``: llama-server's HTTP interface with the compressed cache behind it."""

@@ -1,0 +1,237 @@
+"""Messages into a prompt by the model's own template, and tool calls out of its answer."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..errors import ConfigError
+from .errors import ApiError, invalid, not_supported
+
+CHATML = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+#: what models of the Hermes family and Qwen put around a call
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+
+
+class ChatTemplate:
+    """A Jinja template of the kind that models come with.
+
+    Args:
+        source: of the template; ``"chatml"``: that one.
+        bos, eos: texts of these tokens.
+    Raises:
+        ConfigError: it is no template.
+    """
+
+    def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
+        self.source = CHATML if source == "chatml" else source
+        self._tokens = {"bos_token": bos, "eos_token": eos}
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            self._template = environment.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template cannot be read: {error}") from error
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether it shows tools to the model, and calls come in a form that is read here."""
+        return "tools" in self.source and CALL_BEGIN in self.source
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+        """The prompt of ``messages``.
+
+        Raises:
+            ApiError: the template refuses them.
+        """
+        try:
+            text = self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **variables
+            )
+        except Exception as error:  # a template may do anything
+            raise ApiError(500, f"Failed to apply the chat template: {error}") from error
+        bos = self._tokens["bos_token"]
+        return text[len(bos) :] if bos and text.startswith(bos) else text  # it comes with the tokens
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks what a model was trained on, and means nothing here."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's way)
+
+    def parse(self, parser: Any) -> Any:
+        parser.stream.skip(1)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+#
+# messages
+#
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Messages with their content as one text, as templates want them (oaicompat_chat_params_parse).
+
+    Raises:
+        ApiError: they are not what OpenAI's API allows, or have images.
+    """
+    if messages is None:
+        raise invalid("'messages' is required")
+    if not isinstance(messages, list):
+        raise invalid("Expected 'messages' to be an array")
+    return [_checked(message) for message in messages]
+
+
+def _checked(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise invalid("Failed to parse messages: Expected 'message' to be an object")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise invalid("Failed to parse messages: Missing 'role'")
+    if role != "assistant" and content is None:
+        raise invalid("All non-assistant messages must contain 'content'")
+    calls = message.get("tool_calls") or []
+    if role == "assistant" and content is None and not calls:
+        raise invalid("Assistant message must contain either 'content' or 'tool_calls'!")
+    if content is not None and not isinstance(content, (str, list)):
+        raise invalid("Expected 'content' to be a string or an array")
+    if not isinstance(calls, list):
+        raise invalid("Failed to parse messages: Expected 'tool_calls' to be an array")
+    out = {name: value for name, value in message.items() if name in ("name", "tool_call_id", "reasoning_content")}
+    text = content if isinstance(content, str) else "\n".join(_part(part) for part in content or [])
+    out |= {"role": "system" if role == "developer" else role, "content": text}
+    return out | {"tool_calls": [_checked_call(call) for call in calls]} if calls else out
+
+
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    for name in ("image", "audio", "video"):
+        if isinstance(kind, str) and name in kind:
+            raise ApiError(500, f"{name} input is not supported - hint: this server reads text only")
+    raise invalid("unsupported content[].type")
+
+
+def _checked_call(call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid("Failed to parse messages: Missing tool call function or its name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise invalid(f"Failed to parse messages: arguments of {function['name']} are not JSON: {error}") from error
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+#
+# tools
+#
+
+
+def check_tools(tools: Any, tool_choice: Any, template: ChatTemplate) -> tuple[list[dict[str, Any]], str]:
+    """Tools, and ``"auto"``, ``"none"``, ``"required"`` or the name of one that is to be called.
+
+    Raises:
+        ApiError: they are not what OpenAI's API allows, or the model's template has none.
+    """
+    if not tools:
+        return [], "none"
+    for tool in tools if isinstance(tools, list) else [None]:
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise invalid('Failed to parse tools: [{"type": "function", "function": {"name": ...}}] is needed')
+    choice = tool_choice or "auto"
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        choice = function.get("name") if isinstance(function, dict) else None
+        if choice not in [tool["function"]["name"] for tool in tools]:
+            raise invalid(f"Invalid tool_choice: {choice}")
+        tools = [tool for tool in tools if tool["function"]["name"] == choice]
+        choice = "required"
+    if choice not in ("auto", "none", "required"):
+        raise invalid(f"Invalid tool_choice: {choice}")
+    if not template.has_tools:
+        raise not_supported("tools are not supported: the model's chat template has none")
+    return tools, choice
+
+
+def call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """JSON schema of a call of one of ``tools``."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": tool["function"]["name"]},
+                "arguments": tool["function"].get("parameters") or {"type": "object"},
+            },
+            "required": ["name", "arguments"],
+        }
+        for tool in tools
+    ]
+    return calls[0] if len(calls) == 1 else {"oneOf": calls}
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a model said.
+
+    Attributes:
+        content: without the calls.
+        tool_calls: as OpenAI's API has them, arguments as JSON text.
+    """
+
+    content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+
+
+def parse_calls(text: str) -> Message:
+    """Calls out of a text, where they stand between ``<tool_call>`` and ``</tool_call>``, the last perhaps unclosed."""
+    calls = []
+    for found in re.finditer(rf"{CALL_BEGIN}(.*?)(?:{CALL_END}|$)", text, re.DOTALL):
+        try:
+            call = json.loads(found[1])
+            name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        if isinstance(name, str):
+            calls.append((found, name, arguments))
+    for found, _, _ in reversed(calls):
+        text = text[: found.start()] + text[found.end() :]
+    return Message(text.strip() if calls else text, tuple(_call(name, arguments) for _, name, arguments in calls))
+
+
+def _call(name: str, arguments: Any) -> dict[str, Any]:
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {"type": "function", "function": {"name": name, "arguments": text}, "id": random_id()}
+
+
+def random_id() -> str:
+    """32 letters and digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(32))

@@ -1,0 +1,170 @@
+"""Requests, in the order in which they came, on the slots that suit them best."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, KVComposeError
+from .slots import Cancelled, Slot, Turns
+
+#: share of a prompt that has to be in a slot's cache already for the slot to be chosen for it
+MIN_SIMILARITY = 0.1
+
+
+class Busy(KVComposeError):
+    """All slots work and the queue is full."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Work for one slot.
+
+    Attributes:
+        work: is called with the slot, in its thread; its result or exception is the future's.
+        tokens: of the prompt, which decide the slot.
+        id_slot: that it has to be, or -1.
+        future: of the result.
+    """
+
+    work: Callable[[Slot], Any]
+    tokens: Sequence[int] = ()
+    id_slot: int = -1
+    future: Future[Any] = field(default_factory=Future)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """End it, before its next decode if it runs."""
+        self._cancelled.set()
+        self.future.cancel()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether somebody has called ``cancel``."""
+        return self._cancelled.is_set()
+
+
+class Engine:
+    """A model's slots and the queue before them.
+
+    Args:
+        model_path: of the weights, which are loaded once.
+        n_slots: requests that run at a time, each with a cache of its own.
+        n_queue: requests that may wait.
+        **kwargs: of every slot's ``Llama``.
+    """
+
+    def __init__(self, model_path: Path, n_slots: int, n_queue: int = 64, **kwargs: Any) -> None:
+        if n_slots < 1:
+            raise ConfigError(f"n_slots={n_slots} is not positive")
+        self._turns = Turns()
+        self._lock = threading.Lock()
+        self._waiting: deque[Job] = deque()
+        self._n_queue = n_queue
+        self._closed = False
+        self.slots: list[Slot] = []
+        try:
+            for number in range(n_slots):
+                owner = self.slots[0].llama if self.slots else None
+                self.slots.append(Slot(number, model_path, self._turns, owner, **kwargs))
+        except Exception:
+            self.close()
+            raise
+
+    @property
+    def llama(self) -> Any:
+        """Of the first slot: for the vocabulary, templates and properties, not for its cache."""
+        return self.slots[0].llama
+
+    @property
+    def n_waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._waiting)
+
+    @property
+    def n_busy(self) -> int:
+        """Slots at work."""
+        return sum(not slot.is_idle for slot in self.slots)
+
+    def submit(self, job: Job) -> None:
+        """Start a job, or let it wait for a slot.
+
+        Raises:
+            Busy: the queue is full.
+            ConfigError: there is no such slot.
+        """
+        if job.id_slot >= len(self.slots):
+            raise ConfigError(f"id_slot={job.id_slot}: there are {len(self.slots)} slots")
+        with self._lock:
+            if self._closed:
+                raise Busy("the server is about to end")
+            self._waiting.append(job)
+            self._start_waiting()
+            if len(self._waiting) > self._n_queue:
+                self._waiting.remove(job)
+                raise Busy(f"all {len(self.slots)} slots work and {self._n_queue} requests wait already")
+
+    def close(self) -> None:
+        """Cancel what runs and free everything, the weights last."""
+        with self._lock:
+            self._closed = True
+            waiting, self._waiting = list(self._waiting), deque()
+        for job in waiting:
+            job.cancel()
+        for slot in self.slots:
+            slot.cancelled = lambda: True
+        for slot in reversed(self.slots):
+            slot.close()
+        self.slots = []
+        self._turns.close()
+
+    def _start_waiting(self) -> None:
+        """Give idle slots to jobs; a job that waits for a certain slot lets others pass."""
+        for job in list(self._waiting):
+            if job.is_cancelled:
+                self._waiting.remove(job)
+                continue
+            slot = self._slot_for(job)
+            if slot is not None and job.future.set_running_or_notify_cancel():
+                self._waiting.remove(job)
+                slot.occupy()
+                slot.cancelled = lambda job=job: self._closed or job.is_cancelled  # type: ignore[misc]
+                slot.start(lambda slot, job=job: self._work(slot, job))  # type: ignore[misc]
+
+    def _slot_for(self, job: Job) -> Slot | None:
+        idle = [slot for slot in self.slots if slot.is_idle]
+        if job.id_slot >= 0:
+            return next((slot for slot in idle if slot.id == job.id_slot), None)
+        if not idle:
+            return None
+        n_same, best = max(((slot.llama.n_reusable(job.tokens), slot) for slot in idle), key=lambda pair: pair[0])
+        if job.tokens and n_same / len(job.tokens) > MIN_SIMILARITY:
+            return best
+        return min(idle, key=lambda slot: slot.last_used)
+
+    def _work(self, slot: Slot, job: Job) -> None:
+        result, error = None, None
+        try:
+            if job.is_cancelled:
+                raise Cancelled("the request was cancelled")
+            result = job.work(slot)
+        except BaseException as raised:
+            error = raised
+        with self._lock:  # idle before anybody learns of the result: the next request may be on its way
+            slot.release()
+            self._start_waiting()
+        if error is not None:
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(result)
+
+
+def milliseconds(since: float) -> float:
+    """Since a point on ``time.perf_counter``'s clock."""
+    return 1000 * (time.perf_counter() - since)

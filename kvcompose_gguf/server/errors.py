@@ -1,0 +1,61 @@
+"""What goes wrong, as llama-server tells it: ``{"error": {"code", "message", "type"}}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import ConfigError, ContextLengthError, KVComposeError
+from .engine import Busy
+
+#: seconds after which a client may try again when the queue is full
+RETRY_AFTER = 1
+
+TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "invalid_request_error", 500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An error that the client is told.
+
+    Args:
+        code: of HTTP.
+        message: for humans.
+        kind: llama-server's type; None: the code's usual one.
+        **details: more fields of the error object.
+    """
+
+    def __init__(self, code: int, message: str, kind: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.code, self.message, self.details = code, message, details
+        self.kind = kind or TYPES.get(code, "server_error")
+
+    def body(self) -> dict[str, Any]:
+        """The error object of llama-server (format_error_response in server-common.cpp)."""
+        return {"error": {"code": self.code, "message": self.message, "type": self.kind, **self.details}}
+
+
+def invalid(message: str) -> ApiError:
+    """The client's fault."""
+    return ApiError(400, message)
+
+
+def not_supported(message: str) -> ApiError:
+    """A route or a feature that this server does not have, or was not started with."""
+    return ApiError(501, message)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """What a client is told of an exception."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, str(error), "exceed_context_size_error")
+    if isinstance(error, ConfigError):
+        return ApiError(400, str(error))
+    if isinstance(error, Busy):
+        return ApiError(503, str(error))
+    if isinstance(error, KVComposeError):
+        return ApiError(500, str(error))
+    return ApiError(500, f"{type(error).__name__}: {error}")

@@ -1,0 +1,115 @@
+"""What every request passes before a route sees it: origins, keys, sizes."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from typing import Any
+
+from .errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: paths that need no key
+PUBLIC = frozenset({"/", "/index.html", "/health", "/v1/health", "/favicon.ico"})
+
+CORS = {
+    b"access-control-allow-credentials": b"true",
+    b"access-control-allow-methods": b"GET, POST, DELETE, OPTIONS",
+    b"access-control-allow-headers": b"*",
+}
+
+
+class Gate:
+    """ASGI middleware: CORS as llama-server's, API keys, and a bound on bodies.
+
+    Args:
+        app: behind it.
+        api_keys: of which a request needs one; none: everybody may.
+        max_body_bytes: of a request.
+        local_only: pages of other hosts may not ask.
+    """
+
+    def __init__(self, app: Asgi, api_keys: Sequence[str], max_body_bytes: int, local_only: bool = False) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+        self._local_only = local_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        more = [(b"server", b"kvcompose"), *self._origin(headers)]
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *more]
+            await send(message)
+
+        if scope["method"] == "OPTIONS":
+            more += CORS.items()
+            await _answer(send_with_headers, 200, b"", b"text/html; charset=utf-8")
+            return
+        error = self._refusal(scope["path"], headers)
+        if error is not None:
+            body = json.dumps(error.body()).encode()
+            await _answer(send_with_headers, error.code, body, b"application/json; charset=utf-8")
+            return
+        # whatever a client says that it sends, llama-server reads JSON
+        named = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        scope = {**scope, "headers": [*named, (b"content-type", b"application/json")]}
+        await self._app(scope, self._bounded(receive), send_with_headers)
+
+    def _origin(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+        origin = headers.get(b"origin")
+        if origin is None or (self._local_only and not _is_local(origin)):
+            return []
+        return [(b"access-control-allow-origin", origin)]
+
+    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if self._keys and path not in PUBLIC:
+            given = headers.get(b"authorization") or headers.get(b"x-api-key", b"")
+            given = given.removeprefix(b"Bearer ")
+            # all of them, in the same time whichever it is
+            if not any([hmac.compare_digest(given, key) for key in self._keys]):
+                return ApiError(401, "Invalid API Key")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body_bytes:
+            return self._too_long()
+        return None
+
+    def _too_long(self) -> ApiError:
+        return ApiError(413, f"the request is longer than {self._max_body_bytes} bytes")
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Bodies without a length are counted while they come."""
+        n_bytes = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > self._max_body_bytes:
+                raise self._too_long()
+            return message
+
+        return receive_bounded
+
+
+async def _answer(send: Send, code: int, body: bytes, kind: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _is_local(origin: bytes) -> bool:
+    host = origin.partition(b"://")[2]
+    name = host[: host.find(b"]") + 1] if host.startswith(b"[") else host.partition(b":")[0]
+    return name in (b"localhost", b"127.0.0.1", b"[::1]")

@@ -1,0 +1,97 @@
+"""llama-server's metrics, and ours, for Prometheus."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .engine import Engine
+from .generation import End
+
+
+@dataclass
+class _Throughput:
+    """Steps and seconds since the last look."""
+
+    n: int = 0
+    seconds: float = 0.0
+
+    def take(self) -> float:
+        rate = self.n / self.seconds if self.seconds > 0 else 0.0
+        self.n, self.seconds = 0, 0.0
+        return rate
+
+
+class Metrics(Collector):
+    """Sums over all generations of an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._n_prompt = self._n_cached = self._n_predicted = self._n_most = 0
+        self._prompt_seconds = self._predicted_seconds = 0.0
+        self._prompt, self._predicted = _Throughput(), _Throughput()
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self._ratio = Histogram(
+            "kvcompose_removed_ratio", "Fraction of a prompt's KV entries that was removed.",
+            buckets=(0.25, 0.5, 0.75, 0.875, 0.9375, 1), registry=self._registry,
+        )  # fmt: skip
+        self._score_seconds = Histogram(
+            "kvcompose_score_seconds", "Seconds that scoring a prompt took.", registry=self._registry
+        )
+        self._seen: object = None
+
+    def count(self, end: End) -> None:
+        """Add a generation."""
+        t = end.timings
+        with self._lock:
+            self._n_prompt += t.prompt_n
+            self._n_cached += t.cache_n
+            self._n_predicted += t.predicted_n
+            self._n_most = max(self._n_most, end.n_cached)
+            self._prompt_seconds += t.prompt_seconds
+            self._predicted_seconds += t.predicted_seconds
+            self._prompt.n += t.prompt_n
+            self._prompt.seconds += t.prompt_seconds
+            self._predicted.n += max(0, t.predicted_n - 1)
+            self._predicted.seconds += t.predicted_seconds
+            if end.report is not None and end.report is not self._seen:
+                self._seen = end.report
+                self._ratio.observe(end.report.compression_ratio)
+                self._score_seconds.observe(end.report.score_seconds)
+
+    def text(self) -> bytes:
+        """Prometheus' text format."""
+        return bytes(generate_latest(self._registry))
+
+    def collect(self) -> Iterator[Metric]:
+        """What Prometheus asks for."""
+        slots = self._engine.slots
+        n_decodes = sum(slot.n_decodes for slot in slots)
+        with self._lock:
+            counters = {
+                "prompt_tokens": (self._n_prompt, "Prompt tokens processed."),
+                "prompt_tokens_cached": (self._n_cached, "Prompt tokens reused from the cache."),
+                "prompt_seconds": (self._prompt_seconds, "Seconds of prompt processing."),
+                "tokens_predicted": (self._n_predicted, "Tokens generated."),
+                "tokens_predicted_seconds": (self._predicted_seconds, "Seconds of generation."),
+                "n_decode": (n_decodes, "Calls of llama_decode."),
+            }
+            gauges = {
+                "llamacpp:n_tokens_max": (self._n_most, "Largest number of tokens in a slot."),
+                "llamacpp:prompt_tokens_seconds": (self._prompt.take(), "Prompt tokens a second since the last look."),
+                "llamacpp:predicted_tokens_seconds": (self._predicted.take(), "Tokens a second since the last look."),
+                "llamacpp:requests_processing": (self._engine.n_busy, "Requests in slots."),
+                "llamacpp:requests_deferred": (self._engine.n_waiting, "Requests in the queue."),
+                "kvcompose_kv_bytes": (sum(slot.llama.kv_bytes for slot in slots), "Bytes of all slots' caches."),
+            }
+        for name, (value, text) in counters.items():
+            yield CounterMetricFamily(f"llamacpp:{name}", text, value=value)
+        for name, (value, text) in gauges.items():
+            yield GaugeMetricFamily(name, text, value=value)

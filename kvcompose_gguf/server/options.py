@@ -1,0 +1,80 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..methods import Method
+from .sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of ``kvcompose serve``; most are llama-server's.
+
+    Attributes:
+        model_path: of the weights.
+        alias: the model's name for clients; empty: its path.
+        method: that compresses prompts unless a request says otherwise, or None.
+        n_ctx: tokens of all slots together, 0: what the model was trained for.
+        n_parallel: slots.
+        n_queue: requests that may wait for one.
+        n_predict: most tokens of requests that do not say, -1: as many as fit.
+        sampling: of requests that do not say.
+        api_keys: of which a request needs one; none: everybody may.
+        max_body_bytes: of a request.
+        chat_template: Jinja; None: the model's own, or ChatML.
+        endpoint_metrics, endpoint_slots: whether /metrics and /slots answer.
+        slot_save_path: folder of saved slots; None: they are not saved.
+        ui: whether there is a page at /.
+        verbose: answers carry their prompts.
+    Raises:
+        ConfigError: an option out of its range.
+    """
+
+    model_path: Path
+    alias: str = ""
+    method: Method | None = None
+    n_ctx: int = 0
+    n_parallel: int = 1
+    n_queue: int = 64
+    n_predict: int = -1
+    n_batch: int = 512
+    threads: int | None = None
+    flash_attn: bool = True
+    type_k: int | None = None
+    type_v: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    cache_prompt: bool = True
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 64 << 20
+    chat_template: str | None = None
+    endpoint_metrics: bool = True
+    endpoint_slots: bool = True
+    slot_save_path: Path | None = None
+    ui: bool = True
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_parallel", "n_batch", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not positive")
+        for name in ("n_ctx", "n_queue"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is negative")
+        if self.n_predict < -1:
+            raise ConfigError(f"n_predict={self.n_predict} is below -1")
+        if self.slot_save_path is not None and not self.slot_save_path.is_dir():
+            raise ConfigError(f"slot_save_path={str(self.slot_save_path)!r} is no folder")
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model: of several aliases the first in the alphabet, as llama-server does it."""
+        return min(self.aliases, default=str(self.model_path))
+
+    @property
+    def aliases(self) -> list[str]:
+        """All names, sorted."""
+        return sorted({name.strip() for name in self.alias.split(",")} - {""})

@@ -1,0 +1,251 @@
+"""From a request's fields to what a slot does."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..methods import METHODS, Method, make_method
+from ..native import library
+from .errors import invalid
+from .generation import Generation
+from .options import ServeOptions
+from .sampling import SAMPLERS, Sampling
+from .schemas import GenerationRequest, KVCompress, Mixed, Prompt, PromptObject
+from .slots import SlotLlama
+
+PROMPT_KINDS = (
+    '"prompt" elements must be a string, a list of tokens, a JSON object containing a prompt string, '
+    "or a list of mixed strings & tokens."
+)
+
+BUDGETS = ("compression_ratio", "n_kept", "max_kv_bytes")
+
+#: fields that a request and Sampling have by the same name
+SAMPLING_FIELDS = tuple(
+    name for name in Sampling.__dataclass_fields__
+    if name not in ("samplers", "logit_bias", "grammar", "dry_sequence_breakers")
+)  # fmt: skip
+
+
+class Reader:
+    """Reads requests for one model.
+
+    Args:
+        llama: whose vocabulary it is.
+        options: what is meant where a request says nothing.
+    """
+
+    def __init__(self, llama: SlotLlama, options: ServeOptions) -> None:
+        self._llama, self._options = llama, options
+        self._n_vocab = llama.n_vocab()
+        self._methods: dict[str, Method] = {}
+
+    #
+    # prompts
+    #
+
+    def prompts(self, prompt: Prompt) -> list[tuple[int, ...]]:
+        """Tokens of every prompt of a request: a list is several, unless it has a number in it.
+
+        Raises:
+            ApiError: it is no prompt.
+        """
+        if not isinstance(prompt, list):
+            return [self._prompt(prompt)]
+        if any(_is_token(item) for item in prompt):
+            return [self._prompt(prompt)]
+        if not prompt:
+            raise invalid('"prompt" must not be empty')
+        return [self._prompt(item) for item in prompt]
+
+    def _prompt(self, prompt: Any) -> tuple[int, ...]:
+        if isinstance(prompt, dict) and "prompt_string" in prompt:
+            prompt = PromptObject.model_validate(prompt)
+        if isinstance(prompt, PromptObject):
+            if prompt.multimodal_data:
+                raise invalid("Multimodal data provided, but model does not support multimodal requests.")
+            prompt = prompt.prompt_string
+        if isinstance(prompt, str):
+            return self.tokens(prompt)
+        if isinstance(prompt, list) and prompt and all(_is_token(item) or isinstance(item, str) for item in prompt):
+            return self.mixed(prompt)
+        raise invalid(PROMPT_KINDS)
+
+    def tokens(self, text: str, special: bool = True, begin: bool = True) -> tuple[int, ...]:
+        """Tokens of a text, behind the token that begins one if the model has it and ``begin``."""
+        bos = [self._llama.token_bos()] if begin and self._llama.adds_bos else []
+        return (*bos, *self._llama.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=special))
+
+    def mixed(self, parts: Mixed, begin: bool = True, special: bool = True) -> tuple[int, ...]:
+        """Tokens of texts and tokens, in their order."""
+        out: list[int] = []
+        for number, part in enumerate(parts):
+            if isinstance(part, str):
+                out += self.tokens(part, special, begin and number == 0)
+            elif 0 <= part < self._n_vocab:
+                out.append(part)
+            else:
+                raise invalid("Prompt contains invalid tokens")
+        return tuple(out)
+
+    #
+    # generations
+    #
+
+    def generation(self, request: GenerationRequest, tokens: Sequence[int], grammar: str | None = None) -> Generation:
+        """What ``request`` wants done with the prompt ``tokens``.
+
+        Args:
+            grammar: GBNF instead of the request's own.
+        Raises:
+            ApiError: a field that makes no sense.
+        """
+        stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        n_predict = request.n_predict
+        try:
+            sampling = self._sampling(request, self._grammar(request) if grammar is None else grammar)
+        except ConfigError as error:
+            raise invalid(f"Failed to initialize samplers: {error}") from error
+        return Generation(
+            tokens=tuple(tokens),
+            sampling=sampling,
+            method=self.method(request.kv_compress),
+            n_predict=self._options.n_predict if n_predict is None or n_predict == -1 else n_predict,
+            n_indent=request.n_indent,
+            t_max_predict_ms=request.t_max_predict_ms,
+            stops=tuple(stop for stop in stops if stop),
+            ignore_eos=request.ignore_eos,
+            reuse=self._options.cache_prompt if request.cache_prompt is None else request.cache_prompt,
+            n_probs=min(request.n_probs or 0, self._n_vocab),
+            post_sampling_probs=request.post_sampling_probs,
+        )
+
+    def method(self, how: KVCompress | bool | None) -> Method | None:
+        """The method that compresses a prompt, or None.
+
+        Raises:
+            ApiError: it cannot be.
+        """
+        default = self._options.method
+        if how is False:
+            return None
+        if how is None or how is True:
+            if how is True and default is None:
+                raise invalid("kv_compress: the server was started without a budget, give one")
+            return default
+        given = how.model_dump(exclude_none=True)
+        budget: dict[str, Any] = {name: given.pop(name) for name in ("n_kept", "max_kv_bytes") if name in given}
+        if "ratio" in given:
+            budget["compression_ratio"] = given.pop("ratio")
+        try:
+            spec = given.pop("method", None)
+            if spec is not None:
+                # a name of ours: others would be imported
+                if spec.split(",")[0] not in METHODS:
+                    raise ConfigError(f"method={spec!r} is none of {', '.join(METHODS)}")
+                method = make_method(spec, **(budget or _budget_of(default)), **given)
+            elif default is None:
+                method = make_method("kvcompose", **budget, **given)
+            else:
+                unset: dict[str, Any] = dict.fromkeys(BUDGETS) if budget else {}
+                method = replace(default, **(unset | budget | given))
+            if method.simulated:
+                raise ConfigError(f"{type(method).__name__} is only simulated: kvcompose eval")
+            return self._ready(method)
+        except ConfigError as error:
+            raise invalid(f"kv_compress: {error}") from error
+
+    def _ready(self, method: Method) -> Method:
+        key = repr(method)
+        if key not in self._methods:
+            if len(self._methods) >= 256:  # nobody has so many
+                self._methods.clear()
+            self._methods[key] = method.for_model(Path(self._llama.model_path))
+        return self._methods[key]
+
+    def _sampling(self, request: GenerationRequest, grammar: str) -> Sampling:
+        given = {name: getattr(request, name) for name in SAMPLING_FIELDS if getattr(request, name, None) is not None}
+        if given.get("seed") == -1:
+            given["seed"] = Sampling.seed
+        if request.dry_sequence_breakers is not None:
+            given["dry_sequence_breakers"] = tuple(request.dry_sequence_breakers)
+        if given.get("dry_base", 1.0) < 1.0:
+            del given["dry_base"]
+        if request.samplers is not None:
+            given["samplers"] = _samplers(request.samplers)
+        bias = self._biases(request.logit_bias)
+        if request.ignore_eos:
+            bias += [(token, float("-inf")) for token in self.end_tokens]
+        return replace(self._options.sampling, **given, logit_bias=tuple(bias), grammar=grammar)
+
+    @functools.cached_property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a generation."""
+        return [token for token in range(self._n_vocab) if self._llama.is_end(token)]
+
+    def _biases(self, logit_bias: Any) -> list[tuple[int, float]]:
+        pairs = list(logit_bias.items()) if isinstance(logit_bias, dict) else logit_bias or []
+        out = []
+        for pair in pairs:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or pair[1] is True:
+                continue
+            key, bias = pair
+            if bias is not False and not isinstance(bias, (int, float)):
+                continue
+            value = float("-inf") if bias is False else float(bias)
+            if isinstance(key, str) and isinstance(logit_bias, dict) and key.isdecimal():
+                key = int(key)
+            tokens = self.tokens(key, special=False, begin=False) if isinstance(key, str) else [key]
+            out += [(token, value) for token in tokens if _is_token(token) and 0 <= token < self._n_vocab]
+        return out
+
+    @staticmethod
+    def _grammar(request: GenerationRequest) -> str:
+        if request.grammar is not None:
+            return request.grammar
+        return "" if request.json_schema is None else grammar_of(request.json_schema)
+
+
+def grammar_of(schema: Any) -> str:
+    """GBNF of a JSON schema.
+
+    Raises:
+        ApiError: it cannot be made.
+    """
+    to_gbnf = library.load().llama_grammar.json_schema_to_gbnf
+    if not isinstance(schema, (dict, bool)):
+        raise invalid(f"JSON schema conversion failed:\n{json.dumps(schema)[:100]} is no schema")
+    try:
+        return str(to_gbnf(json.dumps(schema or {"type": "object"})))
+    except RecursionError as error:
+        raise invalid("JSON schema conversion failed:\nit is too deep") from error
+    except Exception as error:  # the converter asserts, and looks things up
+        raise invalid(f"JSON schema conversion failed:\n{type(error).__name__}: {error}") from error
+
+
+def _samplers(names: list[str] | str) -> tuple[str, ...]:
+    """Samplers by names, of which there are several, or by letters; unknown ones are left out, as llama-server does."""
+    if isinstance(names, str):
+        by_letter = {letter: name for name, letter in SAMPLERS.items()}
+        return tuple(by_letter[letter] for letter in names if letter in by_letter)
+    known = {name.replace("_", ""): name for name in SAMPLERS} | {
+        "nucleus": "top_p", "temp": "temperature", "typ": "typ_p", "typical": "typ_p", "typicalp": "typ_p"
+    }  # fmt: skip
+    plain = [name.lower().replace("-", "").replace("_", "") for name in names]
+    return tuple(known[name] for name in plain if name in known)
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, int) and not isinstance(item, bool)
+
+
+def _budget_of(method: Method | None) -> dict[str, Any]:
+    if method is None:
+        return {}
+    return {name: getattr(method, name) for name in BUDGETS if getattr(method, name) is not None}

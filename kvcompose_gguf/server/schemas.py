@@ -1,0 +1,192 @@
+"""Bodies of requests, with llama-server's names, defaults and ranges (server-schema.cpp)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+
+INT_MAX = 2**31 - 1
+
+Count = Annotated[int, Field(ge=0, le=INT_MAX)]
+CountOrAll = Annotated[int, Field(ge=-1, le=INT_MAX)]
+#: tokens and texts, in any order
+Mixed = list[int | str]
+
+
+class PromptObject(BaseModel):
+    """A prompt that could have images beside it, which no model here can see."""
+
+    prompt_string: str | Mixed
+    multimodal_data: list[str] | None = None
+
+
+Prompt = str | PromptObject | list[Any]
+
+
+def _clamped(low: float, high: float) -> BeforeValidator:
+    def clamp(value: Any) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return min(max(value, low), high) if is_number else value
+
+    return BeforeValidator(clamp)
+
+
+Share = Annotated[float, _clamped(0, 1)]
+
+
+class KVCompress(BaseModel):
+    """How a prompt's cache is compressed; not llama-server's.
+
+    Exactly one of ``ratio``, the fraction removed, ``n_kept``, tokens a layer, and ``max_kv_bytes``, or none: the
+    server's own budget.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: str | None = Field(
+        None, description="E.g. `kvcompose,scoring=window` or `snapkv`; the server's by default."
+    )
+    ratio: float | None = Field(None, ge=0, lt=1, description="Fraction of the entries that is removed.")
+    n_kept: float | None = Field(None, gt=0, description="Tokens kept per layer, on average.")
+    max_kv_bytes: int | None = Field(None, gt=0, description="Bytes that the kept rows may take.")
+    min_tokens: int | None = Field(None, ge=1, description="Shorter prompts are left as they are.")
+    keep_last: int | None = Field(None, ge=0, description="Last prompt tokens that are not compressed.")
+
+
+class StreamOptions(BaseModel):
+    """Of OpenAI's API."""
+
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """Fields of every request for text; what is absent or null is the server's default."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    cache_prompt: bool | None = None
+    return_tokens: bool = False
+    return_progress: bool = False
+    timings_per_token: bool = False
+    verbose: bool = False
+    n_predict: CountOrAll | None = Field(
+        None, validation_alias=AliasChoices("n_predict", "max_completion_tokens", "max_tokens")
+    )
+    n_indent: Count = 0
+    n_keep: CountOrAll | None = None
+    n_discard: Count | None = None
+    n: int | None = Field(None, ge=1, validation_alias=AliasChoices("n_cmpl", "n"))
+    t_max_predict_ms: int = Field(-1, ge=-1, le=2**63 - 1)
+    id_slot: int = -1
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+    n_probs: Count | None = Field(None, validation_alias=AliasChoices("n_probs", "logprobs"))
+    post_sampling_probs: bool = False
+    logit_bias: list[Any] | dict[str, Any] | None = None
+    grammar: str | None = None
+    json_schema: Any = None
+    samplers: list[str] | str | None = None
+    seed: int | None = Field(None, ge=-1, le=2**32 - 1)
+    temperature: Annotated[float, _clamped(0, float("inf"))] | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    top_k: Annotated[int, _clamped(0, INT_MAX)] | None = None
+    top_p: Share | None = None
+    min_p: Share | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Share | None = None
+    typical_p: float | None = None
+    repeat_last_n: Count | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: Annotated[int, Field(le=INT_MAX)] | None = None
+    dry_penalty_last_n: Count | None = None
+    dry_sequence_breakers: Annotated[list[str], Field(min_length=1)] | None = None
+    mirostat: Annotated[int, _clamped(0, 2)] | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    adaptive_target: Annotated[float, _clamped(float("-inf"), 1)] | None = None
+    adaptive_decay: float | None = Field(None, ge=0, le=0.99)
+    min_keep: Count | None = None
+    kv_compress: KVCompress | bool | None = Field(
+        None, description="Not llama-server's: true or absent: as the server does it; false: not; or how."
+    )
+
+
+class CompletionRequest(GenerationRequest):
+    """Of /completion and /v1/completions."""
+
+    prompt: Prompt
+    response_fields: list[str] = []
+
+
+class InfillRequest(GenerationRequest):
+    """Of /infill."""
+
+    input_prefix: str
+    input_suffix: str
+    input_extra: list[Any] = []
+    prompt: str = ""
+
+
+class ChatRequest(GenerationRequest):
+    """Of /v1/chat/completions; messages are checked by chat.py, whose errors say more."""
+
+    messages: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool | str | None = None
+    reasoning_format: str | None = None
+    n_probs: Count | None = None
+    logprobs: bool = False
+    top_logprobs: Count | None = None
+
+
+class TokenizeRequest(BaseModel):
+    """Of /tokenize."""
+
+    content: str | Mixed = ""
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+class DetokenizeRequest(BaseModel):
+    """Of /detokenize."""
+
+    tokens: list[int] = []
+
+
+class EmbeddingRequest(BaseModel):
+    """Of /embedding and /v1/embeddings."""
+
+    input: Any = None
+    content: Any = None
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    embd_normalize: int = Field(2, ge=-1, le=INT_MAX)
+    dimensions: int | None = None
+
+
+class SlotRequest(BaseModel):
+    """Of /slots/{id}?action=save and restore."""
+
+    filename: str = ""
+
+
+class CompressRequest(BaseModel):
+    """Of /kv/compress."""
+
+    prompt: str | Mixed = Field(description="The document that later prompts begin with.")
+    kv_compress: KVCompress | None = None

@@ -1,0 +1,72 @@
+"""Generations for any number of clients: an event loop on one side, slots with their threads on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+from ..errors import KVComposeError
+from .engine import Engine, Job
+from .errors import ApiError, api_error
+from .generation import End, Generation, Progress, Token, generate
+from .slots import Slot
+
+T = TypeVar("T")
+
+#: seconds between two looks at whether a client is still there
+POLL_SECONDS = 0.2
+
+Step = Progress | Token | End
+
+
+async def run(engine: Engine, job: Job, is_gone: Callable[[], Any] | None = None) -> Any:
+    """The result of a job.
+
+    Args:
+        is_gone: an async function that is true when nobody waits any more; the job ends then.
+    Raises:
+        ApiError: what the client is told.
+    """
+    try:
+        engine.submit(job)
+        future = asyncio.wrap_future(job.future)
+        while not (await asyncio.wait({future}, timeout=POLL_SECONDS))[0]:
+            if is_gone is not None and await is_gone():
+                raise ApiError(499, "the client has gone")
+        return future.result()
+    except KVComposeError as error:
+        raise api_error(error) from error
+    finally:
+        job.cancel()
+
+
+async def steps(engine: Engine, what: Generation, id_slot: int = -1) -> AsyncIterator[tuple[int, Step]]:
+    """What happens in a generation, and in which slot; to stop listening ends it.
+
+    Raises:
+        ApiError: what the client is told.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Step] | None]()
+
+    def tell(item: tuple[int, Step] | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and who listened with it
+            loop.call_soon_threadsafe(queue.put_nowait, item)
+
+    def work(slot: Slot) -> None:
+        end = generate(slot, what, lambda step: tell((slot.id, step)))
+        tell((slot.id, end))
+
+    job = Job(work, what.tokens, id_slot)
+    job.future.add_done_callback(lambda future: tell(None))
+    try:
+        engine.submit(job)
+        while (item := await queue.get()) is not None:
+            yield item
+        if not job.future.cancelled() and (error := job.future.exception()) is not None:
+            raise api_error(error) from error
+    except KVComposeError as error:
+        raise api_error(error) from error
+    finally:
+        job.cancel()

@@ -1,0 +1,202 @@
+"""Conversations side by side: each has its own cache, all have the same weights, and their decodes take turns."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import seam
+from ..errors import KVComposeError
+from ..llama import Llama
+from ..methods import Method
+from ..native import library
+from ..report import KVReport
+
+T = TypeVar("T")
+
+
+class Cancelled(KVComposeError):
+    """Nobody waits for the result any more."""
+
+
+class Turns:
+    """One thread that computes for all: who has waited longest is next, and nobody's threads wait beside another's."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "compute")
+
+    def run(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns, or raises, when its turn has come."""
+        return self._thread.submit(function).result()
+
+    def close(self) -> None:
+        """Wait for what runs."""
+        self._thread.shutdown()
+
+
+class SlotLlama(Llama):
+    """A ``Llama`` whose decodes go through a function.
+
+    Args:
+        decode_through: is called with every decode and the number of its tokens, and has to call it.
+        weights_of: whose weights it uses, which has to live longer; None: it loads its own.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        decode_through: Callable[[Callable[[], None], int], None],
+        weights_of: Llama | None = None,
+        **kwargs: Any,
+    ) -> None:
+        with _borrowed_weights(weights_of):
+            super().__init__(model_path, **kwargs)
+        decode = self._ctx.decode
+        self._ctx.decode = lambda batch: decode_through(lambda: decode(batch), batch.n_tokens())
+        self._composed_by: Method | None = None
+
+    def cached_tokens(self) -> list[int]:
+        """Tokens that a prompt may begin with to be continued, those of a compressed context included."""
+        return [int(token) for token in self._input_ids]
+
+    def n_reusable(self, tokens: Sequence[int]) -> int:
+        """Tokens of a prompt that need not be evaluated."""
+        n_same = seam.common_prefix(self.cached_tokens(), list(tokens))
+        return 0 if n_same < self.n_context else min(n_same, len(tokens) - 1)
+
+    @property
+    def n_context(self) -> int:
+        """Tokens of the compressed context, which cannot be cut; 0: the cache is a full one."""
+        return len(self._compressed)
+
+    def read(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> int:
+        """Bring a prompt into the cache, compressed by ``method``, up to the logits of its last token.
+
+        A context that another method has compressed is read again.
+
+        Returns:
+            How many of its tokens were there already.
+        """
+        if self.kv_compressor != method:
+            self.kv_compressor = method
+        as_asked = not self.n_context or _choice(self._composed_by) == _choice(method)
+        n_before = self.n_reusable(tokens) if reuse and as_asked else 0
+        if not n_before:
+            self.reset()
+        self._prepare(list(tokens), method)
+        self._composed_by = method
+        n_same = self.n_reusable(tokens)
+        if not n_same or not self._forget_after(n_same):
+            self.reset()
+            n_same = 0
+        self.eval(list(tokens[n_same:]))
+        return min(n_before, n_same)
+
+    def compress_prompt(self, tokens: Sequence[int], method: Method) -> KVReport:
+        """Leave a cache that prompts continue which begin with ``tokens``."""
+        if self.kv_compressor != method:
+            self.kv_compressor = method
+        if self._compressed != list(tokens) or _choice(self._composed_by) != _choice(method):
+            self.compress(tokens)
+            self._composed_by = method
+        assert self.kv_report is not None
+        return self.kv_report
+
+    def _forget_after(self, n_tokens: int) -> bool:
+        """Whether the cache holds exactly the first ``n_tokens`` now."""
+        if n_tokens < self.n_tokens and not self.can_truncate:
+            return False
+        self.truncate(n_tokens)
+        return True
+
+
+class Slot:
+    """A cache that one request at a time works on.
+
+    Attributes:
+        id: its number.
+        llama: its context.
+        cancelled: whether the work of the present request is of no use any more; asked before every decode.
+        on_decode: told the tokens of every decode that is done.
+        n_decodes: decodes so far.
+        busy_since: seconds on ``time.monotonic``'s clock, or None: it is idle.
+    """
+
+    def __init__(
+        self, number: int, model_path: Path, turns: Turns, weights_of: Llama | None = None, **kwargs: Any
+    ) -> None:
+        self.id = number
+        self.cancelled: Callable[[], bool] = lambda: False
+        self.on_decode: Callable[[int], None] = lambda n_tokens: None
+        self.n_decodes = 0
+        self.busy_since: float | None = None
+        self.last_used = 0.0
+        self._turns = turns
+        self._thread = ThreadPoolExecutor(1, f"slot-{number}")
+        self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
+
+    def start(self, work: Callable[[Slot], None]) -> None:
+        """Do ``work``, which must not raise, in the slot's own thread."""
+        self._thread.submit(work, self)
+
+    def close(self) -> None:
+        """Wait for its work, and free its cache."""
+        self._thread.shutdown()
+        self.llama.close()
+
+    def _decode(self, decode: Callable[[], None], n_tokens: int) -> None:
+        def turn() -> None:
+            if self.cancelled():
+                raise Cancelled("the request was cancelled")
+            decode()
+            self.n_decodes += 1
+
+        self._turns.run(turn)
+        self.on_decode(n_tokens)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can take a request."""
+        return self.busy_since is None
+
+    def occupy(self) -> None:
+        """Take it for a request."""
+        self.busy_since = time.monotonic()
+
+    def release(self) -> None:
+        """Give it back."""
+        self.busy_since, self.last_used = None, time.monotonic()
+        self.cancelled, self.on_decode = lambda: False, lambda n_tokens: None
+
+
+def _choice(method: Method | None) -> Method | None:
+    """The method without what decides how much of a prompt it is asked about."""
+    return None if method is None else replace(method, keep_last=0, min_tokens=1)
+
+
+@contextlib.contextmanager
+def _borrowed_weights(owner: Llama | None) -> Iterator[None]:
+    """Llama objects made inside of the ``with`` take ``owner``'s weights, and do not free them."""
+    if owner is None:
+        yield
+        return
+    internals = library.load()._internals
+    original = internals.LlamaModel
+
+    def borrow(**kwargs: Any) -> Any:
+        model = original.__new__(original)
+        model.__dict__.update(owner._model.__dict__)
+        model._exit_stack = contextlib.ExitStack()  # what close() closes: nothing
+        return model
+
+    internals.LlamaModel = borrow
+    try:
+        yield
+    finally:
+        internals.LlamaModel = original
