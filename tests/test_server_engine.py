@@ -93,7 +93,7 @@ def test_a_prompt_goes_where_most_of_it_is_and_else_to_the_slot_that_waited_long
 def test_logits_are_those_of_a_prompt_that_was_read_at_once(make_engine):
     engine = make_engine(1)
     tokens = tiny.tokens(CONFIG, 200, seed=4)
-    result(engine, read(tokens[:120] + [9, 9]))
+    result(engine, read([*tokens[:120], 9, 9]))
     _, n_cached, continued = result(engine, read(tokens))
     _, n_none, anew = result(engine, read(tokens, reuse=False))
     assert (n_cached, n_none) == (120, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from kvcompose_gguf.server.text import TextStream
 def pieces(text: str, cuts: list[int]) -> list[bytes]:
     raw = text.encode()
     ends = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
-    return [raw[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [raw[a:b] for a, b in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("seed", range(40))
