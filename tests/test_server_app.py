@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -386,6 +387,69 @@ def test_a_document_is_compressed_once_and_continued(start):
     assert (body["id_slot"], body["timings"]["cache_n"], body["timings"]["prompt_n"]) == (told["id_slot"], 300, 3)
     assert body["timings"]["kv"] == told["kv"]
     assert post(start(), "/kv/compress", 400, prompt="x")["error"]["message"].startswith("kv_compress")
+
+
+#
+# saved slots
+#
+
+
+@pytest.mark.parametrize("method", [None, METHOD], ids=["full", "compressed"])
+def test_a_slot_is_saved_and_restored_elsewhere(start, tmp_path, method):
+    client = start(method=method, slot_save_path=tmp_path)
+    prompt, other = tiny.tokens(CONFIG, 308), tiny.tokens(CONFIG, 40, seed=9)
+    options = {"n_predict": 4, "temperature": 0}
+    first = post(client, "/completion", prompt=prompt, id_slot=1, **options)
+    saved = post(client, "/slots/1?action=save", filename="one.bin")
+    assert (saved["id_slot"], saved["n_saved"], saved["n_written"]) == (1, 311, (tmp_path / "one.bin").stat().st_size)
+    post(client, "/completion", prompt=other, id_slot=1, **options)
+    read = post(client, "/slots/0?action=restore", filename="one.bin")
+    assert (read["n_restored"], read["n_read"]) == (311, saved["n_written"])
+    again = post(client, "/completion", prompt=prompt, id_slot=0, **options)
+    assert (again["content"], again["timings"]["cache_n"]) == (first["content"], 307)
+    if method is not None:  # the context is the same one, compressed and not read again
+        assert saved["n_written"] < 0.7 * full_size(start, tmp_path, prompt)
+    assert client.post("/slots/0?action=erase").json() == {"id_slot": 0, "n_erased": 311}
+    assert post(client, "/completion", prompt=prompt, id_slot=0, **options)["timings"]["cache_n"] == 0
+
+
+def full_size(start: Any, folder: Path, prompt: list[int]) -> int:
+    client = start(slot_save_path=folder)
+    post(client, "/completion", prompt=prompt, id_slot=0, n_predict=4, temperature=0)
+    return post(client, "/slots/0?action=save", filename="full.bin")["n_written"]
+
+
+def test_files_that_are_no_slots_are_refused_and_the_slot_keeps_what_it_has(start, tmp_path):
+    client = start(slot_save_path=tmp_path)
+    prompt = tiny.tokens(CONFIG, 60)
+    post(client, "/completion", prompt=prompt, id_slot=0, n_predict=2)
+    post(client, "/slots/0?action=save", filename="good.bin")
+    good = (tmp_path / "good.bin").read_bytes()
+    damaged = {
+        "empty": b"", "short": good[:200], "cut": good[:-5], "flipped": good[:-50] + b"x" + good[-49:], "magic": b"x" + good[1:],
+        "count": good[:8] + b"\xff\xff\xff\x7f" + good[12:], "tokens": good[:20] + b"\xff\xff\xff\x7f" + good[24:],
+    }  # fmt: skip
+    for name, raw in damaged.items():
+        (tmp_path / name).write_bytes(raw)
+        error = post(client, "/slots/0?action=restore", 400, filename=name)["error"]
+        assert error["message"].startswith("Unable to restore slot"), name
+    assert post(client, "/slots/0?action=restore", 400, filename="none")["error"]["message"].startswith("Unable to restore")
+    assert post(client, "/completion", prompt=prompt, id_slot=0, n_predict=1)["timings"]["cache_n"] == 59
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/slots/x?action=save", {"filename": "a"}, "Invalid slot ID"), ("/slots/0?action=dance", {"filename": "a"}, "Invalid action"),
+        ("/slots/0?action=save", {"filename": "../a"}, "Invalid filename"), ("/slots/0?action=restore", {}, "Invalid filename"),
+        ("/slots/0?action=save", {"filename": 3}, "Invalid filename"), ("/slots/0?action=save", [], "Invalid filename"),
+    ],
+)  # fmt: skip
+def test_slot_actions_that_make_no_sense_are_refused(start, tmp_path, path, body, words):
+    answer = start(slot_save_path=tmp_path).post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, words)
+    assert list(tmp_path.iterdir()) == []
+    assert start().post(path, json=body).status_code == 501
 
 
 #

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,8 +20,9 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..environment import system
+from ..errors import StateError
 from . import chat, formats
-from .engine import Engine, Job
+from .engine import Engine, Job, milliseconds
 from .errors import RETRY_AFTER, ApiError, api_error, invalid, not_supported
 from .formats import About
 from .gate import Gate
@@ -28,6 +30,7 @@ from .generation import End, Generation, Progress, Token
 from .metrics import Metrics
 from .options import ServeOptions
 from .params import Reader, grammar_of
+from .saved import restore, save
 from .schemas import (
     ChatRequest,
     CompletionRequest,
@@ -251,6 +254,21 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
         if fail_on_no_slot and server.engine.n_busy == len(server.engine.slots):
             raise ApiError(503, "no slot available")
         return [_slot(slot) for slot in server.engine.slots]
+
+    @app.post("/slots/{id_slot}")
+    async def slot_action(http: Request, id_slot: str, action: str = "") -> dict[str, Any]:
+        if options.slot_save_path is None:
+            raise not_supported("This server does not support slots action. Start it with `--slot-save-path`")
+        if not id_slot.isdecimal():
+            raise invalid("Invalid slot ID")
+        if action not in ("save", "restore", "erase"):
+            raise invalid("Invalid action")
+        number = int(id_slot) % len(server.engine.slots)
+        if action == "erase":
+            return dict(await run(server.engine, Job(_erase, id_slot=number), http.is_disconnected))
+        file = options.slot_save_path / slot_filename(await _filename(http))
+        work = _save if action == "save" else _restore
+        return dict(await run(server.engine, Job(lambda slot: work(slot, file), id_slot=number), http.is_disconnected))
 
     #
     # tokens
@@ -577,6 +595,41 @@ def _slot(slot: Slot) -> dict[str, Any]:
             "kv_bytes": llama.kv_bytes, "kv": formats.compression(report) if report is not None else None,
         }  # fmt: skip
     return body
+
+
+async def _filename(http: Request) -> str:
+    try:
+        name = json.loads(await http.body())["filename"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise invalid("Invalid filename") from error
+    return name if isinstance(name, str) else ""
+
+
+def _save(slot: Slot, file: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    saved = save(slot.llama, file)
+    return {
+        "id_slot": slot.id, "filename": file.name, "n_saved": saved.n_tokens, "n_written": saved.n_bytes,
+        "timings": {"save_ms": milliseconds(start)},
+    }  # fmt: skip
+
+
+def _restore(slot: Slot, file: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        saved = restore(slot.llama, file)
+    except StateError as error:
+        raise invalid(str(error)) from error
+    return {
+        "id_slot": slot.id, "filename": file.name, "n_restored": saved.n_tokens, "n_read": saved.n_bytes,
+        "timings": {"restore_ms": milliseconds(start)},
+    }  # fmt: skip
+
+
+def _erase(slot: Slot) -> dict[str, Any]:
+    n_erased = slot.llama.n_tokens
+    slot.llama.reset()
+    return {"id_slot": slot.id, "n_erased": n_erased}
 
 
 def _piece(raw: bytes) -> str | list[int]:

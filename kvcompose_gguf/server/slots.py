@@ -59,7 +59,8 @@ class SlotLlama(Llama):
             super().__init__(model_path, **kwargs)
         decode = self._ctx.decode
         self._ctx.decode = lambda batch: decode_through(lambda: decode(batch), batch.n_tokens())
-        self._composed_by: Method | None = None
+        #: how the context that is compressed was, for humans and for comparison; empty: it is not, or nobody knows
+        self.composed_by = ""
 
     def cached_tokens(self) -> list[int]:
         """Tokens that a prompt may begin with to be continued, those of a compressed context included."""
@@ -85,12 +86,12 @@ class SlotLlama(Llama):
         """
         if self.kv_compressor != method:
             self.kv_compressor = method
-        as_asked = not self.n_context or _choice(self._composed_by) == _choice(method)
+        as_asked = not self.n_context or self.composed_by == _choice(method)
         n_before = self.n_reusable(tokens) if reuse and as_asked else 0
         if not n_before:
             self.reset()
         self._prepare(list(tokens), method)
-        self._composed_by = method
+        self.composed_by = _choice(method) if self.n_context else ""
         n_same = self.n_reusable(tokens)
         if not n_same or not self._forget_after(n_same):
             self.reset()
@@ -102,9 +103,9 @@ class SlotLlama(Llama):
         """Leave a cache that prompts continue which begin with ``tokens``."""
         if self.kv_compressor != method:
             self.kv_compressor = method
-        if self._compressed != list(tokens) or _choice(self._composed_by) != _choice(method):
+        if self._compressed != list(tokens) or self.composed_by != _choice(method) or self.kv_report is None:
             self.compress(tokens)
-            self._composed_by = method
+            self.composed_by = _choice(method)
         assert self.kv_report is not None
         return self.kv_report
 
@@ -175,9 +176,9 @@ class Slot:
         self.cancelled, self.on_decode = lambda: False, lambda n_tokens: None
 
 
-def _choice(method: Method | None) -> Method | None:
-    """The method without what decides how much of a prompt it is asked about."""
-    return None if method is None else replace(method, keep_last=0, min_tokens=1)
+def _choice(method: Method | None) -> str:
+    """What a method keeps of a context: the method without what decides how much of a prompt is one."""
+    return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,123 @@
+"""Slots on disk: llama-server's header and tokens (server-common.cpp), then a cache that may be compressed."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import StateError
+from ..files import write_file
+from ..native import library
+from .slots import SlotLlama
+
+MAGIC, VERSION = 0x67677371, 3
+#: before the tokens: they are not a bare list, and in this layout
+MARK = (-1, 1)
+#: before the cache: it is one of ours
+OURS = b"KVCG"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written or read: tokens of the conversation, those of a compressed context included, and bytes."""
+
+    n_tokens: int
+    n_bytes: int
+
+
+def save(llama: SlotLlama, file: Path) -> Saved:
+    """Write a slot's tokens and cache; the file is there when it is whole.
+
+    Raises:
+        StateError: it cannot be written.
+    """
+    state = llama.save_state()
+    tokens = [int(token) for token in state.input_ids[: state.n_tokens]]
+    windows = b"" if state.kv_swa is None else bytes(state.kv_swa)
+    data = state.llama_state + windows
+    about = {
+        "model": _model(llama), "n_compressed": len(state.kv_compressed), "composed_by": llama.composed_by,
+        "n_windows": len(windows), "sha256": _digest(tokens, data),
+    }  # fmt: skip
+    payload = struct.pack("<iII", *MARK, len(tokens)) + struct.pack(f"<{len(tokens)}iI", *tokens, 0)
+    head = json.dumps(about).encode()
+    raw = struct.pack("<III", MAGIC, VERSION, len(payload) // 4) + payload + OURS + struct.pack("<I", len(head)) + head
+    try:
+        write_file(file, raw + data)
+    except OSError as error:
+        raise StateError(f"Unable to save slot: {error.strerror}") from error
+    return Saved(len(tokens), len(raw) + len(data))
+
+
+def restore(llama: SlotLlama, file: Path) -> Saved:
+    """Bring back what ``save`` wrote.
+
+    Raises:
+        StateError: there is no such file, it is damaged, another model's, or too long for the slot, whose own cache is
+            as it was then; or llama.cpp refuses the state, and the slot is empty.
+    """
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise StateError(f"Unable to restore slot: {error.strerror}") from error
+    try:
+        tokens, about, data = _parsed(raw)
+        is_ours = about["model"] == _model(llama)
+        n_state = len(data) - about["n_windows"]
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise StateError("Unable to restore slot: invalid slot save file") from error
+    if not is_ours:
+        raise StateError("Unable to restore slot: it was saved by another model")
+    if len(tokens) >= llama.n_ctx():
+        raise StateError("Unable to restore slot: Restored prompt does not fit in the slot context")
+    input_ids = np.zeros(len(llama.input_ids), dtype=np.intc)
+    input_ids[: len(tokens)] = tokens
+    state: Any = library.load().LlamaState(
+        input_ids=input_ids, scores=np.empty((0, 0), dtype=np.single), n_tokens=len(tokens),
+        llama_state=data[:n_state], llama_state_size=n_state, seed=llama._seed,
+    )  # fmt: skip
+    state.kv_compressed = tokens[: about["n_compressed"]]
+    if about["n_windows"]:
+        state.kv_swa = (ctypes.c_uint8 * about["n_windows"]).from_buffer_copy(data[n_state:])
+    llama.load_state(state)
+    llama.kv_report = None  # it was another context's
+    llama.composed_by = about["composed_by"]
+    return Saved(len(tokens), len(raw))
+
+
+def _parsed(raw: bytes) -> tuple[list[int], dict[str, Any], bytes]:
+    """Tokens, what is told about the cache, and the cache; ValueError and others if it is none of our files."""
+    magic, version, n_words = struct.unpack_from("<III", raw)
+    payload = struct.unpack_from(f"<{n_words}i", raw, 12)
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError("another kind of file")
+    # a bare list of tokens is allowed as well
+    tokens = list(payload[3 : 3 + payload[2]]) if payload[:1] == MARK[:1] else list(payload)
+    at = 12 + 4 * n_words
+    (n_head,) = struct.unpack_from("<I", raw, at + len(OURS))
+    begin = at + len(OURS) + 4
+    about, data = json.loads(raw[begin : begin + n_head]), raw[begin + n_head :]
+    if raw[at : at + len(OURS)] != OURS or about["sha256"] != _digest(tokens, data):
+        raise ValueError("damaged")
+    if not 0 <= about["n_windows"] <= len(data) or not 0 <= about["n_compressed"] <= len(tokens):
+        raise ValueError("numbers that cannot be")
+    return tokens, about, data
+
+
+def _digest(tokens: list[int], data: bytes) -> str:
+    digest = hashlib.sha256(struct.pack(f"<{len(tokens)}i", *tokens))
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _model(llama: SlotLlama) -> str:
+    """Enough to tell models apart; the cache's layout is checked by llama.cpp."""
+    model = llama._model
+    return f"{model.desc()} {model.n_params()} {model.size()} {llama.n_vocab()}"
