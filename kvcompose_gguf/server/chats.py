@@ -1,0 +1,146 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from . import chat, formats
+from .errors import invalid
+from .formats import About
+from .generation import Progress, Token
+from .params import grammar_of
+from .schemas import ChatRequest
+from .server import Server
+from .streams import event_stream, merged
+
+
+def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[str, Any]]]:
+    """The prompt of a chat, and the tools that the model may call."""
+    messages = chat.check_messages(request.messages)
+    tools, _ = chat.check_tools(request.tools, request.tool_choice, server.template)
+    if tools and request.grammar:
+        raise invalid("Cannot use custom grammar constraints with tools.")
+    is_continued = bool(messages) and messages[-1]["role"] == "assistant"
+    if is_continued and len(messages) > 1 and messages[-2]["role"] == "assistant":
+        raise invalid("Cannot have 2 or more assistant messages at the end of the list.")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise invalid("Cannot set both add_generation_prompt and continue_final_message to true.")
+    if is_continued and messages[-1].get("tool_calls"):
+        raise invalid("Cannot continue an assistant message that contains tool calls.")
+    now = time.localtime()
+    variables: dict[str, Any] = {
+        "enable_thinking": True, "datetime": time.strftime("%b %d %Y", now),
+        "date_string": time.strftime("%d %b %Y", now),
+        **(request.chat_template_kwargs or {}),
+    }  # fmt: skip
+    if isinstance(variables["enable_thinking"], str):
+        raise invalid('invalid type for "enable_thinking" (expected boolean, got string)')
+    if tools:
+        variables["tools"] = tools
+    for name in ("messages", "add_generation_prompt", "bos_token", "eos_token"):
+        variables.pop(name, None)
+    if not is_continued:
+        return server.template.render(messages, request.add_generation_prompt, **variables), tools
+    prompt = server.template.render(messages[:-1], True, **variables)
+    return prompt + messages[-1]["content"], tools
+
+
+async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
+    prompt, tools = chat_prompt(server, request)
+    _, choice = chat.check_tools(request.tools, request.tool_choice, server.template)
+    if request.top_logprobs and not request.logprobs:
+        raise invalid("top_logprobs requires logprobs to be set to true")
+    if request.logprobs and request.n_probs is None:
+        request.n_probs = 20 if request.top_logprobs is None else max(1, request.top_logprobs)
+    grammar = _chat_grammar(request, tools if choice == "required" else [])
+    if choice == "required":
+        prompt += chat.CALL_BEGIN + "\n"
+    abouts = server.abouts(request, [server.generation(request, server.reader.tokens(prompt), grammar)])
+    reads_calls = bool(tools) and choice != "none"
+    begun = chat.CALL_BEGIN if choice == "required" else ""
+    if request.stream:
+        chunks = merged([_chat_chunks(server, request, about, reads_calls, begun) for about in abouts])
+        return await event_stream(chunks, done=True)
+    ends = await asyncio.gather(*(server.finish(http, about.what, request.id_slot) for about in abouts))
+    bodies = []
+    for about, (slot, end) in zip(abouts, ends, strict=True):
+        message = chat.parse_calls(begun + end.text) if reads_calls else chat.Message(end.text)
+        bodies.append(formats.chat_completion(replace(about, id_slot=slot), end, message.content, message.tool_calls))
+    return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+
+
+def _chat_grammar(request: ChatRequest, forced: list[dict[str, Any]]) -> str | None:
+    """GBNF of a response format, or of a call of one of the ``forced`` tools; None: the request's own."""
+    if forced:
+        return grammar_of(chat.call_schema(forced))
+    kind = (request.response_format or {}).get("type", "text")
+    schema = request.json_schema
+    if kind == "json_object":
+        schema = (request.response_format or {}).get("schema", {} if schema is None else schema)
+    elif kind == "json_schema":
+        wrapped = (request.response_format or {}).get("json_schema")
+        if not isinstance(wrapped, dict):
+            raise invalid("response_format.json_schema is needed, an object with a schema")
+        schema = wrapped.get("schema", {})
+    elif kind not in ("text", "", None):
+        raise invalid(f'response_format type must be one of "text" or "json_object", but got: {kind}')
+    if schema is not None and request.grammar:
+        raise invalid("Cannot use both json_schema and grammar")
+    return None if schema is None else grammar_of(schema)
+
+
+async def _chat_chunks(
+    server: Server, request: ChatRequest, about: About, reads_calls: bool, begun: str
+) -> AsyncIterator[dict[str, Any]]:
+    has_role, held = False, begun
+    async for _, step in server.events(about.what, request.id_slot):
+        if isinstance(step, Progress):
+            if request.return_progress:
+                has_role = True
+                yield formats.chat_part(about, {"role": "assistant", "content": None}, **formats.extras(step, False))
+            continue
+        if not has_role:
+            has_role = True
+            yield formats.chat_part(about, {"role": "assistant", "content": None})
+        if isinstance(step, Token):
+            text = step.text
+            if reads_calls:
+                text, held = _before_calls(held + step.text)
+            if text:
+                chunk = formats.chat_part(about, {"content": text}, **formats.extras(step, request.timings_per_token))
+                if about.logprobs:
+                    chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
+                yield chunk
+            continue
+        calls: tuple[dict[str, Any], ...] = ()
+        if reads_calls:
+            message = chat.parse_calls(held + step.rest)
+            calls = message.tool_calls
+            if message.content:
+                yield formats.chat_part(about, {"content": message.content})
+            for number, call in enumerate(calls):
+                yield formats.chat_part(about, {"tool_calls": [{"index": number, **call}]})
+        elif step.rest:
+            yield formats.chat_part(about, {"content": step.rest})
+        timings = {"timings": formats.timings(step.timings, step.report)}
+        wants_usage = request.stream_options is not None and request.stream_options.include_usage
+        last = formats.chat_part(about, {}, formats.chat_finish(step, calls))
+        yield last if wants_usage else last | timings
+        if wants_usage:
+            yield formats.chat_usage(about, step) | timings
+
+
+def _before_calls(text: str) -> tuple[str, str]:
+    """What may be shown of a text that calls may be in, and what has to wait."""
+    at = text.find(chat.CALL_BEGIN)
+    if at < 0:
+        beginnings = (n for n in range(len(chat.CALL_BEGIN) - 1, 0, -1) if text.endswith(chat.CALL_BEGIN[:n]))
+        at = len(text) - next(beginnings, 0)
+    return text[:at], text[at:]

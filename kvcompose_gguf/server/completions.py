@@ -1,0 +1,45 @@
+"""/completion and /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from . import formats
+from .formats import About
+from .generation import End, Token
+from .schemas import CompletionRequest, GenerationRequest
+from .server import Server
+from .streams import event_stream, merged
+
+Whole = Callable[..., dict[str, Any]]
+
+
+async def complete(
+    server: Server, http: Request, request: CompletionRequest, whole: Whole, part: Whole, done: bool = True
+) -> Response:
+    prompts = server.reader.prompts(request.prompt)
+    abouts = server.abouts(request, [server.generation(request, tokens) for tokens in prompts])
+    if request.stream:
+        chunks = merged([_completion_chunks(server, request, about, whole, part) for about in abouts])
+        return await event_stream(chunks, done)
+    ends = await asyncio.gather(*(server.finish(http, about.what, request.id_slot) for about in abouts))
+    bodies = [whole(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
+    if whole is formats.text_completion:
+        return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+    return JSONResponse(bodies[0] if len(bodies) == 1 else bodies)
+
+
+async def _completion_chunks(
+    server: Server, request: GenerationRequest, about: About, whole: Whole, part: Whole
+) -> AsyncIterator[dict[str, Any]]:
+    async for slot, step in server.events(about.what, request.id_slot):
+        if isinstance(step, End):
+            yield whole(replace(about, id_slot=slot), step, streamed=True)
+        elif isinstance(step, Token) or request.return_progress:
+            yield part(about, step, request.timings_per_token)

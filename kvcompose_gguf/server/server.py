@@ -1,0 +1,120 @@
+"""A model behind routes: what they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+from fastapi import Request
+
+from .. import __version__
+from ..environment import system
+from . import chat, formats
+from .engine import Engine
+from .errors import ApiError, invalid
+from .formats import About
+from .generation import End, Generation
+from .metrics import Metrics
+from .options import ServeOptions
+from .params import Reader
+from .sampling import RANDOM_SEED
+from .schemas import GenerationRequest
+from .service import Step, steps
+
+
+class Server:
+    """A model behind routes.
+
+    Args:
+        options: what it is started with.
+        engine: of the model's slots; it is closed with the application.
+    """
+
+    def __init__(self, options: ServeOptions, engine: Engine) -> None:
+        self.options, self.engine = options, engine
+        self.llama = engine.llama
+        self.metrics = Metrics(engine)
+        self.reader = Reader(self.llama, options)
+        self.created = int(time.time())
+        self.fingerprint = f"b{__version__}-{system()['llama_cpp_commit'][:9]}"
+        self.template = self._template()
+
+    def _template(self) -> chat.ChatTemplate:
+        source = self.options.chat_template or self.llama.metadata.get("tokenizer.chat_template") or "chatml"
+        bos, eos = (self.text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
+        return chat.ChatTemplate(source, bos, eos)
+
+    def text(self, token: int) -> str:
+        """A token's text, of control tokens too; empty if the model does not have it."""
+        return self.llama.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
+    #
+    # generations
+    #
+
+    def generation(self, request: GenerationRequest, tokens: Sequence[int], grammar: str | None = None) -> Generation:
+        """What a request wants, checked as far as it can be without a slot."""
+        n_ctx = self.llama.n_ctx()
+        if len(tokens) >= n_ctx:
+            raise ApiError(
+                400, f"request ({len(tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
+                "try increasing it", "exceed_context_size_error", n_prompt_tokens=len(tokens), n_ctx=n_ctx,
+            )  # fmt: skip
+        what = self.reader.generation(request, tokens, grammar)
+        if not what.tokens:
+            raise invalid('"prompt" must not be empty')
+        return what
+
+    def abouts(self, request: GenerationRequest, asked: Sequence[Generation]) -> list[About]:
+        """What the answers to a request say, ``n`` for each generation.
+
+        Raises:
+            ApiError: more than there are slots.
+        """
+        n, n_slots = request.n or 1, len(self.engine.slots)
+        if n > n_slots:
+            raise invalid(f"Field 'n': Value must be between 1 <= value <= {n_slots}, but got {n}")
+        answer_id, created = f"chatcmpl-{chat.random_id()}", int(time.time())
+        return [
+            About(
+                what=what, llama=self.llama, model=self.options.model_name, fingerprint=self.fingerprint,
+                created=created, id=answer_id, index=index, verbose=self.options.verbose or request.verbose,
+                settings=formats.settings(what, request.stream, request.timings_per_token),
+                return_tokens=request.return_tokens, response_fields=tuple(getattr(request, "response_fields", ())),
+                logprobs=bool(getattr(request, "logprobs", False)),
+            )
+            for index, what in enumerate(_child(what, k) for what in asked for k in range(n))
+        ]  # fmt: skip
+
+    async def events(self, what: Generation, id_slot: int = -1) -> AsyncIterator[tuple[int, Step]]:
+        """As ``steps``, counted."""
+        async for slot, step in steps(self.engine, what, id_slot):
+            if isinstance(step, End):
+                self.metrics.count(step)
+            yield slot, step
+
+    async def finish(self, http: Request, what: Generation, id_slot: int) -> tuple[int, End]:
+        """The end of a generation, unless its client goes."""
+        end: tuple[int, End] | None = None
+        stream = self.events(what, id_slot)
+        try:
+            last = time.monotonic()
+            async for slot, step in stream:
+                if isinstance(step, End):
+                    end = slot, step
+                elif time.monotonic() - last > 0.5:
+                    last = time.monotonic()
+                    if await http.is_disconnected():
+                        raise ApiError(499, "the client has gone")
+        finally:
+            await stream.aclose()  # type: ignore[attr-defined]
+        assert end is not None
+        return end
+
+
+def _child(what: Generation, k: int) -> Generation:
+    """One of several answers to the same prompt: each has its own seed, unless they are random."""
+    if k == 0 or what.sampling.seed == RANDOM_SEED:
+        return what
+    return replace(what, sampling=replace(what.sampling, seed=(what.sampling.seed + k) % 2**32))
