@@ -198,6 +198,10 @@ def serve(
     api_key: Annotated[str, typer.Option(help="Keys, with commas between; none: everybody may ask.")] = "",
     api_key_file: Annotated[Path | None, typer.Option(help="A file with a key a line.")] = None,
     slot_save_path: Annotated[Path | None, typer.Option(help="Folder of saved slots.")] = None,
+    embeddings: Annotated[
+        int, typer.Option(min=0, help="Most tokens of a text whose vector is asked for; 0: none.")
+    ] = 0,
+    pooling: Annotated[str | None, typer.Option(help="Of vectors: none, mean, cls or last; the model's own.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="Jinja text, or `chatml`; the model's by default.")] = None,
     threads: Threads = None,
 ) -> None:
@@ -218,7 +222,7 @@ def serve(
     options = ServeOptions(
         model_path=path, alias=alias, method=method, n_ctx=ctx_size, n_parallel=parallel, n_queue=queue,
         n_predict=n_predict, n_batch=batch_size, threads=threads, api_keys=read_keys(api_key, api_key_file),
-        slot_save_path=slot_save_path, chat_template=chat_template,
+        slot_save_path=slot_save_path, chat_template=chat_template, embeddings=embeddings, pooling=pooling,
     )  # fmt: skip
     serve(options, host, port)
 

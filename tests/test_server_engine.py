@@ -13,8 +13,8 @@ import tiny
 from conftest import greedy, last_logits
 
 from kvcompose_gguf import ConfigError, KVCompose
-from kvcompose_gguf.server.engine import Busy, Engine, Job
-from kvcompose_gguf.server.slots import Cancelled, Slot
+from kvcompose_gguf.server.engine import Engine, Job
+from kvcompose_gguf.server.slots import Busy, Cancelled, Slot
 
 CONFIG = tiny.GQA
 OPTIONS: dict[str, Any] = {

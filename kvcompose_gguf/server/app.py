@@ -20,13 +20,16 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..errors import StateError
+from ..kernels.types import FloatArray
 from . import formats
 from .chats import answer_chat, chat_prompt
 from .completions import complete
+from .embeddings import native_body, normalized, openai_body, texts_of
 from .engine import Engine, Job, milliseconds
 from .errors import RETRY_AFTER, ApiError, api_error, invalid, not_supported
 from .gate import Gate
 from .generation import Generation
+from .infill import infill_prompt
 from .options import ServeOptions
 from .saved import restore, save
 from .schemas import (
@@ -34,6 +37,8 @@ from .schemas import (
     CompletionRequest,
     CompressRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
+    InfillRequest,
     TokenizeRequest,
 )
 from .server import Server
@@ -43,8 +48,7 @@ from .slots import Slot
 #: routes that llama-server has and this one does not, with the reason
 NOT_OFFERED = {
     "/rerank": "reranking", "/reranking": "reranking", "/v1/rerank": "reranking", "/v1/reranking": "reranking",
-    "/embedding": "embeddings", "/embeddings": "embeddings", "/v1/embeddings": "embeddings",
-    "/infill": "infill", "/responses": "the responses API", "/v1/responses": "the responses API",
+    "/responses": "the responses API", "/v1/responses": "the responses API",
     "/v1/messages": "Anthropic's API", "/v1/messages/count_tokens": "Anthropic's API",
     "/v1/audio/transcriptions": "audio", "/audio/transcriptions": "audio", "/tools": "tools of its own",
     "/cors-proxy": "a proxy", "/models/load": "loading other models", "/models/unload": "loading other models",
@@ -228,11 +232,36 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
     @app.post("/completion")
     @app.post("/completions")
     async def completion(http: Request, request: CompletionRequest) -> Response:
-        return await complete(server, http, request, formats.native, formats.native_part, done=False)
+        prompts = server.reader.prompts(request.prompt)
+        return await complete(server, http, request, prompts, formats.native, formats.native_part, done=False)
 
     @app.post("/v1/completions")
     async def openai_completion(http: Request, request: CompletionRequest) -> Response:
-        return await complete(server, http, request, formats.text_completion, formats.text_completion_part)
+        prompts = server.reader.prompts(request.prompt)
+        return await complete(server, http, request, prompts, formats.text_completion, formats.text_completion_part)
+
+    @app.post("/infill")
+    async def infill(http: Request, request: InfillRequest) -> Response:
+        tokens = infill_prompt(
+            server.llama, server.reader, request.input_prefix, request.input_suffix, request.input_extra,
+            request.prompt, request.n_predict or 0,
+        )  # fmt: skip
+        return await complete(server, http, request, [tokens], formats.native, formats.native_part, done=False)
+
+    @app.post("/embedding")
+    @app.post("/embeddings")
+    async def embedding(request: EmbeddingRequest) -> JSONResponse:
+        return JSONResponse(native_body((await _embedded(server, request))[0]))
+
+    @app.post("/v1/embeddings")
+    async def openai_embedding(request: EmbeddingRequest) -> JSONResponse:
+        if server.engine.embedder is not None and not server.engine.embedder.is_pooled:
+            raise invalid("Pooling type 'none' is not OAI compatible. Please use a different pooling type")
+        vectors, n_tokens = await _embedded(server, request)
+        if request.input is None:
+            return JSONResponse(native_body(vectors))
+        as_base64 = request.encoding_format == "base64"
+        return JSONResponse(openai_body(vectors, n_tokens, request.model or options.model_name, as_base64))
 
     @app.post("/chat/completions")
     @app.post("/v1/chat/completions")
@@ -284,6 +313,18 @@ def _slot(slot: Slot) -> dict[str, Any]:
             "kv_bytes": llama.kv_bytes, "kv": formats.compression(report) if report is not None else None,
         }  # fmt: skip
     return body
+
+
+async def _embedded(server: Server, request: EmbeddingRequest) -> tuple[list[FloatArray], int]:
+    """Vectors of a request's texts, and how many tokens these have."""
+    embedder = server.engine.embedder
+    if embedder is None:
+        raise not_supported("This server does not support embeddings. Start it with `--embeddings`")
+    texts = texts_of(server.reader, request.content if request.input is None else request.input)
+    vectors = [await asyncio.to_thread(embedder.embed, tokens) for tokens in texts]
+    if embedder.is_pooled:
+        vectors = [normalized(rows, request.embd_normalize) for rows in vectors]
+    return vectors, sum(map(len, texts))
 
 
 async def _filename(http: Request) -> str:

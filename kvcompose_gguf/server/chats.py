@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ from .generation import Progress, Token
 from .params import grammar_of
 from .schemas import ChatRequest
 from .server import Server
-from .streams import event_stream, merged
+from .streams import event_stream, merged, together
 
 
 def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[str, Any]]]:
@@ -68,7 +67,7 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
     if request.stream:
         chunks = merged([_chat_chunks(server, request, about, reads_calls, begun) for about in abouts])
         return await event_stream(chunks, done=True)
-    ends = await asyncio.gather(*(server.finish(http, about.what, request.id_slot) for about in abouts))
+    ends = await together(server.finish(http, about.what, request.id_slot) for about in abouts)
     bodies = []
     for about, (slot, end) in zip(abouts, ends, strict=True):
         message = chat.parse_calls(begun + end.text) if reads_calls else chat.Message(end.text)

@@ -26,7 +26,7 @@ def make_engine(options: ServeOptions) -> Engine:
     return Engine(
         options.model_path, options.n_parallel, options.n_queue, n_ctx=n_slot, n_batch=options.n_batch,
         flash_attn=options.flash_attn, type_k=options.type_k, type_v=options.type_v, verbose=False,
-        kv_compressor=options.method, **threads,
+        kv_compressor=options.method, embeddings=options.embeddings, pooling=options.pooling, **threads,
     )  # fmt: skip
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,22 +12,32 @@ from fastapi.responses import JSONResponse, Response
 from . import formats
 from .formats import About
 from .generation import End, Token
-from .schemas import CompletionRequest, GenerationRequest
+from .schemas import GenerationRequest
 from .server import Server
-from .streams import event_stream, merged
+from .streams import event_stream, merged, together
 
 Whole = Callable[..., dict[str, Any]]
 
 
 async def complete(
-    server: Server, http: Request, request: CompletionRequest, whole: Whole, part: Whole, done: bool = True
+    server: Server,
+    http: Request,
+    request: GenerationRequest,
+    prompts: Sequence[Sequence[int]],
+    whole: Whole,
+    part: Whole,
+    done: bool = True,
 ) -> Response:
-    prompts = server.reader.prompts(request.prompt)
+    """Continue every prompt, in the form that ``whole`` and, streamed, ``part`` write.
+
+    Args:
+        done: streams end with ``[DONE]``.
+    """
     abouts = server.abouts(request, [server.generation(request, tokens) for tokens in prompts])
     if request.stream:
         chunks = merged([_completion_chunks(server, request, about, whole, part) for about in abouts])
         return await event_stream(chunks, done)
-    ends = await asyncio.gather(*(server.finish(http, about.what, request.id_slot) for about in abouts))
+    ends = await together(server.finish(http, about.what, request.id_slot) for about in abouts)
     bodies = [whole(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
     if whole is formats.text_completion:
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})

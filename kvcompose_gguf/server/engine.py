@@ -11,15 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, KVComposeError
-from .slots import Cancelled, Slot, Turns
+from ..errors import ConfigError
+from .embeddings import Embedder
+from .slots import Busy, Cancelled, Slot, Turns
 
 #: share of a prompt that has to be in a slot's cache already for the slot to be chosen for it
 MIN_SIMILARITY = 0.1
-
-
-class Busy(KVComposeError):
-    """All slots work and the queue is full."""
 
 
 @dataclass(eq=False)
@@ -57,10 +54,20 @@ class Engine:
         model_path: of the weights, which are loaded once.
         n_slots: requests that run at a time, each with a cache of its own.
         n_queue: requests that may wait.
+        embeddings: whether there is a context for vectors, of at most so many tokens a text; 0: none.
+        pooling: of these vectors.
         **kwargs: of every slot's ``Llama``.
     """
 
-    def __init__(self, model_path: Path, n_slots: int, n_queue: int = 64, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        n_slots: int,
+        n_queue: int = 64,
+        embeddings: int = 0,
+        pooling: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if n_slots < 1:
             raise ConfigError(f"n_slots={n_slots} is not positive")
         self._turns = Turns()
@@ -69,10 +76,17 @@ class Engine:
         self._n_queue = n_queue
         self._closed = False
         self.slots: list[Slot] = []
+        self.embedder: Embedder | None = None
         try:
             for number in range(n_slots):
                 owner = self.slots[0].llama if self.slots else None
                 self.slots.append(Slot(number, model_path, self._turns, owner, **kwargs))
+            if embeddings:
+                threads = {name: kwargs[name] for name in ("n_threads", "n_threads_batch") if name in kwargs}
+                self.embedder = Embedder(
+                    model_path, self.slots[0].llama, lambda decode, n: self._turns.run(decode), embeddings, pooling,
+                    verbose=False, flash_attn=kwargs.get("flash_attn", False), **threads,
+                )  # fmt: skip
         except Exception:
             self.close()
             raise
@@ -119,6 +133,8 @@ class Engine:
             job.cancel()
         for slot in self.slots:
             slot.cancelled = lambda: True
+        if self.embedder is not None:
+            self.embedder.close()
         for slot in reversed(self.slots):
             slot.close()
         self.slots = []

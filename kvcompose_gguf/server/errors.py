@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError, ContextLengthError, KVComposeError
-from .engine import Busy
+from .slots import Busy
 
 #: seconds after which a client may try again when the queue is full
 RETRY_AFTER = 1

@@ -28,6 +28,8 @@ class ServeOptions:
         chat_template: Jinja; None: the model's own, or ChatML.
         endpoint_metrics, endpoint_slots: whether /metrics and /slots answer.
         slot_save_path: folder of saved slots; None: they are not saved.
+        embeddings: most tokens of a text whose vector is asked for; 0: none are made.
+        pooling: of these vectors, "none", "mean", "cls" or "last"; None: the model's own.
         ui: whether there is a page at /.
         verbose: answers carry their prompts.
     Raises:
@@ -54,6 +56,8 @@ class ServeOptions:
     endpoint_metrics: bool = True
     endpoint_slots: bool = True
     slot_save_path: Path | None = None
+    embeddings: int = 0
+    pooling: str | None = None
     ui: bool = True
     verbose: bool = False
 
@@ -61,7 +65,7 @@ class ServeOptions:
         for name in ("n_parallel", "n_batch", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive")
-        for name in ("n_ctx", "n_queue"):
+        for name in ("n_ctx", "n_queue", "embeddings"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         if self.n_predict < -1:

@@ -71,6 +71,7 @@ class GenerationRequest(BaseModel):
     return_tokens: bool = False
     return_progress: bool = False
     timings_per_token: bool = False
+    response_fields: list[str] = []
     verbose: bool = False
     n_predict: CountOrAll | None = Field(
         None, validation_alias=AliasChoices("n_predict", "max_completion_tokens", "max_tokens")
@@ -124,7 +125,6 @@ class CompletionRequest(GenerationRequest):
     """Of /completion and /v1/completions."""
 
     prompt: Prompt
-    response_fields: list[str] = []
 
 
 class InfillRequest(GenerationRequest):
@@ -177,12 +177,6 @@ class EmbeddingRequest(BaseModel):
     encoding_format: Literal["float", "base64"] = "float"
     embd_normalize: int = Field(2, ge=-1, le=INT_MAX)
     dimensions: int | None = None
-
-
-class SlotRequest(BaseModel):
-    """Of /slots/{id}?action=save and restore."""
-
-    filename: str = ""
 
 
 class CompressRequest(BaseModel):

@@ -81,7 +81,7 @@ class Server:
                 what=what, llama=self.llama, model=self.options.model_name, fingerprint=self.fingerprint,
                 created=created, id=answer_id, index=index, verbose=self.options.verbose or request.verbose,
                 settings=formats.settings(what, request.stream, request.timings_per_token),
-                return_tokens=request.return_tokens, response_fields=tuple(getattr(request, "response_fields", ())),
+                return_tokens=request.return_tokens, response_fields=tuple(request.response_fields),
                 logprobs=bool(getattr(request, "logprobs", False)),
             )
             for index, what in enumerate(_child(what, k) for what in asked for k in range(n))

@@ -24,6 +24,10 @@ class Cancelled(KVComposeError):
     """Nobody waits for the result any more."""
 
 
+class Busy(KVComposeError):
+    """All slots work and the queue is full."""
+
+
 class Turns:
     """One thread that computes for all: who has waited longest is next, and nobody's threads wait beside another's."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
 
 from .errors import ApiError
+
+T = TypeVar("T")
 
 
 async def event_stream(chunks: AsyncIterator[dict[str, Any]], done: bool) -> StreamingResponse:
@@ -55,3 +57,14 @@ async def merged(streams: Iterable[AsyncIterator[dict[str, Any]]]) -> AsyncItera
         await asyncio.gather(*waiting, return_exceptions=True)
         for stream in streams:
             await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results of all of ``work``; what one of them raises ends the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,149 @@
+"""Vectors of texts, from a context of their own on the slots' weights."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError
+from ..kernels.types import FloatArray
+from ..llama import Llama
+from ..native import library
+from .errors import ApiError, invalid
+from .params import Reader
+from .slots import SlotLlama
+
+POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
+
+
+class Embedder:
+    """A context that makes vectors.
+
+    Args:
+        pooling: of ``POOLING``; None: the model's own.
+        n_batch: most tokens of a text.
+        decode_through: as for ``SlotLlama``.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        weights_of: Llama,
+        decode_through: Callable[[Callable[[], None], int], None],
+        n_batch: int,
+        pooling: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if pooling is not None and pooling not in POOLING:
+            raise ConfigError(f"pooling={pooling!r} is none of {', '.join(POOLING)}")
+        kind = -1 if pooling is None else POOLING[pooling]
+        self._one_at_a_time = threading.Lock()
+        self._llama = SlotLlama(
+            str(model_path), decode_through=decode_through, weights_of=weights_of, embedding=True, pooling_type=kind,
+            n_ctx=n_batch, n_batch=n_batch, n_ubatch=n_batch, **kwargs,
+        )  # fmt: skip
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a text has one vector, and not one for every token."""
+        return bool(self._llama.pooling_type() != POOLING["none"])
+
+    def embed(self, tokens: Sequence[int]) -> FloatArray:
+        """Vectors of a text, float32 ``(1 or n_tokens, n_embd)``.
+
+        Raises:
+            ApiError: it has no tokens, or too many.
+        """
+        llama, llama_cpp = self._llama, library.load()
+        if not tokens:
+            raise invalid("Input content cannot be empty")
+        if len(tokens) > llama.n_batch:
+            raise ApiError(
+                500, f"input ({len(tokens)} tokens) is too large to process. increase the physical batch size "
+                f"(current batch size: {llama.n_batch})",
+            )  # fmt: skip
+        with self._one_at_a_time:
+            llama._ctx.kv_cache_clear()
+            llama._batch.reset()
+            llama._batch.add_sequence(list(tokens), 0, True)
+            llama._ctx.decode(llama._batch)
+            if self.is_pooled:
+                n, pointer = 1, llama_cpp.llama_get_embeddings_seq(llama.ctx, 0)
+            else:
+                n, pointer = len(tokens), llama_cpp.llama_get_embeddings(llama.ctx)
+            return np.ctypeslib.as_array(pointer, (n, llama.n_embd())).copy()
+
+    def close(self) -> None:
+        """Free the context, when nobody uses it."""
+        with self._one_at_a_time:
+            self._llama.close()
+
+
+def normalized(vectors: FloatArray, kind: int) -> FloatArray:
+    """Vectors as llama.cpp normalizes them (common_embd_normalize): -1 not, 0 to int16's range, 2 Euclid, p p-norm."""
+    x = vectors.astype(np.float64)
+    if kind < 0:
+        return vectors
+    if kind == 0:
+        norms = np.abs(x).max(axis=1, keepdims=True) / 32760
+    elif kind == 2:
+        norms = np.sqrt((x * x).sum(axis=1, keepdims=True))
+    else:
+        with np.errstate(over="ignore"):
+            norms = (np.abs(x) ** kind).sum(axis=1, keepdims=True) ** (1 / kind)
+    out: FloatArray = np.divide(x, norms, out=np.zeros_like(x), where=(norms > 0) & np.isfinite(norms)).astype(
+        np.float32
+    )
+    return out
+
+
+def texts_of(reader: Reader, content: Any) -> list[tuple[int, ...]]:
+    """Tokens of every text of a request: strings, tokens, both, or parts of a text.
+
+    Raises:
+        ApiError: it is none.
+    """
+    if content is None:
+        raise invalid('"input" or "content" must be provided')
+    if isinstance(content, list) and not content:
+        raise invalid('"input" must not be empty')
+    items = content if isinstance(content, list) and not any(isinstance(item, int) for item in content) else [content]
+    return [() if item in ("", []) else _tokens(reader, item) for item in items]
+
+
+def _tokens(reader: Reader, item: Any) -> tuple[int, ...]:
+    if isinstance(item, dict) and "content" in item:
+        parts = item["content"]
+        if not isinstance(parts, list):
+            raise invalid('"content" must be an array')
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
+        if not all(isinstance(text, str) for text in texts):
+            raise invalid("unsupported content[].type")
+        item = "".join(map(str, texts))
+    (tokens,) = reader.prompts(item)
+    return tokens
+
+
+def openai_body(vectors: Sequence[FloatArray], n_tokens: int, model: str, as_base64: bool) -> dict[str, Any]:
+    """The answer of /v1/embeddings."""
+    data = []
+    for index, vector in enumerate(vectors):
+        entry: dict[str, Any] = {"embedding": _encoded(vector[0], as_base64), "index": index, "object": "embedding"}
+        data.append(entry | ({"encoding_format": "base64"} if as_base64 else {}))
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"model": model, "object": "list", "usage": usage, "data": data}
+
+
+def native_body(vectors: Sequence[FloatArray]) -> list[dict[str, Any]]:
+    """The answer of /embedding."""
+    return [{"index": index, "embedding": rows.tolist()} for index, rows in enumerate(vectors)]
+
+
+def _encoded(vector: npt.NDArray[np.float32], as_base64: bool) -> Any:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_base64 else vector.tolist()
