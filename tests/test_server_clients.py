@@ -1,0 +1,152 @@
+"""Clients that people have, over a real socket, on a tiny model of random weights."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+import tiny
+import uvicorn
+
+from kvcompose_gguf.server.app import create_app
+from kvcompose_gguf.server.command import make_engine
+from kvcompose_gguf.server.options import ServeOptions
+from kvcompose_gguf.server.slots import Turns
+
+CONFIG = tiny.GQA
+KEY = "sk-secret"
+MESSAGES: Any = [{"role": "user", "content": "Hello, who are you?"}]
+
+
+@pytest.fixture(scope="module")
+def address(tiny_model) -> Iterator[str]:
+    """Of a server with two slots, vectors and a key."""
+    options = ServeOptions(
+        model_path=tiny_model(CONFIG), n_ctx=2048, n_parallel=2, threads=1, n_batch=64, flash_attn=False, alias="tiny",
+        api_keys=(KEY,), embeddings=128, pooling="mean",
+    )  # fmt: skip
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(
+            uvicorn.Config(create_app(options, lambda: make_engine(options)), log_level="warning")
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        until(lambda: server.started)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=30)
+
+
+def until(true: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def curl(address: str, path: str, *options: str) -> Any:
+    command = ["curl", "-s", f"{address}{path}", "-H", f"Authorization: Bearer {KEY}", *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_openai_package_lists_models_completes_and_chats(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    text = client.completions.create(model="tiny", prompt="Once", max_tokens=6, temperature=0)
+    assert (text.choices[0].finish_reason, text.usage.completion_tokens) == ("length", 6)
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=6, temperature=0, logprobs=True, top_logprobs=3
+    )
+    assert chat.choices[0].message.role == "assistant"
+    content = chat.choices[0].logprobs.content
+    assert "".join(entry.token for entry in content) == chat.choices[0].message.content
+    assert all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in content)
+
+
+def test_the_openai_package_streams_the_same(client):
+    options: Any = {"model": "tiny", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole
+    assert (chunks[0].choices[0].delta.role, chunks[-1].usage.completion_tokens) == ("assistant", 12)
+
+
+def test_the_openai_package_gets_json(client):
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=60,
+        response_format={"type": "json_schema", "json_schema": {"name": "paint", "schema": schema}},
+    )  # fmt: skip
+    assert json.loads(chat.choices[0].message.content)["colour"] in ("red", "blue")
+
+
+def test_the_openai_package_gets_vectors(client):
+    answer = client.embeddings.create(model="tiny", input=["one", "two"])
+    assert [len(entry.embedding) for entry in answer.data] == [CONFIG.n_embd] * 2
+
+
+def test_the_openai_package_understands_errors(client, address):
+    with pytest.raises(openai.BadRequestError, match="exceeds the available context size"):
+        client.completions.create(model="tiny", prompt=[5] * 2000)
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user"}])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "at once"])
+def test_a_client_that_goes_stops_its_work(address, monkeypatch, stream):
+    run = Turns.run
+
+    def slowly(self: Turns, function: Callable[[], Any]) -> Any:
+        time.sleep(0.02)
+        return run(self, function)
+
+    def busy() -> int:
+        return sum(slot["is_processing"] for slot in json.loads(curl(address, "/slots")))
+
+    monkeypatch.setattr(Turns, "run", slowly)  # 900 tokens take 18 s
+    host, port = address.removeprefix("http://").split(":")
+    asking = http.client.HTTPConnection(host, int(port))
+    body = {"prompt": "Once", "n_predict": 900, "ignore_eos": True, "stream": stream}
+    asking.request("POST", "/completion", json.dumps(body), {"Authorization": f"Bearer {KEY}"})
+    until(lambda: busy() == 1, 10)
+    asking.close()
+    until(lambda: busy() == 0, 6)
+
+
+def test_curl_without_headers_is_understood(address):
+    body = json.loads(curl(address, "/completion", "-d", '{"prompt": "Once", "n_predict": 3}'))
+    assert body["tokens_predicted"] == 3
+    lines = curl(address, "/v1/chat/completions", "-N", "-d", json.dumps({"messages": MESSAGES, "max_tokens": 2, "stream": True}))
+    assert lines.strip().endswith("data: [DONE]")
+
+
+def test_a_short_answer_does_not_wait_for_a_long_prompt(client):
+    """Side by side, the short request is done while the long one is still being read."""
+    ended: dict[str, float] = {}
+
+    def ask(name: str, n_prompt: int) -> None:
+        client.completions.create(model="tiny", prompt=[7 + len(name)] * n_prompt, max_tokens=4, extra_body={"cache_prompt": False})
+        ended[name] = time.monotonic()
+
+    threads = [threading.Thread(target=ask, args=arguments) for arguments in (("long", 960), ("short", 8))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended["short"] < ended["long"]
