@@ -381,6 +381,21 @@ def test_prompts_are_compressed_as_the_server_or_the_request_says(start):
     assert slots
 
 
+def test_what_is_kept_of_a_context_is_told(start):
+    client = start(method=METHOD)
+    assert client.get("/kv/slots/0").json() == {"id": 0, "pieces": [], "shares": []}
+    prompt = tiny.tokens(CONFIG, 308)
+    kv = post(client, "/completion", prompt=prompt, n_predict=2, id_slot=1)["timings"]["kv"]
+    assert [slot["id"] for slot in client.get("/kv/slots").json()] == [1, 0]
+    told = client.get("/kv/slots/1").json()
+    assert (len(told["pieces"]), len(told["shares"])) == (300, 300)
+    assert "".join(told["pieces"]) == post(client, "/detokenize", tokens=prompt[:300])["content"]
+    # a layer's heads keep as many tokens each
+    assert sum(told["shares"]) == pytest.approx(sum(kv["n_kept"]) / CONFIG.n_layer, rel=1e-3)
+    assert 0 <= min(told["shares"]) < max(told["shares"]) <= 1
+    assert client.get("/kv/slots/2").status_code == 400
+
+
 def test_a_document_is_compressed_once_and_continued(start):
     client = start(method=METHOD)
     document = tiny.tokens(CONFIG, 300)
@@ -540,7 +555,12 @@ def test_what_is_told_about_the_server(start):
     assert "compression_ratio=0.5" in props["kv_compress"]
     models = client.get("/v1/models").json()
     assert [model["id"] for model in models["data"]] == ["tiny"]
-    assert "<!doctype html>" in client.get("/").text
+    page = client.get("/")
+    assert "<!doctype html>" in page.text
+    for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript")):
+        assert client.get(f"/{name}").headers["content-type"].startswith(kind)
+        assert name in page.text
+    assert "http" not in page.text  # nothing comes from elsewhere
     assert start(ui=False).get("/").status_code == 404
     assert [set(slot) for slot in client.get("/slots").json()] == [{"id", "n_ctx", "speculative", "is_processing"}] * 2
 

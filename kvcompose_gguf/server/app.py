@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mimetypes
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from .. import __version__
@@ -44,6 +45,7 @@ from .schemas import (
 from .server import Server
 from .service import run
 from .slots import Slot
+from .text import TextStream
 
 #: routes that llama-server has and this one does not, with the reason
 NOT_OFFERED = {
@@ -110,12 +112,19 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/index.html", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        if not options.ui:
-            raise ApiError(404, "File Not Found")
-        return HTMLResponse(files(__package__).joinpath("page.html").read_text("utf-8"))
+    def page_file(name: str) -> Callable[[], Any]:
+        async def route() -> Response:
+            if not options.ui:
+                raise ApiError(404, "File Not Found")
+            kind = mimetypes.guess_type(name)[0]
+            # nothing from elsewhere, and no script that is not ours
+            policy = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"}
+            return Response(files(__package__).joinpath("page", name).read_bytes(), media_type=kind, headers=policy)
+
+        return route
+
+    for path, name in (("/", "index.html"), *((f"/{name}", name) for name in ("index.html", "page.css", "page.js"))):
+        app.add_api_route(path, page_file(name), include_in_schema=False)
 
     @app.get("/props")
     async def props() -> dict[str, Any]:
@@ -283,6 +292,25 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
             return {"id_slot": slot.id, "n_tokens": len(tokens), "kv": formats.compression(report)}
 
         return dict(await run(server.engine, Job(work, tokens), http.is_disconnected))
+
+    @app.get("/kv/slots")
+    async def kv_slots() -> list[dict[str, Any]]:
+        """Slots, those whose work was latest first."""
+        slots = sorted(server.engine.slots, key=lambda slot: (slot.is_idle, -slot.last_used))
+        return [_slot(slot) for slot in slots]
+
+    @app.get("/kv/slots/{id_slot}")
+    async def kv_slot(id_slot: int) -> dict[str, Any]:
+        """The compressed context of a slot: its tokens' texts, and the share of heads that keeps each of them."""
+        if not 0 <= id_slot < len(server.engine.slots):
+            raise invalid("Invalid slot ID")
+        llama = server.engine.slots[id_slot].llama
+        shares, tokens = llama.kept_shares, llama.context_tokens
+        stream = TextStream()  # a character stands where its last byte is
+        pieces = [stream.add(llama.piece(token, special=True)) for token in tokens[: len(shares)]]
+        if pieces:
+            pieces[-1] += stream.end()
+        return {"id": id_slot, "pieces": pieces, "shares": [round(float(share), 4) for share in shares]}
 
     def refuse(reason: str) -> Callable[[], Any]:
         async def route() -> None:

@@ -16,7 +16,7 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: paths that need no key
-PUBLIC = frozenset({"/", "/index.html", "/health", "/v1/health", "/favicon.ico"})
+PUBLIC = frozenset({"/", "/index.html", "/page.css", "/page.js", "/health", "/v1/health", "/favicon.ico"})
 
 CORS = {
     b"access-control-allow-credentials": b"true",

@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from .. import seam
 from ..errors import KVComposeError
 from ..llama import Llama
 from ..methods import Method
 from ..native import library
+from ..plan import CompositionPlan
 from ..report import KVReport
 
 T = TypeVar("T")
@@ -59,12 +62,32 @@ class SlotLlama(Llama):
         weights_of: Llama | None = None,
         **kwargs: Any,
     ) -> None:
+        self.kept_shares = np.zeros(0, dtype=np.float32)
         with _borrowed_weights(weights_of):
             super().__init__(model_path, **kwargs)
         decode = self._ctx.decode
         self._ctx.decode = lambda batch: decode_through(lambda: decode(batch), batch.n_tokens())
         #: how the context that is compressed was, for humans and for comparison; empty: it is not, or nobody knows
         self.composed_by = ""
+
+    @property
+    def context_tokens(self) -> list[int]:
+        """Tokens of the compressed context."""
+        return list(self._compressed)
+
+    def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
+        """As ``Llama.compose``; what is kept of which token is remembered in ``kept_shares``."""
+        super().compose(plan, n_room)
+        kept = np.zeros(plan.n_tokens, dtype=np.int64)
+        for cells in plan.cells:
+            kept += np.bincount(cells.ravel(), minlength=plan.n_tokens)
+        #: of every token of the context, the share of all layers' KV heads that keeps it, float32
+        self.kept_shares = (kept / sum(len(cells) for cells in plan.cells)).astype(np.float32)
+
+    def reset(self) -> None:
+        """As ``Llama.reset``."""
+        super().reset()
+        self.kept_shares = np.zeros(0, dtype=np.float32)
 
     def cached_tokens(self) -> list[int]:
         """Tokens that a prompt may begin with to be continued, those of a compressed context included."""

@@ -1,0 +1,146 @@
+"use strict";
+
+const at = (id) => document.getElementById(id);
+let messages = [];
+let asking = null; // what stops the answer that is being written
+
+function headers() {
+  const key = at("key").value.trim();
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+async function get(path) {
+  const answer = await fetch(path, { headers: headers() });
+  if (!answer.ok) throw new Error(await told(answer));
+  return answer.json();
+}
+
+async function told(answer) {
+  try { return (await answer.json()).error.message; } catch { return `${answer.status} ${answer.statusText}`; }
+}
+
+function show(kind, text) {
+  const element = document.createElement("div");
+  element.className = kind === "figures" ? kind : `message ${kind}`;
+  element.textContent = text;
+  at("messages").append(element);
+  element.scrollIntoView({ block: "end" });
+  return element;
+}
+
+// chunks of server-sent events, of which a network packet may hold a part or several
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let held = ""; ;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (held + value).split("\n");
+    held = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+    }
+  }
+}
+
+async function send(text) {
+  messages.push({ role: "user", content: text });
+  show("user", text);
+  const element = show("assistant", "");
+  asking = new AbortController();
+  at("stop").disabled = false;
+  at("send").disabled = true;
+  let said = "", timings = null;
+  try {
+    const ratio = Number(at("ratio").value);
+    const answer = await fetch("v1/chat/completions", {
+      method: "POST", headers: headers(), signal: asking.signal,
+      body: JSON.stringify({
+        messages, stream: true, max_tokens: Number(at("max-tokens").value), temperature: Number(at("temperature").value),
+        kv_compress: ratio > 0 ? { ratio } : false,
+      }),
+    });
+    if (!answer.ok) throw new Error(await told(answer));
+    for await (const chunk of events(answer)) {
+      if (chunk.error) throw new Error(chunk.error.message);
+      said += chunk.choices[0]?.delta.content ?? "";
+      element.textContent = said;
+      timings = chunk.timings ?? timings;
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") show("error", error.message);
+  }
+  if (said) messages.push({ role: "assistant", content: said });
+  else messages.pop();
+  if (timings) show("figures", figures(timings));
+  asking = null;
+  at("stop").disabled = true;
+  at("send").disabled = false;
+  await refresh();
+}
+
+function figures(t) {
+  const parts = [`${t.prompt_n} tokens read in ${(t.prompt_ms / 1000).toFixed(1)} s, ${t.cache_n} were in the cache`];
+  if (t.predicted_per_second) parts.push(`${t.predicted_per_second.toFixed(1)} tokens/s`);
+  return parts.join("; ");
+}
+
+async function refresh() {
+  let slots;
+  try { slots = await get("kv/slots"); } catch (error) { at("summary").textContent = error.message; return; }
+  const slot = slots.find((one) => one.kv);
+  at("layers").replaceChildren();
+  at("kept").replaceChildren();
+  if (!slot) {
+    at("summary").textContent = "Nothing is compressed: prompts of 256 tokens and more are.";
+    return;
+  }
+  const kv = slot.kv, mb = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
+  at("summary").textContent = `Slot ${slot.id}: of ${kv.n_tokens} tokens ${(100 * kv.ratio).toFixed(0)} % of the entries are removed, ` +
+    `${mb(kv.bytes_full)} became ${mb(kv.bytes)}; ${mb(slot.kv_bytes)} allocated. Scores took ${(kv.score_ms / 1000).toFixed(2)} s.`;
+  kv.n_kept.forEach((n, layer) => {
+    const whole = document.createElement("div"), part = document.createElement("div");
+    part.style.height = `${100 * n / kv.n_tokens}%`;
+    whole.title = `layer ${layer}: ${n} of ${kv.n_tokens} tokens`;
+    whole.append(part);
+    at("layers").append(whole);
+  });
+  const { pieces, shares } = await get(`kv/slots/${slot.id}`);
+  pieces.forEach((piece, i) => {
+    const element = document.createElement("span");
+    element.textContent = piece;
+    element.title = `kept by ${(100 * shares[i]).toFixed(0)} % of the heads`;
+    element.style.backgroundColor = `rgba(var(--keep), ${(0.75 * shares[i]).toFixed(3)})`;
+    at("kept").append(element);
+  });
+}
+
+at("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = at("text").value.trim();
+  if (!text || asking) return;
+  at("text").value = "";
+  send(text);
+});
+at("text").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("form").requestSubmit();
+});
+at("stop").addEventListener("click", () => asking?.abort());
+at("clear").addEventListener("click", () => { asking?.abort(); messages = []; at("messages").replaceChildren(); });
+at("file").addEventListener("change", async () => {
+  const [file] = at("file").files;
+  if (file) at("text").value = `${await file.text()}\n\n${at("text").value}`;
+  at("file").value = "";
+});
+const showRatio = () => { at("ratio-text").value = ` ${Math.round(100 * at("ratio").value)} %`; };
+at("ratio").addEventListener("input", showRatio);
+at("key").addEventListener("change", start);
+
+async function start() {
+  showRatio();
+  try {
+    const [model] = (await get("v1/models")).data;
+    at("model").textContent = `${model.id.split("/").pop()}, ${model.meta.n_ctx} tokens`;
+    await refresh();
+  } catch (error) { at("model").textContent = error.message; }
+}
+start();
