@@ -3,9 +3,9 @@
 
     python scripts/score_agreement.py MODEL [--n-tokens 2048] [--samples 6]
 
-On contexts of RULER's tasks, for every layer and KV head: the rank correlation (Spearman) with the whole repeat's scores, and
-the share of the tokens kept at 50, 75 and 87.5 % removed that the repeat keeps as well, if every layer keeps as many.
-Means over heads, layers and contexts; seconds are one thread's.
+On contexts of RULER's tasks, for every layer and KV head: Spearman's rank correlation with the whole repeat's scores,
+and the share of the tokens kept at 50, 75 and 87.5 % removed that the repeat keeps as well, if every layer keeps as
+many. Means over heads, layers and contexts; seconds are one thread's.
 """
 
 from __future__ import annotations
