@@ -32,13 +32,15 @@ class ChatTemplate:
     Args:
         source: of the template; ``"chatml"``: that one.
         bos, eos: texts of these tokens.
+        bos_is_added: to all tokens of a text, so that it must not be in the text as well.
     Raises:
         ConfigError: it is no template.
     """
 
-    def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
+    def __init__(self, source: str, bos: str = "", eos: str = "", bos_is_added: bool = True) -> None:
         self.source = CHATML if source == "chatml" else source
         self._tokens = {"bos_token": bos, "eos_token": eos}
+        self._begins_with = bos if bos_is_added else ""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
         )
@@ -66,8 +68,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may do anything
             raise ApiError(500, f"Failed to apply the chat template: {error}") from error
-        bos = self._tokens["bos_token"]
-        return text[len(bos) :] if bos and text.startswith(bos) else text  # it comes with the tokens
+        return text.removeprefix(self._begins_with)
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -43,7 +43,7 @@ class Server:
     def _template(self) -> chat.ChatTemplate:
         source = self.options.chat_template or self.llama.metadata.get("tokenizer.chat_template") or "chatml"
         bos, eos = (self.text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
-        return chat.ChatTemplate(source, bos, eos)
+        return chat.ChatTemplate(source, bos, eos, self.llama.adds_bos)
 
     def text(self, token: int) -> str:
         """A token's text, of control tokens too; empty if the model does not have it."""
