@@ -20,6 +20,11 @@ Plan = list[list[list[int]]]  # layer, KV head, tokens
 Aggregate = Callable[[Sequence[float]], float]
 
 
+def plain(**options: Any) -> KVCompose:
+    """KVCompose without the sinks that the paper does not have."""
+    return KVCompose(**({"n_sink": 0} | options))
+
+
 def layer(n_head: int, n_head_kv: int, n_bytes_row: int = 64) -> LayerGeometry:
     return LayerGeometry(0, n_head, n_head_kv, 16, 16, 1, 1, False, n_bytes_row)
 
@@ -119,9 +124,9 @@ def assert_as_specified(
     expected = specified_plan(attention, layers, v_norms, **options)
     if expected is None:
         with pytest.raises(ConfigError, match="composites cannot be kept"):
-            plan_of(KVCompose(**options), attention, layers, v_norms)
+            plan_of(plain(**options), attention, layers, v_norms)
         return False
-    plan = plan_of(KVCompose(**options), attention, layers, v_norms)
+    plan = plan_of(plain(**options), attention, layers, v_norms)
     assert plan.n_tokens == attention[0].shape[1]
     got = [cells.tolist() for cells in plan.cells]
     n_different = max(
@@ -207,8 +212,8 @@ def test_every_combination_of_options_keeps_the_specified_tokens(
 @pytest.mark.parametrize("bought", [{"compression_ratio": 0.65}, {"n_kept": 8}, {"max_kv_bytes": 96 * 24}])
 def test_each_option_changes_what_is_kept(option: dict[str, Any], bought: dict[str, Any]) -> None:
     attention, layers, v_norms = inputs("continuous")
-    default = plan_of(KVCompose(**bought), attention, layers, v_norms)
-    changed = plan_of(KVCompose(**bought, **option), attention, layers, v_norms)
+    default = plan_of(plain(**bought), attention, layers, v_norms)
+    changed = plan_of(plain(**bought, **option), attention, layers, v_norms)
     assert [cells.tolist() for cells in changed.cells] != [cells.tolist() for cells in default.cells]
     assert assert_as_specified(attention, layers, v_norms, bought | option)
 
@@ -227,8 +232,8 @@ def test_each_option_changes_what_is_kept(option: dict[str, Any], bought: dict[s
 )
 def test_whose_attention_it_is_makes_no_difference_to_what_is_made_of_it(option: dict[str, Any]) -> None:
     attention, layers, v_norms = inputs("continuous")
-    default = plan_of(KVCompose(n_kept=6), attention, layers, v_norms)
-    changed = plan_of(KVCompose(n_kept=6, **option), attention, layers, v_norms)
+    default = plan_of(plain(n_kept=6), attention, layers, v_norms)
+    changed = plan_of(plain(n_kept=6, **option), attention, layers, v_norms)
     assert [cells.tolist() for cells in changed.cells] == [cells.tolist() for cells in default.cells]
 
 
@@ -299,15 +304,15 @@ def test_the_heads_of_a_composite_keep_their_own_tokens() -> None:
     favourites = [[1, 6], [0, 2], [6, 7], [3, 4]]
     for head, tokens in enumerate(favourites):
         attention[head, tokens] = [0.5, 0.25]
-    plan = plan_of(KVCompose(n_kept=2, add_mean_across_heads=False), [attention], [layer(4, 4)])
+    plan = plan_of(plain(n_kept=2, add_mean_across_heads=False), [attention], [layer(4, 4)])
     assert plan.cells[0].tolist() == favourites
 
 
 def test_the_mean_across_heads_lets_a_token_that_all_heads_need_win() -> None:
     # token 3 is every head's second best, by far the best of the layer
     attention = np.array([[0.5, 0, 0, 0.4], [0, 0.5, 0, 0.4], [0, 0, 0.5, 0.4]], np.float32)
-    own = plan_of(KVCompose(n_kept=1, add_mean_across_heads=False), [attention], [layer(3, 3)])
-    shared = plan_of(KVCompose(n_kept=1), [attention], [layer(3, 3)])
+    own = plan_of(plain(n_kept=1, add_mean_across_heads=False), [attention], [layer(3, 3)])
+    shared = plan_of(plain(n_kept=1), [attention], [layer(3, 3)])
     assert own.cells[0].tolist() == [[0], [1], [2]]
     assert shared.cells[0].tolist() == [[3], [3], [3]]
 
@@ -315,21 +320,21 @@ def test_the_mean_across_heads_lets_a_token_that_all_heads_need_win() -> None:
 def test_a_layer_that_is_attended_more_keeps_more() -> None:
     rng = np.random.default_rng(1)
     weak, strong = (rng.random((2, 20), dtype=np.float32) * scale for scale in (0.1, 1.0))
-    plan = plan_of(KVCompose(compression_ratio=0.5), [weak, strong], [layer(2, 2)] * 2)
+    plan = plan_of(plain(compression_ratio=0.5), [weak, strong], [layer(2, 2)] * 2)
     assert plan.n_kept.sum() == 20
     assert plan.n_kept[1] > 15
 
 
 def test_among_equal_scores_the_first_tokens_of_the_first_layers_stay() -> None:
     equal = [np.full((2, 6), 0.25, np.float32)] * 3
-    plan = plan_of(KVCompose(n_kept=3), equal, [layer(2, 2)] * 3)
+    plan = plan_of(plain(n_kept=3), equal, [layer(2, 2)] * 3)
     assert [cells.tolist() for cells in plan.cells] == [[list(range(6))] * 2, [list(range(3))] * 2, [[], []]]
 
 
 def test_a_lower_bound_keeps_the_best_ranks_of_a_layer_that_nobody_attends_to() -> None:
     weak = np.array([[0, 0.01, 0, 0.02, 0, 0]], np.float32)
     strong = np.linspace(0.5, 1, 6, dtype=np.float32)[None]
-    plan = plan_of(KVCompose(n_kept=3, keep_token_lower_bound=2), [weak, strong], [layer(1, 1)] * 2)
+    plan = plan_of(plain(n_kept=3, keep_token_lower_bound=2), [weak, strong], [layer(1, 1)] * 2)
     assert [cells.tolist() for cells in plan.cells] == [[[1, 3]], [[2, 3, 4, 5]]]
 
 
@@ -337,8 +342,8 @@ def test_sinks_stay_in_every_head_of_every_layer() -> None:
     attention, layers, _ = inputs("continuous")
     for cells in attention:
         cells[:, :3] = 0
-    without = plan_of(KVCompose(n_kept=6), attention, layers)
-    plan = plan_of(KVCompose(n_kept=6, n_sink=3), attention, layers)
+    without = plan_of(plain(n_kept=6), attention, layers)
+    plan = plan_of(plain(n_kept=6, n_sink=3), attention, layers)
     assert not any((cells < 3).any() for cells in without.cells)
     for cells in plan.cells:
         assert (cells[:, :3] == [0, 1, 2]).all()
@@ -347,13 +352,13 @@ def test_sinks_stay_in_every_head_of_every_layer() -> None:
 
 def test_more_sinks_than_tokens_keep_every_token_if_the_budget_allows() -> None:
     attention, layers, _ = inputs("continuous")
-    plan = plan_of(KVCompose(compression_ratio=0.0, n_sink=1000), attention, layers)
+    plan = plan_of(plain(compression_ratio=0.0, n_sink=1000), attention, layers)
     assert plan.n_kept.tolist() == [23, 23, 23]
 
 
 def test_ratio_zero_keeps_everything() -> None:
     attention, layers, _ = inputs("continuous")
-    plan = plan_of(KVCompose(compression_ratio=0.0), attention, layers)
+    plan = plan_of(plain(compression_ratio=0.0), attention, layers)
     expected = CompositionPlan.keep_all(23, [4, 2, 4])
     assert [cells.tolist() for cells in plan.cells] == [cells.tolist() for cells in expected.cells]
 
@@ -363,16 +368,16 @@ def test_planning_leaves_its_inputs_as_they_were() -> None:
     copies = [array.copy() for array in (*attention, *v_norms)]
     options: dict[str, Any] = {"add_v_norm": True, "first_layer_rule": True, "n_sink": 3}
     for add_mean in (False, True):
-        plan_of(KVCompose(n_kept=6, add_mean_across_heads=add_mean, **options), attention, layers, v_norms)
+        plan_of(plain(n_kept=6, add_mean_across_heads=add_mean, **options), attention, layers, v_norms)
     # one query head a KV head: the group's aggregate could be the input itself
-    plan_of(KVCompose(n_kept=6, add_mean_across_heads=False, n_sink=3), attention[:1], [layer(8, 8)])
+    plan_of(plain(n_kept=6, add_mean_across_heads=False, n_sink=3), attention[:1], [layer(8, 8)])
     for before, after in zip(copies, (*attention, *v_norms), strict=True):
         np.testing.assert_array_equal(after, before)
 
 
 def test_the_arrays_of_a_plan_are_read_only() -> None:
     attention, layers, _ = inputs("continuous")
-    plan = plan_of(KVCompose(n_kept=6), attention, layers)
+    plan = plan_of(plain(n_kept=6), attention, layers)
     assert len(plan.cells) == 3
     for cells in plan.cells:
         with pytest.raises(ValueError, match="read-only"):
@@ -407,7 +412,7 @@ def test_the_arrays_of_a_plan_are_read_only() -> None:
 )
 def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        KVCompose(**options)
+        plain(**options)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +433,7 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         ({"agg_task": "median"}, "agg_task='median' is none of 'max', 'mean'"),
         ({"agg_group": "Mean"}, "agg_group='Mean' is none of"),
         ({"agg_head": None}, "agg_head=None is none of"),
-        ({"scoring": "windows"}, "scoring='windows' is none of 'repeat', 'prompts', 'window', 'prefill'"),
+        ({"scoring": "windows"}, "scoring='windows' is none of 'auto', 'repeat', 'prompts', 'window', 'prefill'"),
         ({"scoring": None}, "scoring=None is none of"),
         ({"scoring": ["repeat"]}, r"scoring=\['repeat'\] is none of"),
         ({"scoring_fraction": 0}, r"scoring_fraction=0 is not in \(0, 1\]"),
@@ -456,7 +461,7 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
 )
 def test_an_option_out_of_its_range_is_refused_by_name_and_value(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        KVCompose(compression_ratio=0.5, **option)
+        plain(compression_ratio=0.5, **option)
 
 
 @pytest.mark.parametrize(
@@ -478,29 +483,29 @@ def test_an_option_out_of_its_range_is_refused_by_name_and_value(option: dict[st
     ids=str,
 )
 def test_an_option_at_the_end_of_its_range_is_taken(option: dict[str, Any]) -> None:
-    method = KVCompose(compression_ratio=0.0, **option)
+    method = plain(compression_ratio=0.0, **option)
     assert {name: getattr(method, name) for name in option} == option
 
 
 def test_options_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        KVCompose(compression_ratio=0.5).compression_ratio = 0.9  # type: ignore[misc]
+        plain(compression_ratio=0.5).compression_ratio = 0.9  # type: ignore[misc]
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_defaults_are_the_papers_but_for_scoring_and_sinks() -> None:
     method = KVCompose(compression_ratio=0.5)
     assert (method.agg_task, method.agg_group, method.agg_head) == ("max", "mean", "mean")
     assert (method.add_v_norm, method.add_mean_across_heads) == (False, True)
-    assert (method.keep_token_lower_bound, method.n_sink, method.first_layer_rule) == (0, 0, False)
-    assert (method.scoring, method.scoring_fraction) == ("repeat", 1)
+    assert (method.keep_token_lower_bound, method.n_sink, method.first_layer_rule) == (0, 4, False)
+    assert (method.scoring, method.scoring_fraction) == ("auto", 1)
 
 
 def test_paper_gives_the_papers_settings_and_refuses_others() -> None:
     method = KVCompose.paper(compression_ratio=0.5, keep_last=7)
     assert (method.scoring_chunk, method.keep_last, method.allocation) == (None, 7, "global")
-    assert dataclasses.replace(method, scoring_chunk=512, keep_last=32, allocation=None) == KVCompose(
-        compression_ratio=0.5
-    )
+    assert (method.scoring, method.n_sink) == ("repeat", 0)
+    ours = dataclasses.replace(method, scoring="auto", scoring_chunk=512, n_sink=4, keep_last=32, allocation=None)
+    assert ours == KVCompose(compression_ratio=0.5)
     with pytest.raises(ConfigError, match="agg_head, n_sink: decided by the paper"):
         KVCompose.paper(compression_ratio=0.5, n_sink=4, agg_head="max")
 
@@ -510,19 +515,19 @@ def test_paper_gives_the_papers_settings_and_refuses_others() -> None:
 def test_floors_larger_than_the_budget_are_refused(floor: dict[str, int], bought: dict[str, Any]) -> None:
     attention, layers, _ = inputs("continuous")
     with pytest.raises(ConfigError, match="composites cannot be kept: 3 layers of 23 tokens, at least"):
-        plan_of(KVCompose(**bought, **floor), attention, layers)
+        plan_of(plain(**bought, **floor), attention, layers)
 
 
 def test_v_norms_are_needed_with_add_v_norm() -> None:
     attention, layers, _ = inputs("continuous")
     with pytest.raises(ConfigError, match="the evidence has no values"):
-        plan_of(KVCompose(n_kept=6, add_v_norm=True), attention, layers)
+        plan_of(plain(n_kept=6, add_v_norm=True), attention, layers)
 
 
 def test_v_norms_are_not_used_without_add_v_norm() -> None:
     attention, layers, v_norms = inputs("continuous")
-    with_norms = plan_of(KVCompose(n_kept=6), attention, layers, v_norms)
-    without = plan_of(KVCompose(n_kept=6), attention, layers)
+    with_norms = plan_of(plain(n_kept=6), attention, layers, v_norms)
+    without = plan_of(plain(n_kept=6), attention, layers)
     assert [cells.tolist() for cells in with_norms.cells] == [cells.tolist() for cells in without.cells]
 
 
@@ -540,7 +545,7 @@ def test_v_norms_are_not_used_without_add_v_norm() -> None:
 def test_a_nan_in_the_attention_of_any_head_is_refused(agg_group: str, agg_head: str, head: int) -> None:
     attention, layers, _ = inputs("continuous")
     attention[1][head, 5] = np.nan
-    method = KVCompose(n_kept=6, agg_group=agg_group, agg_head=agg_head, add_mean_across_heads=False)
+    method = plain(n_kept=6, agg_group=agg_group, agg_head=agg_head, add_mean_across_heads=False)
     with pytest.raises(ConfigError, match="not finite"):
         plan_of(method, attention, layers)
 
@@ -549,28 +554,28 @@ def test_a_nan_among_the_v_norms_is_refused() -> None:
     attention, layers, v_norms = inputs("continuous")
     v_norms[2][0, 22] = np.nan
     with pytest.raises(ConfigError, match="has NaN"):
-        plan_of(KVCompose(n_kept=6, add_v_norm=True), attention, layers, v_norms)
+        plan_of(plain(n_kept=6, add_v_norm=True), attention, layers, v_norms)
 
 
 def test_infinite_attention_is_refused() -> None:
     attention, layers, _ = inputs("continuous")
     attention[1][0, 5] = np.inf
     with pytest.raises(ConfigError):
-        plan_of(KVCompose(n_kept=6), attention, layers)
+        plan_of(plain(n_kept=6), attention, layers)
 
 
 def test_layers_of_different_context_lengths_are_refused() -> None:
     attention, layers, _ = inputs("continuous")
     attention[2] = attention[2][:, :-1]
     with pytest.raises(ConfigError):
-        plan_of(KVCompose(n_kept=6), attention, layers)
+        plan_of(plain(n_kept=6), attention, layers)
 
 
 @pytest.mark.parametrize("n_given", [2, 4])
 def test_another_number_of_attention_layers_is_refused(n_given: int) -> None:
     attention, layers, _ = inputs("continuous")
     with pytest.raises(ConfigError):
-        plan_of(KVCompose(n_kept=6), (attention * 2)[:n_given], layers)
+        plan_of(plain(n_kept=6), (attention * 2)[:n_given], layers)
 
 
 @pytest.mark.parametrize(
@@ -596,4 +601,4 @@ def test_another_number_of_attention_layers_is_refused(n_given: int) -> None:
 )
 def test_an_option_of_another_type_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
-        KVCompose(**option)
+        plain(**option)

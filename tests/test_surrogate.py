@@ -404,7 +404,7 @@ def test_a_surrogate_that_was_given_is_taken_without_looking_for_another(folder,
     assert (method.scoring, method.surrogate) == ("surrogate", GOOD)
 
 
-@pytest.mark.parametrize("options", [{}, {"add_v_norm": True, "add_mean_across_heads": False, "n_sink": 3}])
+@pytest.mark.parametrize("options", [{"n_sink": 0}, {"add_v_norm": True, "add_mean_across_heads": False, "n_sink": 3}])
 def test_scores_are_the_predictions_and_what_kvcompose_makes_of_attention(options):
     evidence = make_evidence(60)
     weights = random_weights(evidence, 1)
@@ -432,7 +432,7 @@ def test_a_prompt_is_read_once_and_what_is_predicted_is_kept(make_llama, monkeyp
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
     want = specified_plan(predicted, layers, [], compression_ratio=0.5)
 
-    method = KVCompose(scoring="surrogate", surrogate=Surrogate("m", "abc", weights), compression_ratio=0.5)
+    method = KVCompose(scoring="surrogate", surrogate=Surrogate("m", "abc", weights), compression_ratio=0.5, n_sink=0)
     llama = make_llama(config, method, **ONE_THREAD)
     n_read, decode = [], llama._ctx.decode
     monkeypatch.setattr(llama._ctx, "decode", lambda batch: n_read.append(batch.n_tokens()) or decode(batch))

@@ -458,12 +458,12 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
         evidence = signs(evidence)
     if kind == "a key of no length":
         evidence.read("keys", 0)[:, ::3] = 0
-    method = Variant(n_kept=n_kept, fold=share, add_v_norm=True)
+    method = Variant(n_kept=n_kept, fold=share, add_v_norm=True, n_sink=0)
     edited, scores = method.edited(evidence), method.scores(evidence)
     assert isinstance(edited, EditedPlan)
     assert len(edited.biases) == 0
     np.testing.assert_array_equal(edited.n_kept, edited.plan.n_kept)
-    for a, b in zip(edited.plan.cells, KVCompose(n_kept=n_kept, add_v_norm=True).plan(evidence).cells, strict=True):
+    for a, b in zip(edited.plan.cells, KVCompose(n_kept=n_kept, add_v_norm=True, n_sink=0).plan(evidence).cells, strict=True):
         np.testing.assert_array_equal(a, b)
     assert n_kept > 1 or 0 in edited.n_kept, "every layer keeps something"
     for l, cells in enumerate(edited.plan.cells):
@@ -484,7 +484,7 @@ def test_where_nothing_is_evicted_nothing_is_edited():
 
 def test_folding_all_into_one_is_the_mean_by_weight():
     evidence = make_evidence("GQA", 40)
-    method = Variant(n_kept=1, fold=1.0, allocation="uniform")
+    method = Variant(n_kept=1, fold=1.0, allocation="uniform", n_sink=0)
     for l, (values, scores) in enumerate(zip(method.edited(evidence).values, method.scores(evidence), strict=True)):
         for h in range(2):
             want = np.average(evidence.read("values", l)[h].astype(np.float64), axis=0, weights=scores[h])
@@ -504,7 +504,7 @@ def test_a_kept_value_of_no_weight_stays_what_it_is_unless_others_join_it():
 @pytest.mark.parametrize("n_kept", [40, 11, 1, 0.4])
 def test_kept_logits_are_raised_by_the_logarithm_of_what_was_lost(n_kept, correct):
     evidence = make_evidence("layers that differ", 40)
-    method = Variant(n_kept=n_kept, correct=correct)
+    method = Variant(n_kept=n_kept, correct=correct, n_sink=0)
     edited, scores = method.edited(evidence), method.scores(evidence)
     assert isinstance(edited, EditedPlan)
     assert len(edited.values) == 0

@@ -10,6 +10,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("kvcompose", "kvcompose,scoring=repeat", "snapkv", "streaming-llm"),
     "baselines": (
         "kvcompose,scoring=repeat",
+        "kvcompose,scoring=repeat,n_sink=0",
         "kvcompose,scoring=window",
         "kvcompose,scoring=prefill,agg_task=mean",
         "compresskv",
@@ -44,12 +45,12 @@ SUITES: dict[str, tuple[str, ...]] = {
         "kvcompose,scoring=repeat,add_mean_across_heads=False",
         "kvcompose,scoring=repeat,allocation=uniform",
         "kvcompose,scoring=repeat,first_layer_rule=True",
-        "kvcompose,scoring=repeat,n_sink=4",
+        "kvcompose,scoring=repeat,n_sink=0",
         "unstructured,scoring=repeat",
     ),
     "variants": (
         "kvcompose,scoring=repeat",
-        "kvcompose,scoring=repeat,n_sink=4",
+        "kvcompose,scoring=repeat,n_sink=0",
         "kvcompose,scoring=repeat,n_recent=32",
         'kvcompose,scoring=repeat,instruction="\\n\\nRepeat the previous context exactly."',
         "variant,scoring=repeat,own=True",

@@ -53,6 +53,7 @@ class KVCompose(Method):
         agg_head: over the heads of a composite token, ``"mean"`` or ``"max"``.
         add_v_norm: multiply by the L2 norm of the token's value.
         add_mean_across_heads: add the mean over the layer's KV heads.
+        n_sink: as in ``Method``, but 4: the paper has none, and loses most where little is kept.
         keep_token_lower_bound: first composite ranks of every layer that win before anything else. Without it and
             ``n_sink`` a layer may keep nothing, where the newest reference keeps one token more than its budget.
         first_layer_rule: layer 0 takes the highest composite score of all layers at every rank. An artefact of the
@@ -62,6 +63,7 @@ class KVCompose(Method):
         ConfigError: an option out of its range, or not exactly one budget.
     """
 
+    n_sink: int = 4
     scoring: str = "auto"
     scoring_fraction: float = 1.0
     instruction: str = ""
