@@ -1,0 +1,74 @@
+#!/usr/bin/env python3
+"""``kvcompose serve`` behind llama-server's command line, for llama.cpp's own server tests.
+
+    LLAMA_SERVER_BIN_PATH=$PWD/scripts/llama_server_shim.py KVC_TEST_MODEL=smollm2 pytest unit/test_basic.py
+
+Whatever model a test asks for, it gets ``KVC_TEST_MODEL``. Options that are not ours are accepted and do nothing, so
+that a test of what they do fails by itself and not because the server did not start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from kvcompose_gguf.run import resolve_model
+from kvcompose_gguf.server.command import read_keys, serve
+from kvcompose_gguf.server.options import ServeOptions
+from kvcompose_gguf.server.sampling import Sampling
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--temp", type=float, default=0.8)
+    parser.add_argument("--seed", type=int, default=-1)
+    parser.add_argument("--ctx-size", type=int, default=0)
+    parser.add_argument("--parallel", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--n-predict", type=int, default=-1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--alias", default="")
+    parser.add_argument("--api-key", default="")
+    parser.add_argument("--pooling")
+    parser.add_argument("--slot-save-path", type=Path)
+    parser.add_argument("--chat-template")
+    parser.add_argument("--chat-template-file", type=Path)
+    for name in ("--metrics", "--slots", "--no-slots", "--no-ui", "--verbose", "--embedding"):
+        parser.add_argument(name, action="store_true")
+    args, unknown = parser.parse_known_args()
+    print("not ours:", unknown, flush=True)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    template = args.chat_template_file.read_text("utf-8") if args.chat_template_file else args.chat_template
+    sampling = Sampling(temperature=args.temp)
+    options = ServeOptions(
+        model_path=resolve_model(os.environ["KVC_TEST_MODEL"]),
+        alias=args.alias,
+        n_ctx=args.ctx_size,
+        n_parallel=args.parallel,
+        n_predict=args.n_predict,
+        n_batch=args.batch_size,
+        threads=args.threads,
+        sampling=sampling if args.seed < 0 else replace(sampling, seed=args.seed),
+        api_keys=read_keys(args.api_key, None),
+        chat_template=template,
+        endpoint_metrics=args.metrics,
+        endpoint_slots=args.slots and not args.no_slots,
+        slot_save_path=args.slot_save_path,
+        embeddings=args.batch_size if args.embedding else 0,
+        pooling=args.pooling,
+        ui=not args.no_ui,
+        verbose=args.verbose,
+    )
+    serve(options, args.host, args.port)
+
+
+if __name__ == "__main__":
+    main()
