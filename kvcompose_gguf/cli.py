@@ -192,6 +192,9 @@ def serve(
     ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", min=0, help="Tokens of all slots; 0: the model's.")] = 0,
     parallel: Annotated[int, typer.Option("--parallel", "-np", min=1, help="Conversations at a time.")] = 1,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 64,
+    kv_budget: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of all slots' caches; idle ones make room.")
+    ] = None,
     n_predict: Annotated[int, typer.Option("--n-predict", "-n", min=-1, help="Most tokens; -1: as many as fit.")] = -1,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Tokens decoded at once.")] = 512,
     alias: Annotated[str, typer.Option("--alias", "-a", help="The model's name for clients.")] = "",
@@ -221,6 +224,7 @@ def serve(
         method = make_method(kv_method, compression_ratio=kv_compress).for_model(path)
     options = ServeOptions(
         model_path=path, alias=alias, method=method, n_ctx=ctx_size, n_parallel=parallel, n_queue=queue,
+        kv_budget=kv_budget,
         n_predict=n_predict, n_batch=batch_size, threads=threads, api_keys=read_keys(api_key, api_key_file),
         slot_save_path=slot_save_path, chat_template=chat_template, embeddings=embeddings, pooling=pooling,
     )  # fmt: skip

@@ -238,3 +238,47 @@ def test_closing_ends_what_runs_and_what_waits(make_engine):
     assert waiting.future.cancelled()
     with pytest.raises(Busy, match="about to end"):
         engine.submit(Job(lambda slot: slot.id))
+
+
+def sized(tokens: list[int]) -> Job:
+    job = read(tokens)
+    job.n_tokens = len(tokens)
+    return job
+
+
+def test_idle_caches_make_room_and_what_does_not_fit_waits(make_engine):
+    probe = make_engine(1)
+    result(probe, sized(tiny.tokens(CONFIG, 300)))
+    empty, cell, used = probe._empty_bytes, probe._cell_bytes, probe.slots[0].llama.kv_bytes
+    budget = empty + 2 * used
+    engine = make_engine(3, kv_budget=budget)
+    prompts = [tiny.tokens(CONFIG, 300, seed=seed) for seed in range(3)]
+
+    def total() -> int:
+        return sum(slot.llama.kv_bytes for slot in engine.slots)
+
+    for number, tokens in enumerate(prompts):
+        assert result(engine, sized(tokens))[0] == number
+        assert total() <= budget
+    # the first one, used longest ago, made room for the third
+    assert [slot.llama.n_tokens for slot in engine.slots] == [0, 300, 300]
+    assert result(engine, sized([*prompts[2], 5]))[:2] == (2, 300)
+
+    blocker = Blocker()
+    blocker.job.n_tokens = 600
+    engine.submit(blocker.job)
+    assert blocker.begun.wait(TIMEOUT)
+    large, small = sized(tiny.tokens(CONFIG, 600, seed=7)), sized(tiny.tokens(CONFIG, 20, seed=8))
+    engine.submit(large)
+    engine.submit(small)  # would fit, but the large one was first
+    assert engine.n_waiting == 2
+    blocker.go.set()
+    assert large.future.result(TIMEOUT)[2].size
+    assert small.future.result(TIMEOUT)[2].size
+    assert total() <= budget
+    n_most = (budget - 2 * empty) // cell - 256
+    with pytest.raises(ConfigError, match=rf"{n_most + 1} tokens need \d+ bytes of cache, the server's budget leaves"):
+        engine.submit(sized(tiny.tokens(CONFIG, n_most + 1)))
+    assert result(engine, sized(tiny.tokens(CONFIG, n_most)))[2].size
+    with pytest.raises(ConfigError, match="kv_budget=10 is less than 2 empty slots have"):
+        make_engine(2, kv_budget=10)

@@ -291,7 +291,7 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
             report = slot.llama.compress_prompt(tokens, method)
             return {"id_slot": slot.id, "n_tokens": len(tokens), "kv": formats.compression(report)}
 
-        return dict(await run(server.engine, Job(work, tokens), http.is_disconnected))
+        return dict(await run(server.engine, Job(work, tokens, n_tokens=len(tokens)), http.is_disconnected))
 
     @app.get("/kv/slots")
     async def kv_slots() -> list[dict[str, Any]]:

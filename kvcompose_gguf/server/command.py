@@ -24,7 +24,8 @@ def make_engine(options: ServeOptions) -> Engine:
     n_slot = -(-max(1, n_ctx // options.n_parallel) // N_PAD) * N_PAD
     threads = {} if options.threads is None else {"n_threads": options.threads, "n_threads_batch": options.threads}
     return Engine(
-        options.model_path, options.n_parallel, options.n_queue, n_ctx=n_slot, n_batch=options.n_batch,
+        options.model_path, options.n_parallel, options.n_queue, options.kv_budget, n_ctx=n_slot,
+        n_batch=options.n_batch,
         flash_attn=options.flash_attn, type_k=options.type_k, type_v=options.type_v, verbose=False,
         kv_compressor=options.method, embeddings=options.embeddings, pooling=options.pooling, **threads,
     )  # fmt: skip

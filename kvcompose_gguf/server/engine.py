@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..llama import START_CELLS
 from .embeddings import Embedder
 from .slots import Busy, Cancelled, Slot, Turns
 
@@ -27,12 +28,14 @@ class Job:
         work: is called with the slot, in its thread; its result or exception is the future's.
         tokens: of the prompt, which decide the slot.
         id_slot: that it has to be, or -1.
+        n_tokens: that its cache may have to hold.
         future: of the result.
     """
 
     work: Callable[[Slot], Any]
     tokens: Sequence[int] = ()
     id_slot: int = -1
+    n_tokens: int = 0
     future: Future[Any] = field(default_factory=Future)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -54,6 +57,8 @@ class Engine:
         model_path: of the weights, which are loaded once.
         n_slots: requests that run at a time, each with a cache of its own.
         n_queue: requests that may wait.
+        kv_budget: bytes of all slots' caches; what is idle makes room, who was used longest ago first, and what does
+            not fit beside what runs waits. None: no bound.
         embeddings: whether there is a context for vectors, of at most so many tokens a text; 0: none.
         pooling: of these vectors.
         **kwargs: of every slot's ``Llama``.
@@ -64,6 +69,7 @@ class Engine:
         model_path: Path,
         n_slots: int,
         n_queue: int = 64,
+        kv_budget: int | None = None,
         embeddings: int = 0,
         pooling: str | None = None,
         **kwargs: Any,
@@ -74,6 +80,7 @@ class Engine:
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._n_queue = n_queue
+        self._kv_budget = kv_budget
         self._closed = False
         self.slots: list[Slot] = []
         self.embedder: Embedder | None = None
@@ -87,6 +94,7 @@ class Engine:
                     model_path, self.slots[0].llama, lambda decode, n: self._turns.run(decode), embeddings, pooling,
                     verbose=False, flash_attn=kwargs.get("flash_attn", False), **threads,
                 )  # fmt: skip
+            self._check_budget(kv_budget)
         except Exception:
             self.close()
             raise
@@ -111,10 +119,15 @@ class Engine:
 
         Raises:
             Busy: the queue is full.
-            ConfigError: there is no such slot.
+            ConfigError: there is no such slot, or the budget is too small for it alone.
         """
         if job.id_slot >= len(self.slots):
             raise ConfigError(f"id_slot={job.id_slot}: there are {len(self.slots)} slots")
+        most = None if self._kv_budget is None else self._kv_budget - self._empty_bytes * (len(self.slots) - 1)
+        if most is not None and self._bytes_of(job) > most:
+            raise ConfigError(
+                f"{job.n_tokens} tokens need {self._bytes_of(job)} bytes of cache, the server's budget leaves {most}"
+            )
         with self._lock:
             if self._closed:
                 raise Busy("the server is about to end")
@@ -141,15 +154,17 @@ class Engine:
         self._turns.close()
 
     def _start_waiting(self) -> None:
-        """Give idle slots to jobs; a job that waits for a certain slot lets others pass."""
+        """Give idle slots to jobs; a job that waits for a certain slot lets others pass, one that needs memory not."""
         for job in list(self._waiting):
             if job.is_cancelled:
                 self._waiting.remove(job)
                 continue
             slot = self._slot_for(job)
+            if slot is not None and not self._make_room(slot, job):
+                break
             if slot is not None and job.future.set_running_or_notify_cancel():
                 self._waiting.remove(job)
-                slot.occupy()
+                slot.occupy(self._bytes_of(job))
                 slot.cancelled = lambda job=job: self._closed or job.is_cancelled  # type: ignore[misc]
                 slot.start(lambda slot, job=job: self._work(slot, job))  # type: ignore[misc]
 
@@ -163,6 +178,38 @@ class Engine:
         if job.tokens and n_same / len(job.tokens) > MIN_SIMILARITY:
             return best
         return min(idle, key=lambda slot: slot.last_used)
+
+    #
+    # memory
+    #
+
+    def _check_budget(self, kv_budget: int | None) -> None:
+        llama = self.slots[0].llama
+        self._empty_bytes = llama.kv_bytes
+        self._cell_bytes = sum(layer.n_bytes_row for layer in llama.kv_layers)
+        if kv_budget is not None and kv_budget < self._empty_bytes * len(self.slots):
+            raise ConfigError(f"kv_budget={kv_budget} is less than {len(self.slots)} empty slots have")
+
+    def _bytes_of(self, job: Job) -> int:
+        """That a slot has with the job's tokens, before they are compressed."""
+        return max(self._empty_bytes, (job.n_tokens + START_CELLS) * self._cell_bytes)
+
+    def _make_room(self, slot: Slot, job: Job) -> bool:
+        """Whether a job may start in a slot; idle slots forget what they have for it."""
+        if self._kv_budget is None:
+            return True
+        others = [other for other in self.slots if other is not slot]
+        needed = self._bytes_of(job) + sum(self._empty_bytes if s.is_idle else s.reserved for s in others)
+        if needed > self._kv_budget:
+            return False
+        idle = sorted((other for other in others if other.is_idle), key=lambda other: other.last_used)
+        n_over = needed + sum(other.llama.kv_bytes - self._empty_bytes for other in idle) - self._kv_budget
+        for other in idle:
+            if n_over <= 0:
+                break
+            n_over -= other.llama.kv_bytes - self._empty_bytes
+            other.llama.reset()
+        return True
 
     def _work(self, slot: Slot, job: Job) -> None:
         result, error = None, None

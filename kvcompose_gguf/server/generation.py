@@ -14,6 +14,9 @@ from .sampling import Chosen, Sampler, Sampling
 from .slots import Slot
 from .text import TextStream
 
+#: tokens that memory is reserved for if an answer may be as long as it likes
+N_UNBOUNDED = 1024
+
 StopType = Literal["none", "eos", "word", "limit"]
 
 
@@ -48,6 +51,11 @@ class Generation:
     n_probs: int = 0
     post_sampling_probs: bool = False
     special: bool = False
+
+    def n_most(self, n_ctx: int) -> int:
+        """Tokens of the prompt and the answer, of which an unbounded one is taken to have at most ``N_UNBOUNDED``."""
+        n_predict = N_UNBOUNDED if self.n_predict < 0 else self.n_predict
+        return min(n_ctx, len(self.tokens) + n_predict)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class ServeOptions:
         n_ctx: tokens of all slots together, 0: what the model was trained for.
         n_parallel: slots.
         n_queue: requests that may wait for one.
+        kv_budget: bytes of all slots' caches; None: no bound.
         n_predict: most tokens of requests that do not say, -1: as many as fit.
         sampling: of requests that do not say.
         api_keys: of which a request needs one; none: everybody may.
@@ -42,6 +43,7 @@ class ServeOptions:
     n_ctx: int = 0
     n_parallel: int = 1
     n_queue: int = 64
+    kv_budget: int | None = None
     n_predict: int = -1
     n_batch: int = 512
     threads: int | None = None

@@ -58,7 +58,7 @@ async def steps(engine: Engine, what: Generation, id_slot: int = -1) -> AsyncIte
         end = generate(slot, what, lambda step: tell((slot.id, step)))
         tell((slot.id, end))
 
-    job = Job(work, what.tokens, id_slot)
+    job = Job(work, what.tokens, id_slot, what.n_most(engine.llama.n_ctx()))
     job.future.add_done_callback(lambda future: tell(None))
     try:
         engine.submit(job)

@@ -153,6 +153,7 @@ class Slot:
         cancelled: whether the work of the present request is of no use any more; asked before every decode.
         on_decode: told the tokens of every decode that is done.
         n_decodes: decodes so far.
+        reserved: bytes that the present request's cache may take.
         busy_since: seconds on ``time.monotonic``'s clock, or None: it is idle.
     """
 
@@ -165,6 +166,7 @@ class Slot:
         self.n_decodes = 0
         self.busy_since: float | None = None
         self.last_used = 0.0
+        self.reserved = 0
         self._turns = turns
         self._thread = ThreadPoolExecutor(1, f"slot-{number}")
         self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
@@ -193,9 +195,9 @@ class Slot:
         """Whether it can take a request."""
         return self.busy_since is None
 
-    def occupy(self) -> None:
-        """Take it for a request."""
-        self.busy_since = time.monotonic()
+    def occupy(self, n_bytes: int) -> None:
+        """Take it for a request whose cache may take so many bytes."""
+        self.busy_since, self.reserved = time.monotonic(), n_bytes
 
     def release(self) -> None:
         """Give it back."""
