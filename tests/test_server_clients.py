@@ -150,3 +150,11 @@ def test_a_short_answer_does_not_wait_for_a_long_prompt(client):
     for thread in threads:
         thread.join()
     assert ended["short"] < ended["long"]
+
+
+def test_langchains_chat_model(address):
+    langchain = pytest.importorskip("langchain_openai")
+    model = langchain.ChatOpenAI(base_url=f"{address}/v1", api_key=KEY, model="tiny", max_tokens=8, temperature=0)
+    whole = model.invoke("Hello, who are you?")
+    assert whole.usage_metadata["output_tokens"] == 8
+    assert "".join(chunk.content for chunk in model.stream("Hello, who are you?")) == whole.content
