@@ -249,8 +249,8 @@ def sized(tokens: list[int]) -> Job:
 def test_idle_caches_make_room_and_what_does_not_fit_waits(make_engine):
     probe = make_engine(1)
     result(probe, sized(tiny.tokens(CONFIG, 300)))
-    empty, cell, used = probe._empty_bytes, probe._cell_bytes, probe.slots[0].llama.kv_bytes
-    budget = empty + 2 * used
+    empty, used = probe._empty_bytes, probe.slots[0].llama.kv_bytes
+    budget = empty + used + probe._bytes_of(sized([5] * 300))
     engine = make_engine(3, kv_budget=budget)
     prompts = [tiny.tokens(CONFIG, 300, seed=seed) for seed in range(3)]
 
@@ -276,7 +276,7 @@ def test_idle_caches_make_room_and_what_does_not_fit_waits(make_engine):
     assert large.future.result(TIMEOUT)[2].size
     assert small.future.result(TIMEOUT)[2].size
     assert total() <= budget
-    n_most = (budget - 2 * empty) // cell - 256
+    n_most = next(n for n in range(1024, 0, -1) if probe._bytes_of(sized([5] * n)) <= budget - 2 * empty)
     with pytest.raises(ConfigError, match=rf"{n_most + 1} tokens need \d+ bytes of cache, the server's budget leaves"):
         engine.submit(sized(tiny.tokens(CONFIG, n_most + 1)))
     assert result(engine, sized(tiny.tokens(CONFIG, n_most)))[2].size

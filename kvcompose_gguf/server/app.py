@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from .schemas import (
 from .server import Server
 from .service import run
 from .slots import Slot
+from .streams import while_connected
 from .text import TextStream
 
 #: routes that llama-server has and this one does not, with the reason
@@ -180,10 +182,13 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
         start = {"Process-Start-Time-Unix": str(server.created)}
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4", headers=start)
 
-    @app.get("/slots")
-    async def slots(fail_on_no_slot: int = 0) -> list[dict[str, Any]]:
+    def check_slots() -> None:
         if not options.endpoint_slots:
             raise not_supported("This server does not support slots endpoint. Start it with `--slots`")
+
+    @app.get("/slots")
+    async def slots(fail_on_no_slot: int = 0) -> list[dict[str, Any]]:
+        check_slots()
         if fail_on_no_slot and server.engine.n_busy == len(server.engine.slots):
             raise ApiError(503, "no slot available")
         return [_slot(slot) for slot in server.engine.slots]
@@ -198,17 +203,19 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
             raise invalid("Invalid action")
         number = int(id_slot) % len(server.engine.slots)
         if action == "erase":
-            return dict(await run(server.engine, Job(_erase, id_slot=number), http.is_disconnected))
+            return dict(await while_connected(http, run(server.engine, Job(_erase, id_slot=number))))
         file = options.slot_save_path / slot_filename(await _filename(http))
         work = _save if action == "save" else _restore
-        return dict(await run(server.engine, Job(lambda slot: work(slot, file), id_slot=number), http.is_disconnected))
+        # what a file holds is not known before it is read
+        job = Job(lambda slot: work(slot, file), id_slot=number, n_tokens=server.llama.n_ctx())
+        return dict(await while_connected(http, run(server.engine, job)))
 
     #
     # tokens
     #
 
     @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(request: TokenizeRequest) -> dict[str, Any]:
         content, read = request.content, server.reader
         if isinstance(content, str):
             tokens = read.tokens(content, request.parse_special, request.add_special) if content else ()
@@ -219,20 +226,23 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
         return {"tokens": [{"id": token, "piece": _piece(server.llama.piece(token, special=True))} for token in tokens]}
 
     @app.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+    def detokenize(request: DetokenizeRequest) -> dict[str, str]:
         if any(not 0 <= token < server.llama.n_vocab() for token in request.tokens):
             raise invalid("Prompt contains invalid tokens")
         return {"content": formats.prompt_text(server.llama, request.tokens)}
 
     @app.post("/apply-template")
     async def apply_template(request: ChatRequest) -> dict[str, str]:
-        return {"prompt": chat_prompt(server, request)[0]}
+        return {"prompt": (await server.aside(chat_prompt, server, request))[0]}
 
     @app.post("/chat/completions/input_tokens")
     @app.post("/v1/chat/completions/input_tokens")
     async def input_tokens(request: ChatRequest) -> dict[str, Any]:
-        prompt, _ = chat_prompt(server, request)
-        return {"input_tokens": len(server.reader.tokens(prompt)), "object": "response.input_tokens"}
+        prompt, _ = await server.aside(chat_prompt, server, request)
+        return {
+            "input_tokens": len(await server.aside(server.reader.tokens, prompt)),
+            "object": "response.input_tokens",
+        }
 
     #
     # generations
@@ -241,32 +251,34 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
     @app.post("/completion")
     @app.post("/completions")
     async def completion(http: Request, request: CompletionRequest) -> Response:
-        prompts = server.reader.prompts(request.prompt)
+        prompts = partial(server.reader.prompts, request.prompt)
         return await complete(server, http, request, prompts, formats.native, formats.native_part, done=False)
 
     @app.post("/v1/completions")
     async def openai_completion(http: Request, request: CompletionRequest) -> Response:
-        prompts = server.reader.prompts(request.prompt)
+        prompts = partial(server.reader.prompts, request.prompt)
         return await complete(server, http, request, prompts, formats.text_completion, formats.text_completion_part)
 
     @app.post("/infill")
     async def infill(http: Request, request: InfillRequest) -> Response:
-        tokens = infill_prompt(
-            server.llama, server.reader, request.input_prefix, request.input_suffix, request.input_extra,
+        tokens = partial(
+            infill_prompt, server.llama, server.reader, request.input_prefix, request.input_suffix, request.input_extra,
             request.prompt, request.n_predict or 0,
         )  # fmt: skip
-        return await complete(server, http, request, [tokens], formats.native, formats.native_part, done=False)
+        return await complete(
+            server, http, request, lambda: [tokens()], formats.native, formats.native_part, done=False
+        )
 
     @app.post("/embedding")
     @app.post("/embeddings")
-    async def embedding(request: EmbeddingRequest) -> JSONResponse:
-        return JSONResponse(native_body((await _embedded(server, request))[0]))
+    async def embedding(http: Request, request: EmbeddingRequest) -> JSONResponse:
+        return JSONResponse(native_body((await _embedded(server, http, request))[0]))
 
     @app.post("/v1/embeddings")
-    async def openai_embedding(request: EmbeddingRequest) -> JSONResponse:
+    async def openai_embedding(http: Request, request: EmbeddingRequest) -> JSONResponse:
         if server.engine.embedder is not None and not server.engine.embedder.is_pooled:
             raise invalid("Pooling type 'none' is not OAI compatible. Please use a different pooling type")
-        vectors, n_tokens = await _embedded(server, request)
+        vectors, n_tokens = await _embedded(server, http, request)
         if request.input is None:
             return JSONResponse(native_body(vectors))
         as_base64 = request.encoding_format == "base64"
@@ -280,8 +292,9 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
     @app.post("/kv/compress")
     async def compress(http: Request, request: CompressRequest) -> dict[str, Any]:
         prompt = request.prompt
-        tokens = server.reader.tokens(prompt) if isinstance(prompt, str) else server.reader.mixed(prompt)
-        method = server.reader.method(request.kv_compress)
+        read = server.reader.tokens if isinstance(prompt, str) else server.reader.mixed
+        tokens = await server.aside(read, prompt)
+        method = await server.aside(server.reader.method, request.kv_compress)
         if method is None:
             raise invalid("kv_compress: the server was started without a budget, give one")
         # all of it, and at once: what follows is another request's
@@ -291,17 +304,20 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
             report = slot.llama.compress_prompt(tokens, method)
             return {"id_slot": slot.id, "n_tokens": len(tokens), "kv": formats.compression(report)}
 
-        return dict(await run(server.engine, Job(work, tokens, n_tokens=len(tokens)), http.is_disconnected))
+        job = Job(work, tokens, n_tokens=len(tokens))
+        return dict(await while_connected(http, run(server.engine, job)))
 
     @app.get("/kv/slots")
     async def kv_slots() -> list[dict[str, Any]]:
         """Slots, those whose work was latest first."""
+        check_slots()
         slots = sorted(server.engine.slots, key=lambda slot: (slot.is_idle, -slot.last_used))
         return [_slot(slot) for slot in slots]
 
     @app.get("/kv/slots/{id_slot}")
-    async def kv_slot(id_slot: int) -> dict[str, Any]:
+    def kv_slot(id_slot: int) -> dict[str, Any]:
         """The compressed context of a slot: its tokens' texts, and the share of heads that keeps each of them."""
+        check_slots()
         if not 0 <= id_slot < len(server.engine.slots):
             raise invalid("Invalid slot ID")
         llama = server.engine.slots[id_slot].llama
@@ -321,7 +337,8 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
     for path, reason in NOT_OFFERED.items():
         app.add_api_route(path, refuse(reason), methods=["GET", "POST", "DELETE"], include_in_schema=False)
 
-    return Gate(app, options.api_keys, options.max_body_bytes)
+    # without a key, pages of other hosts could read what was asked here
+    return Gate(app, options.api_keys, options.max_body_bytes, local_only=not options.api_keys)
 
 
 #
@@ -338,18 +355,18 @@ def _slot(slot: Slot) -> dict[str, Any]:
         report = llama.kv_report if llama.n_context else None
         body |= {
             "n_prompt_tokens": llama.n_tokens, "next_token": [{"has_next_token": not slot.is_idle, "n_remain": -1}],
-            "kv_bytes": llama.kv_bytes, "kv": formats.compression(report) if report is not None else None,
+            "kv_bytes": slot.kv_bytes, "kv": formats.compression(report) if report is not None else None,
         }  # fmt: skip
     return body
 
 
-async def _embedded(server: Server, request: EmbeddingRequest) -> tuple[list[FloatArray], int]:
+async def _embedded(server: Server, http: Request, request: EmbeddingRequest) -> tuple[list[FloatArray], int]:
     """Vectors of a request's texts, and how many tokens these have."""
     embedder = server.engine.embedder
     if embedder is None:
         raise not_supported("This server does not support embeddings. Start it with `--embeddings`")
-    texts = texts_of(server.reader, request.content if request.input is None else request.input)
-    vectors = [await asyncio.to_thread(embedder.embed, tokens) for tokens in texts]
+    texts = await server.aside(texts_of, server.reader, request.content if request.input is None else request.input)
+    vectors = [await while_connected(http, server.aside(embedder.embed, tokens)) for tokens in texts]
     if embedder.is_pooled:
         vectors = [normalized(rows, request.embd_normalize) for rows in vectors]
     return vectors, sum(map(len, texts))

@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse, Response
 from . import chat, formats
 from .errors import invalid
 from .formats import About
-from .generation import Progress, Token
-from .params import grammar_of
+from .generation import Generation, Progress, Token
+from .grammars import grammar_of
 from .schemas import ChatRequest
 from .server import Server
-from .streams import event_stream, merged, together
+from .streams import event_stream, merged, together, while_connected
 
 
 def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[str, Any]]]:
@@ -52,27 +52,35 @@ def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[st
 
 
 async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
-    prompt, tools = chat_prompt(server, request)
-    _, choice = chat.check_tools(request.tools, request.tool_choice, server.template)
+    """Answer a chat, whole or in pieces."""
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs requires logprobs to be set to true")
     if request.logprobs and request.n_probs is None:
         request.n_probs = 20 if request.top_logprobs is None else max(1, request.top_logprobs)
-    grammar = _chat_grammar(request, tools if choice == "required" else [])
-    if choice == "required":
-        prompt += chat.CALL_BEGIN + "\n"
-    abouts = server.abouts(request, [server.generation(request, server.reader.tokens(prompt), grammar)])
+    what, tools, choice = await server.aside(_asked, server, request)
+    abouts = server.abouts(request, [what])
     reads_calls = bool(tools) and choice != "none"
     begun = chat.CALL_BEGIN if choice == "required" else ""
     if request.stream:
         chunks = merged([_chat_chunks(server, request, about, reads_calls, begun) for about in abouts])
-        return await event_stream(chunks, done=True)
-    ends = await together(server.finish(http, about.what, request.id_slot) for about in abouts)
+        return await event_stream(http, chunks, done=True)
+    work = (server.finish(about.what, request.id_slot) for about in abouts)
+    ends = await while_connected(http, together(work, len(server.engine.slots)))
     bodies = []
     for about, (slot, end) in zip(abouts, ends, strict=True):
         message = chat.parse_calls(begun + end.text) if reads_calls else chat.Message(end.text)
         bodies.append(formats.chat_completion(replace(about, id_slot=slot), end, message.content, message.tool_calls))
     return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+
+
+def _asked(server: Server, request: ChatRequest) -> tuple[Generation, list[dict[str, Any]], str]:
+    """What is to be generated, the tools that may be called, and whether they may or have to be."""
+    prompt, tools = chat_prompt(server, request)
+    _, choice = chat.check_tools(request.tools, request.tool_choice, server.template)
+    grammar = _chat_grammar(request, tools if choice == "required" else [])
+    if choice == "required":
+        prompt += chat.CALL_BEGIN + "\n"
+    return server.generation(request, server.reader.tokens(prompt), grammar), tools, choice
 
 
 def _chat_grammar(request: ChatRequest, forced: list[dict[str, Any]]) -> str | None:

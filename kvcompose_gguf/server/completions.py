@@ -14,7 +14,7 @@ from .formats import About
 from .generation import End, Token
 from .schemas import GenerationRequest
 from .server import Server
-from .streams import event_stream, merged, together
+from .streams import event_stream, merged, together, while_connected
 
 Whole = Callable[..., dict[str, Any]]
 
@@ -23,7 +23,7 @@ async def complete(
     server: Server,
     http: Request,
     request: GenerationRequest,
-    prompts: Sequence[Sequence[int]],
+    prompts: Callable[[], Sequence[Sequence[int]]],
     whole: Whole,
     part: Whole,
     done: bool = True,
@@ -31,13 +31,16 @@ async def complete(
     """Continue every prompt, in the form that ``whole`` and, streamed, ``part`` write.
 
     Args:
+        prompts: makes their tokens.
         done: streams end with ``[DONE]``.
     """
-    abouts = server.abouts(request, [server.generation(request, tokens) for tokens in prompts])
+    asked = await server.aside(lambda: [server.generation(request, tokens) for tokens in prompts()])
+    abouts = server.abouts(request, asked)
     if request.stream:
         chunks = merged([_completion_chunks(server, request, about, whole, part) for about in abouts])
-        return await event_stream(chunks, done)
-    ends = await together(server.finish(http, about.what, request.id_slot) for about in abouts)
+        return await event_stream(http, chunks, done)
+    work = (server.finish(about.what, request.id_slot) for about in abouts)
+    ends = await while_connected(http, together(work, len(server.engine.slots)))
     bodies = [whole(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
     if whole is formats.text_completion:
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})

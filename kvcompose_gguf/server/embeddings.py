@@ -16,8 +16,8 @@ from ..kernels.types import FloatArray
 from ..llama import Llama
 from ..native import library
 from .errors import ApiError, invalid
-from .params import Reader
-from .slots import SlotLlama
+from .params import PROMPT_KINDS, Reader
+from .slots import Busy, SlotLlama
 
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 
@@ -49,6 +49,13 @@ class Embedder:
             n_ctx=n_batch, n_batch=n_batch, n_ubatch=n_batch, **kwargs,
         )  # fmt: skip
 
+        self._is_closed = False
+        if self._llama.pooling_type() not in POOLING.values():
+            self.close()
+            raise ConfigError(
+                f"this model's vectors are pooled otherwise than by {', '.join(POOLING)}: pooling is needed"
+            )
+
     @property
     def is_pooled(self) -> bool:
         """Whether a text has one vector, and not one for every token."""
@@ -69,6 +76,8 @@ class Embedder:
                 f"(current batch size: {llama.n_batch})",
             )  # fmt: skip
         with self._one_at_a_time:
+            if self._is_closed:
+                raise Busy("the server is about to end")
             llama._ctx.kv_cache_clear()
             llama._batch.reset()
             llama._batch.add_sequence(list(tokens), 0, True)
@@ -82,6 +91,7 @@ class Embedder:
     def close(self) -> None:
         """Free the context, when nobody uses it."""
         with self._one_at_a_time:
+            self._is_closed = True
             self._llama.close()
 
 
@@ -126,8 +136,10 @@ def _tokens(reader: Reader, item: Any) -> tuple[int, ...]:
         if not all(isinstance(text, str) for text in texts):
             raise invalid("unsupported content[].type")
         item = "".join(map(str, texts))
-    (tokens,) = reader.prompts(item)
-    return tokens
+    found = reader.prompts(item)
+    if len(found) != 1:
+        raise invalid(PROMPT_KINDS)
+    return found[0]
 
 
 def openai_body(vectors: Sequence[FloatArray], n_tokens: int, model: str, as_base64: bool) -> dict[str, Any]:

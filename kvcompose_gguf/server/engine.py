@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..llama import START_CELLS
+from ..errors import ConfigError, UnsupportedError
 from .embeddings import Embedder
 from .slots import Busy, Cancelled, Slot, Turns
 
 #: share of a prompt that has to be in a slot's cache already for the slot to be chosen for it
 MIN_SIMILARITY = 0.1
+
+#: cells beside a prompt's own: those of an empty cache, or of a chunk that scores it
+N_SCRATCH = 768
 
 
 @dataclass(eq=False)
@@ -184,15 +186,20 @@ class Engine:
     #
 
     def _check_budget(self, kv_budget: int | None) -> None:
-        llama = self.slots[0].llama
-        self._empty_bytes = llama.kv_bytes
-        self._cell_bytes = sum(layer.n_bytes_row for layer in llama.kv_layers)
+        self._empty_bytes = self._cell_bytes = 0
+        try:
+            self._empty_bytes = self.slots[0].kv_bytes
+            self._cell_bytes = sum(layer.n_bytes_row for layer in self.slots[0].llama.kv_layers)
+        except UnsupportedError:
+            if kv_budget is not None:
+                raise
         if kv_budget is not None and kv_budget < self._empty_bytes * len(self.slots):
             raise ConfigError(f"kv_budget={kv_budget} is less than {len(self.slots)} empty slots have")
 
     def _bytes_of(self, job: Job) -> int:
         """That a slot has with the job's tokens, before they are compressed."""
-        return max(self._empty_bytes, (job.n_tokens + START_CELLS) * self._cell_bytes)
+        # a cache grows by a quarter at a time, and scoring needs a chunk of cells on top
+        return max(self._empty_bytes, (job.n_tokens * 5 // 4 + N_SCRATCH) * self._cell_bytes)
 
     def _make_room(self, slot: Slot, job: Job) -> bool:
         """Whether a job may start in a slot; idle slots forget what they have for it."""
@@ -202,13 +209,15 @@ class Engine:
         needed = self._bytes_of(job) + sum(self._empty_bytes if s.is_idle else s.reserved for s in others)
         if needed > self._kv_budget:
             return False
+        if slot.kv_bytes > self._bytes_of(job):  # what is cut off gives no memory back
+            slot.forget()
         idle = sorted((other for other in others if other.is_idle), key=lambda other: other.last_used)
-        n_over = needed + sum(other.llama.kv_bytes - self._empty_bytes for other in idle) - self._kv_budget
+        n_over = needed + sum(other.kv_bytes - self._empty_bytes for other in idle) - self._kv_budget
         for other in idle:
             if n_over <= 0:
                 break
-            n_over -= other.llama.kv_bytes - self._empty_bytes
-            other.llama.reset()
+            n_over -= other.kv_bytes - self._empty_bytes
+            other.forget()
         return True
 
     def _work(self, slot: Slot, job: Job) -> None:

@@ -25,6 +25,13 @@ CORS = {
 }
 
 
+JSON = b"application/json; charset=utf-8"
+
+
+class _TooLong(BaseException):
+    """A body is longer than it may be; frameworks that turn exceptions into answers do not know it."""
+
+
 class Gate:
     """ASGI middleware: CORS as llama-server's, API keys, and a bound on bodies.
 
@@ -60,12 +67,16 @@ class Gate:
         error = self._refusal(scope["path"], headers)
         if error is not None:
             body = json.dumps(error.body()).encode()
-            await _answer(send_with_headers, error.code, body, b"application/json; charset=utf-8")
+            await _answer(send_with_headers, error.code, body, JSON)
             return
         # whatever a client says that it sends, llama-server reads JSON
         named = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
         scope = {**scope, "headers": [*named, (b"content-type", b"application/json")]}
-        await self._app(scope, self._bounded(receive), send_with_headers)
+        try:
+            await self._app(scope, self._bounded(receive), send_with_headers)
+        except _TooLong:
+            error = self._too_long()
+            await _answer(send_with_headers, error.code, json.dumps(error.body()).encode(), JSON)
 
     def _origin(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         origin = headers.get(b"origin")
@@ -97,7 +108,7 @@ class Gate:
             message = await receive()
             n_bytes += len(message.get("body", b""))
             if n_bytes > self._max_body_bytes:
-                raise self._too_long()
+                raise _TooLong
             return message
 
         return receive_bounded

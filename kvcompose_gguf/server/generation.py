@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..errors import ContextLengthError
@@ -152,6 +152,7 @@ def generate(slot: Slot, what: Generation, emit: Emit) -> End:
             f"request ({len(what.tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
             "try increasing it"
         )
+    what = replace(what, tokens=tuple(llama.joined(what.tokens)))
     sampler = Sampler(llama, what.sampling, what.n_probs, what.post_sampling_probs)
     try:
         clock = _Clock()

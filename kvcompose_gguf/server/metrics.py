@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..report import KVReport
 from .engine import Engine
 from .generation import End
 
@@ -45,7 +47,7 @@ class Metrics(Collector):
         self._score_seconds = Histogram(
             "kvcompose_score_seconds", "Seconds that scoring a prompt took.", registry=self._registry
         )
-        self._seen: object = None
+        self._seen: weakref.WeakSet[KVReport] = weakref.WeakSet()
 
     def count(self, end: End) -> None:
         """Add a generation."""
@@ -61,8 +63,8 @@ class Metrics(Collector):
             self._prompt.seconds += t.prompt_seconds
             self._predicted.n += max(0, t.predicted_n - 1)
             self._predicted.seconds += t.predicted_seconds
-            if end.report is not None and end.report is not self._seen:
-                self._seen = end.report
+            if end.report is not None and end.report not in self._seen:
+                self._seen.add(end.report)
                 self._ratio.observe(end.report.compression_ratio)
                 self._score_seconds.observe(end.report.score_seconds)
 
@@ -89,7 +91,7 @@ class Metrics(Collector):
                 "llamacpp:predicted_tokens_seconds": (self._predicted.take(), "Tokens a second since the last look."),
                 "llamacpp:requests_processing": (self._engine.n_busy, "Requests in slots."),
                 "llamacpp:requests_deferred": (self._engine.n_waiting, "Requests in the queue."),
-                "kvcompose_kv_bytes": (sum(slot.llama.kv_bytes for slot in slots), "Bytes of all slots' caches."),
+                "kvcompose_kv_bytes": (sum(slot.kv_bytes for slot in slots), "Bytes of all slots' caches."),
             }
         for name, (value, text) in counters.items():
             yield CounterMetricFamily(f"llamacpp:{name}", text, value=value)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import ConfigError
 from ..methods import METHODS, Method, make_method
-from ..native import library
 from .errors import invalid
 from .generation import Generation
+from .grammars import check_grammar, grammar_of
 from .options import ServeOptions
 from .sampling import SAMPLERS, Sampling
 from .schemas import GenerationRequest, KVCompress, Mixed, Prompt, PromptObject
@@ -25,6 +26,21 @@ PROMPT_KINDS = (
 )
 
 BUDGETS = ("compression_ratio", "n_kept", "max_kv_bytes")
+
+#: of texts that are tokenized at all
+MAX_CHARS_PER_TOKEN = 128
+
+#: of a token's logit; infinity would make every probability nothing
+MAX_BIAS = 1e4
+
+#: most probable tokens that are told of each
+MAX_PROBS = 128
+
+#: options of methods that a request may give, beside the budget: those that cost no more than the server's own
+METHOD_OPTIONS = frozenset({
+    "scoring", "window", "scoring_fraction", "agg_task", "agg_group", "agg_head", "add_v_norm", "add_mean_across_heads",
+    "n_sink", "n_recent", "allocation", "kernel", "n_heads", "per_head", "first_layer_rule", "keep_token_lower_bound",
+})  # fmt: skip
 
 #: fields that a request and Sampling have by the same name
 SAMPLING_FIELDS = tuple(
@@ -66,7 +82,10 @@ class Reader:
 
     def _prompt(self, prompt: Any) -> tuple[int, ...]:
         if isinstance(prompt, dict) and "prompt_string" in prompt:
-            prompt = PromptObject.model_validate(prompt)
+            try:
+                prompt = PromptObject.model_validate(prompt)
+            except ValidationError as error:
+                raise invalid(PROMPT_KINDS) from error
         if isinstance(prompt, PromptObject):
             if prompt.multimodal_data:
                 raise invalid("Multimodal data provided, but model does not support multimodal requests.")
@@ -78,7 +97,15 @@ class Reader:
         raise invalid(PROMPT_KINDS)
 
     def tokens(self, text: str, special: bool = True, begin: bool = True) -> tuple[int, ...]:
-        """Tokens of a text, behind the token that begins one if the model has it and ``begin``."""
+        """Tokens of a text, behind the token that begins one if the model has it and ``begin``.
+
+        Raises:
+            ApiError: it is longer than any context of the server, so that counting its tokens is no use.
+        """
+        if len(text) > MAX_CHARS_PER_TOKEN * self._llama.n_ctx():
+            raise invalid(
+                f"a text of {len(text)} characters exceeds the available context size, {self._llama.n_ctx()} tokens"
+            )
         bos = [self._llama.token_bos()] if begin and self._llama.adds_bos else []
         return (*bos, *self._llama.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=special))
 
@@ -122,7 +149,7 @@ class Reader:
             stops=tuple(stop for stop in stops if stop),
             ignore_eos=request.ignore_eos,
             reuse=self._options.cache_prompt if request.cache_prompt is None else request.cache_prompt,
-            n_probs=min(request.n_probs or 0, self._n_vocab),
+            n_probs=min(request.n_probs or 0, MAX_PROBS, self._n_vocab),
             post_sampling_probs=request.post_sampling_probs,
         )
 
@@ -147,8 +174,11 @@ class Reader:
             spec = given.pop("method", None)
             if spec is not None:
                 # a name of ours: others would be imported
-                if spec.split(",")[0] not in METHODS:
+                name, *options = spec.split(",")
+                if name not in METHODS:
                     raise ConfigError(f"method={spec!r} is none of {', '.join(METHODS)}")
+                if unknown := {option.partition("=")[0].strip() for option in options} - METHOD_OPTIONS:
+                    raise ConfigError(f"method={spec!r}: {', '.join(unknown)} cannot be chosen by a request")
                 method = make_method(spec, **(budget or _budget_of(default)), **given)
             elif default is None:
                 method = make_method("kvcompose", **budget, **given)
@@ -170,6 +200,8 @@ class Reader:
         return self._methods[key]
 
     def _sampling(self, request: GenerationRequest, grammar: str) -> Sampling:
+        if grammar:
+            check_grammar(grammar)
         given = {name: getattr(request, name) for name in SAMPLING_FIELDS if getattr(request, name, None) is not None}
         if given.get("seed") == -1:
             given["seed"] = Sampling.seed
@@ -198,7 +230,9 @@ class Reader:
             key, bias = pair
             if bias is not False and not isinstance(bias, (int, float)):
                 continue
-            value = float("-inf") if bias is False else float(bias)
+            value = float("-inf") if bias is False else min(max(bias, -MAX_BIAS), MAX_BIAS)
+            if value != value:
+                raise ConfigError(f"logit_bias of {key!r} is not a number")
             if isinstance(key, str) and isinstance(logit_bias, dict) and key.isdecimal():
                 key = int(key)
             tokens = self.tokens(key, special=False, begin=False) if isinstance(key, str) else [key]
@@ -210,23 +244,6 @@ class Reader:
         if request.grammar is not None:
             return request.grammar
         return "" if request.json_schema is None else grammar_of(request.json_schema)
-
-
-def grammar_of(schema: Any) -> str:
-    """GBNF of a JSON schema.
-
-    Raises:
-        ApiError: it cannot be made.
-    """
-    to_gbnf = library.load().llama_grammar.json_schema_to_gbnf
-    if not isinstance(schema, (dict, bool)):
-        raise invalid(f"JSON schema conversion failed:\n{json.dumps(schema)[:100]} is no schema")
-    try:
-        return str(to_gbnf(json.dumps(schema or {"type": "object"})))
-    except RecursionError as error:
-        raise invalid("JSON schema conversion failed:\nit is too deep") from error
-    except Exception as error:  # the converter asserts, and looks things up
-        raise invalid(f"JSON schema conversion failed:\n{type(error).__name__}: {error}") from error
 
 
 def _samplers(names: list[str] | str) -> tuple[str, ...]:

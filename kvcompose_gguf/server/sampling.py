@@ -6,7 +6,7 @@ import ctypes
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,6 +125,12 @@ class Sampler:
         self._llama, self._n_best, self._after_sampling = llama, n_best, after_sampling
         #: that was used, also if a random one was asked for
         self.seed = secrets.randbits(32) if sampling.seed == RANDOM_SEED else sampling.seed
+        # llama.cpp allocates what these say, and a context has no more
+        n_ctx = llama.n_ctx()
+        sampling = replace(
+            sampling, repeat_last_n=min(sampling.repeat_last_n, n_ctx),
+            dry_penalty_last_n=min(sampling.dry_penalty_last_n, n_ctx),
+        )  # fmt: skip
         self._n_remembered = max(sampling.repeat_last_n, sampling.dry_penalty_last_n)
         self._vocab = llama._model.vocab
         self._cells = np.empty(llama.n_vocab(), dtype=TOKEN_DATA)
@@ -225,7 +231,10 @@ class Sampler:
                 else llama_cpp.llama_sampler_init_mirostat_v2(*rest)
             )
             return samplers
-        samplers += [self._make_one(name, s) for name in s.samplers if name != "adaptive_p"]
+        names = list(s.samplers)
+        if "infill" in names and "top_k" not in names[: names.index("infill")]:
+            names.insert(0, "top_k")  # it compares every pair of tokens
+        samplers += [self._make_one(name, s) for name in names if name != "adaptive_p"]
         if "adaptive_p" in s.samplers:
             last = llama_cpp.llama_sampler_init_adaptive_p(s.adaptive_target, s.adaptive_decay, self.seed)
         else:

@@ -71,7 +71,7 @@ def restore(llama: SlotLlama, file: Path) -> Saved:
         tokens, about, data = _parsed(raw)
         is_ours = about["model"] == _model(llama)
         n_state = len(data) - about["n_windows"]
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, RecursionError) as error:
         raise StateError("Unable to restore slot: invalid slot save file") from error
     if not is_ours:
         raise StateError("Unable to restore slot: it was saved by another model")
@@ -106,6 +106,10 @@ def _parsed(raw: bytes) -> tuple[list[int], dict[str, Any], bytes]:
     about, data = json.loads(raw[begin : begin + n_head]), raw[begin + n_head :]
     if raw[at : at + len(OURS)] != OURS or about["sha256"] != _digest(tokens, data):
         raise ValueError("damaged")
+    if {type(about[name]) for name in ("n_windows", "n_compressed")} != {int} or not isinstance(
+        about["composed_by"], str
+    ):
+        raise ValueError("no numbers")
     if not 0 <= about["n_windows"] <= len(data) or not 0 <= about["n_compressed"] <= len(tokens):
         raise ValueError("numbers that cannot be")
     return tokens, about, data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 INT_MAX = 2**31 - 1
 
@@ -12,6 +12,15 @@ Count = Annotated[int, Field(ge=0, le=INT_MAX)]
 CountOrAll = Annotated[int, Field(ge=-1, le=INT_MAX)]
 #: tokens and texts, in any order
 Mixed = list[int | str]
+
+
+class _Request(BaseModel):
+    """A body in which null is as good as nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 class PromptObject(BaseModel):
@@ -45,7 +54,7 @@ class KVCompress(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     method: str | None = Field(
-        None, description="E.g. `kvcompose,scoring=window` or `snapkv`; the server's by default."
+        None, max_length=200, description="E.g. `kvcompose,scoring=window` or `snapkv`; the server's by default."
     )
     ratio: float | None = Field(None, ge=0, lt=1, description="Fraction of the entries that is removed.")
     n_kept: float | None = Field(None, gt=0, description="Tokens kept per layer, on average.")
@@ -54,13 +63,13 @@ class KVCompress(BaseModel):
     keep_last: int | None = Field(None, ge=0, description="Last prompt tokens that are not compressed.")
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Request):
     """Of OpenAI's API."""
 
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(_Request):
     """Fields of every request for text; what is absent or null is the server's default."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
@@ -82,7 +91,7 @@ class GenerationRequest(BaseModel):
     n: int | None = Field(None, ge=1, validation_alias=AliasChoices("n_cmpl", "n"))
     t_max_predict_ms: int = Field(-1, ge=-1, le=2**63 - 1)
     id_slot: int = -1
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
     ignore_eos: bool = False
     n_probs: Count | None = Field(None, validation_alias=AliasChoices("n_probs", "logprobs"))
     post_sampling_probs: bool = False
@@ -109,7 +118,7 @@ class GenerationRequest(BaseModel):
     dry_base: float | None = None
     dry_allowed_length: Annotated[int, Field(le=INT_MAX)] | None = None
     dry_penalty_last_n: Count | None = None
-    dry_sequence_breakers: Annotated[list[str], Field(min_length=1)] | None = None
+    dry_sequence_breakers: Annotated[list[str], Field(min_length=1, max_length=32)] | None = None
     mirostat: Annotated[int, _clamped(0, 2)] | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
@@ -153,7 +162,7 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Count | None = None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_Request):
     """Of /tokenize."""
 
     content: str | Mixed = ""
@@ -162,13 +171,13 @@ class TokenizeRequest(BaseModel):
     with_pieces: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_Request):
     """Of /detokenize."""
 
-    tokens: list[int] = []
+    tokens: Annotated[list[int], Field(max_length=1 << 20)] = []
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(_Request):
     """Of /embedding and /v1/embeddings."""
 
     input: Any = None
@@ -179,7 +188,7 @@ class EmbeddingRequest(BaseModel):
     dimensions: int | None = None
 
 
-class CompressRequest(BaseModel):
+class CompressRequest(_Request):
     """Of /kv/compress."""
 
     prompt: str | Mixed = Field(description="The document that later prompts begin with.")

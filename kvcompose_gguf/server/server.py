@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-
-from fastapi import Request
+from typing import Any, TypeVar
 
 from .. import __version__
 from ..environment import system
@@ -14,13 +14,15 @@ from . import chat, formats
 from .engine import Engine
 from .errors import ApiError, invalid
 from .formats import About
-from .generation import End, Generation
+from .generation import N_UNBOUNDED, End, Generation
 from .metrics import Metrics
 from .options import ServeOptions
 from .params import Reader
 from .sampling import RANDOM_SEED
 from .schemas import GenerationRequest
 from .service import Step, steps
+
+T = TypeVar("T")
 
 
 class Server:
@@ -62,6 +64,8 @@ class Server:
                 "try increasing it", "exceed_context_size_error", n_prompt_tokens=len(tokens), n_ctx=n_ctx,
             )  # fmt: skip
         what = self.reader.generation(request, tokens, grammar)
+        if self.options.kv_budget is not None and what.n_predict < 0:
+            what = replace(what, n_predict=N_UNBOUNDED)
         if not what.tokens:
             raise invalid('"prompt" must not be empty')
         return what
@@ -87,6 +91,10 @@ class Server:
             for index, what in enumerate(_child(what, k) for what in asked for k in range(n))
         ]  # fmt: skip
 
+    async def aside(self, function: Callable[..., T], *args: Any) -> T:
+        """The result of what may take long, while others are served."""
+        return await asyncio.to_thread(function, *args)
+
     async def events(self, what: Generation, id_slot: int = -1) -> AsyncIterator[tuple[int, Step]]:
         """As ``steps``, counted."""
         async for slot, step in steps(self.engine, what, id_slot):
@@ -94,23 +102,12 @@ class Server:
                 self.metrics.count(step)
             yield slot, step
 
-    async def finish(self, http: Request, what: Generation, id_slot: int) -> tuple[int, End]:
-        """The end of a generation, unless its client goes."""
-        end: tuple[int, End] | None = None
-        stream = self.events(what, id_slot)
-        try:
-            last = time.monotonic()
-            async for slot, step in stream:
-                if isinstance(step, End):
-                    end = slot, step
-                elif time.monotonic() - last > 0.5:
-                    last = time.monotonic()
-                    if await http.is_disconnected():
-                        raise ApiError(499, "the client has gone")
-        finally:
-            await stream.aclose()  # type: ignore[attr-defined]
-        assert end is not None
-        return end
+    async def finish(self, what: Generation, id_slot: int) -> tuple[int, End]:
+        """The end of a generation."""
+        async for slot, step in self.events(what, id_slot):
+            if isinstance(step, End):
+                return slot, step
+        raise ApiError(500, "the generation has no end")
 
 
 def _child(what: Generation, k: int) -> Generation:

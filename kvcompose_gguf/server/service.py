@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 from ..errors import KVComposeError
 from .engine import Engine, Job
-from .errors import ApiError, api_error
+from .errors import api_error
 from .generation import End, Generation, Progress, Token, generate
 from .slots import Slot
 
 T = TypeVar("T")
 
-#: seconds between two looks at whether a client is still there
-POLL_SECONDS = 0.2
-
 Step = Progress | Token | End
 
 
-async def run(engine: Engine, job: Job, is_gone: Callable[[], Any] | None = None) -> Any:
-    """The result of a job.
+async def run(engine: Engine, job: Job) -> Any:
+    """The result of a job; to stop waiting ends it.
 
-    Args:
-        is_gone: an async function that is true when nobody waits any more; the job ends then.
     Raises:
         ApiError: what the client is told.
     """
     try:
         engine.submit(job)
-        future = asyncio.wrap_future(job.future)
-        while not (await asyncio.wait({future}, timeout=POLL_SECONDS))[0]:
-            if is_gone is not None and await is_gone():
-                raise ApiError(499, "the client has gone")
-        return future.result()
+        return await asyncio.wrap_future(job.future)
     except KVComposeError as error:
         raise api_error(error) from error
     finally:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .. import seam
-from ..errors import KVComposeError
+from ..errors import KVComposeError, UnsupportedError
 from ..llama import Llama
 from ..methods import Method
 from ..native import library
@@ -93,9 +93,13 @@ class SlotLlama(Llama):
         """Tokens that a prompt may begin with to be continued, those of a compressed context included."""
         return [int(token) for token in self._input_ids]
 
+    def joined(self, tokens: Sequence[int]) -> list[int]:
+        """A prompt's tokens so that they begin with the compressed context, if its text does."""
+        return (self._at_seam(list(tokens)) if self._compressed else None) or list(tokens)
+
     def n_reusable(self, tokens: Sequence[int]) -> int:
         """Tokens of a prompt that need not be evaluated."""
-        n_same = seam.common_prefix(self.cached_tokens(), list(tokens))
+        n_same = seam.common_prefix(self.cached_tokens(), self.joined(tokens))
         return 0 if n_same < self.n_context else min(n_same, len(tokens) - 1)
 
     @property
@@ -117,9 +121,15 @@ class SlotLlama(Llama):
         n_before = self.n_reusable(tokens) if reuse and as_asked else 0
         if not n_before:
             self.reset()
+        before = self.kv_report
         self._prepare(list(tokens), method)
+        if self.kv_report is not before and self.kv_report is not None:
+            n_before = self.n_context - self.kv_report.n_prefilled
         self.composed_by = _choice(method) if self.n_context else ""
         n_same = self.n_reusable(tokens)
+        if self.n_context and n_same < self.n_tokens and self._swa_state is not None:
+            self._back_to_context()  # sliding windows can go back to the context's end, and nowhere else
+            n_same = self.n_context
         if not n_same or not self._forget_after(n_same):
             self.reset()
             n_same = 0
@@ -153,6 +163,7 @@ class Slot:
         cancelled: whether the work of the present request is of no use any more; asked before every decode.
         on_decode: told the tokens of every decode that is done.
         n_decodes: decodes so far.
+        kv_bytes: of its cache, when it was last looked at in a thread that may.
         reserved: bytes that the present request's cache may take.
         busy_since: seconds on ``time.monotonic``'s clock, or None: it is idle.
     """
@@ -163,13 +174,14 @@ class Slot:
         self.id = number
         self.cancelled: Callable[[], bool] = lambda: False
         self.on_decode: Callable[[int], None] = lambda n_tokens: None
-        self.n_decodes = 0
+        self.n_decodes = self.kv_bytes = 0
         self.busy_since: float | None = None
         self.last_used = 0.0
         self.reserved = 0
         self._turns = turns
         self._thread = ThreadPoolExecutor(1, f"slot-{number}")
         self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
+        self.look()
 
     def start(self, work: Callable[[Slot], None]) -> None:
         """Do ``work``, which must not raise, in the slot's own thread."""
@@ -186,6 +198,7 @@ class Slot:
                 raise Cancelled("the request was cancelled")
             decode()
             self.n_decodes += 1
+            self.look()
 
         self._turns.run(turn)
         self.on_decode(n_tokens)
@@ -195,12 +208,23 @@ class Slot:
         """Whether it can take a request."""
         return self.busy_since is None
 
+    def look(self) -> None:
+        """Count the cache's bytes, while nothing changes it; 0 of models that cannot be compressed."""
+        with contextlib.suppress(UnsupportedError):
+            self.kv_bytes = self.llama.kv_bytes
+
+    def forget(self) -> None:
+        """Empty its cache, which nobody works on."""
+        self.llama.reset()
+        self.look()
+
     def occupy(self, n_bytes: int) -> None:
         """Take it for a request whose cache may take so many bytes."""
         self.busy_since, self.reserved = time.monotonic(), n_bytes
 
     def release(self) -> None:
         """Give it back."""
+        self.look()
         self.busy_since, self.last_used = None, time.monotonic()
         self.cancelled, self.on_decode = lambda: False, lambda n_tokens: None
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from .errors import ApiError
 
 T = TypeVar("T")
 
+#: seconds between two looks at whether a client is still there
+POLL_SECONDS = 0.2
 
-async def event_stream(chunks: AsyncIterator[dict[str, Any]], done: bool) -> StreamingResponse:
+
+async def event_stream(http: Request, chunks: AsyncIterator[dict[str, Any]], done: bool) -> StreamingResponse:
     """Server-sent events; what goes wrong before the first of them is an ordinary error."""
-    first = await anext(chunks)
+    try:
+        first = await while_connected(http, anext(chunks))
+    except BaseException:
+        await chunks.aclose()  # type: ignore[attr-defined]
+        raise
 
     async def lines() -> AsyncIterator[bytes]:
         try:
@@ -31,6 +39,23 @@ async def event_stream(chunks: AsyncIterator[dict[str, Any]], done: bool) -> Str
             await chunks.aclose()  # type: ignore[attr-defined]
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+
+async def while_connected(http: Request, work: Awaitable[T]) -> T:
+    """The result of ``work``, which ends if the client goes.
+
+    Raises:
+        ApiError: it has gone; nobody reads that.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=POLL_SECONDS))[0]:
+            if await http.is_disconnected():
+                raise ApiError(499, "the client has gone")
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _event(body: dict[str, Any]) -> bytes:
@@ -59,9 +84,15 @@ async def merged(streams: Iterable[AsyncIterator[dict[str, Any]]]) -> AsyncItera
             await stream.aclose()  # type: ignore[attr-defined]
 
 
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of all of ``work``; what one of them raises ends the others."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+async def together(work: Iterable[Coroutine[Any, Any, T]], n_most: int) -> list[T]:
+    """Results of all of ``work``, ``n_most`` of it at a time; what one of them raises ends the others."""
+    turns = asyncio.Semaphore(n_most)
+
+    async def in_turn(one: Coroutine[Any, Any, T]) -> T:
+        async with turns:
+            return await one
+
+    tasks = [asyncio.ensure_future(in_turn(one)) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

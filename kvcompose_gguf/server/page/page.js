@@ -43,7 +43,8 @@ async function* events(answer) {
 }
 
 async function send(text) {
-  messages.push({ role: "user", content: text });
+  const mine = messages; // a new chat has others
+  mine.push({ role: "user", content: text });
   show("user", text);
   const element = show("assistant", "");
   asking = new AbortController();
@@ -55,7 +56,7 @@ async function send(text) {
     const answer = await fetch("v1/chat/completions", {
       method: "POST", headers: headers(), signal: asking.signal,
       body: JSON.stringify({
-        messages, stream: true, max_tokens: Number(at("max-tokens").value), temperature: Number(at("temperature").value),
+        messages: mine, stream: true, max_tokens: Number(at("max-tokens").value), temperature: Number(at("temperature").value),
         kv_compress: ratio > 0 ? { ratio } : false,
       }),
     });
@@ -69,8 +70,8 @@ async function send(text) {
   } catch (error) {
     if (error.name !== "AbortError") show("error", error.message);
   }
-  if (said) messages.push({ role: "assistant", content: said });
-  else messages.pop();
+  if (said) mine.push({ role: "assistant", content: said });
+  else mine.pop();
   if (timings) show("figures", figures(timings));
   asking = null;
   at("stop").disabled = true;
