@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import subprocess
 import threading
 import time
@@ -14,10 +13,8 @@ from typing import Any
 import openai
 import pytest
 import tiny
-import uvicorn
+from serving import running, until
 
-from kvcompose_gguf.server.app import create_app
-from kvcompose_gguf.server.command import make_engine
 from kvcompose_gguf.server.options import ServeOptions
 from kvcompose_gguf.server.slots import Turns
 
@@ -33,30 +30,13 @@ def address(tiny_model) -> Iterator[str]:
         model_path=tiny_model(CONFIG), n_ctx=2048, n_parallel=2, threads=1, n_batch=64, flash_attn=False, alias="tiny",
         api_keys=(KEY,), embeddings=128, pooling="mean",
     )  # fmt: skip
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(
-            uvicorn.Config(create_app(options, lambda: make_engine(options)), log_level="warning")
-        )
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        until(lambda: server.started)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with running(options) as address:
+        yield address
 
 
 @pytest.fixture
 def client(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=30)
-
-
-def until(true: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def curl(address: str, path: str, *options: str) -> Any:

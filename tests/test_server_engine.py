@@ -28,8 +28,8 @@ TIMEOUT = 60
 def make_engine(tiny_model) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
-    def make(n_slots: int = 1, n_queue: int = 8, **options: Any) -> Engine:
-        made.append(Engine(tiny_model(CONFIG), n_slots, n_queue, **(OPTIONS | options)))
+    def make(n_slots: int = 1, n_queue: int = 8, config: tiny.TinyConfig = CONFIG, **options: Any) -> Engine:
+        made.append(Engine(tiny_model(config), n_slots, n_queue, **(OPTIONS | options)))
         return made[-1]
 
     yield make
@@ -282,3 +282,30 @@ def test_idle_caches_make_room_and_what_does_not_fit_waits(make_engine):
     assert result(engine, sized(tiny.tokens(CONFIG, n_most)))[2].size
     with pytest.raises(ConfigError, match="kv_budget=10 is less than 2 empty slots have"):
         make_engine(2, kv_budget=10)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_compressed_prompt_is_continued_as_often_as_it_comes(make_engine, name):
+    """Also with sliding windows, which can only go back to the context's end."""
+    config = tiny.ARCHITECTURES[name]
+    engine = make_engine(config=config)
+    tokens = tiny.tokens(config, 300, seed=5)
+    _, n_cached, first = result(engine, read(tokens, METHOD))
+    llama = engine.slots[0].llama
+    report = llama.kv_report
+    assert (n_cached, llama.n_context) == (0, 292)
+    for prompt in (tokens, [*tokens[:295], 7, 8, 9], tokens):
+        _, n_cached, logits = result(engine, read(prompt, METHOD))
+        assert (llama.n_context, llama.kv_report is report, n_cached >= 292) == (292, True, True)
+    np.testing.assert_allclose(logits, first, atol=1e-4)
+
+
+def test_a_prompt_that_is_the_context_itself_is_told_as_read_again(make_engine):
+    engine = make_engine()
+    tokens = tiny.tokens(CONFIG, 300, seed=5)
+    engine.submit(job := Job(lambda slot: slot.llama.compress_prompt(tokens, METHOD), tokens))
+    assert job.future.result(TIMEOUT).n_tokens == 300
+    assert result(engine, read([*tokens, 5], METHOD))[1] == 300
+    n_cached = result(engine, read(tokens, METHOD))[1]
+    llama = engine.slots[0].llama
+    assert n_cached <= llama.n_context - llama.kv_report.n_prefilled

@@ -148,6 +148,13 @@ class SlotLlama(Llama):
 
     def _forget_after(self, n_tokens: int) -> bool:
         """Whether the cache holds exactly the first ``n_tokens`` now."""
+        if self.n_context and not self.can_truncate:
+            # windows that go back to the context's end have been brought there, others hold all that there is
+            self._requires_eval = True
+            if n_tokens < self.n_tokens and not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+                return False
+            self.n_tokens = n_tokens
+            return True
         if n_tokens < self.n_tokens and not self.can_truncate:
             return False
         self.truncate(n_tokens)
