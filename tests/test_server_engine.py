@@ -154,7 +154,6 @@ def test_a_cancelled_job_ends_before_its_next_decode_and_the_slot_goes_on(make_e
     engine = make_engine(1)
     tokens = tiny.tokens(CONFIG, 640, seed=6)
     job = read(tokens)
-    engine.slots[0]._turns.run(lambda: None)
     seen: list[int] = []
 
     def work(slot: Slot) -> Any:

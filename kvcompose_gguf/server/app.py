@@ -27,7 +27,7 @@ from . import formats
 from .chats import answer_chat, chat_prompt
 from .completions import complete
 from .embeddings import native_body, normalized, openai_body, texts_of
-from .engine import Engine, Job, milliseconds
+from .engine import Engine, Job
 from .errors import RETRY_AFTER, ApiError, api_error, invalid, not_supported
 from .gate import Gate
 from .generation import Generation
@@ -203,11 +203,13 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
             raise invalid("Invalid action")
         number = int(id_slot) % len(server.engine.slots)
         if action == "erase":
-            return dict(await while_connected(http, run(server.engine, Job(_erase, id_slot=number))))
-        file = options.slot_save_path / slot_filename(await _filename(http))
-        work = _save if action == "save" else _restore
-        # what a file holds is not known before it is read
-        job = Job(lambda slot: work(slot, file), id_slot=number, n_tokens=server.llama.n_ctx())
+            job = Job(_erase, id_slot=number)
+        else:
+            file = options.slot_save_path / slot_filename(await _filename(http))
+            work = _save if action == "save" else _restore
+            # what a file holds is not known before it is read
+            n_tokens = server.llama.n_ctx() if action == "restore" else 0
+            job = Job(lambda slot: work(slot, file), id_slot=number, n_tokens=n_tokens)
         return dict(await while_connected(http, run(server.engine, job)))
 
     #
@@ -238,7 +240,7 @@ def create_app(options: ServeOptions, make_engine: Callable[[], Engine]) -> Any:
     @app.post("/chat/completions/input_tokens")
     @app.post("/v1/chat/completions/input_tokens")
     async def input_tokens(request: ChatRequest) -> dict[str, Any]:
-        prompt, _ = await server.aside(chat_prompt, server, request)
+        prompt, *_ = await server.aside(chat_prompt, server, request)
         return {
             "input_tokens": len(await server.aside(server.reader.tokens, prompt)),
             "object": "response.input_tokens",
@@ -385,7 +387,7 @@ def _save(slot: Slot, file: Path) -> dict[str, Any]:
     saved = save(slot.llama, file)
     return {
         "id_slot": slot.id, "filename": file.name, "n_saved": saved.n_tokens, "n_written": saved.n_bytes,
-        "timings": {"save_ms": milliseconds(start)},
+        "timings": {"save_ms": 1000 * (time.perf_counter() - start)},
     }  # fmt: skip
 
 
@@ -397,7 +399,7 @@ def _restore(slot: Slot, file: Path) -> dict[str, Any]:
         raise invalid(str(error)) from error
     return {
         "id_slot": slot.id, "filename": file.name, "n_restored": saved.n_tokens, "n_read": saved.n_bytes,
-        "timings": {"restore_ms": milliseconds(start)},
+        "timings": {"restore_ms": 1000 * (time.perf_counter() - start)},
     }  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from .server import Server
 from .streams import event_stream, merged, together, while_connected
 
 
-def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[str, Any]]]:
-    """The prompt of a chat, and the tools that the model may call."""
+def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[str, Any]], str]:
+    """The prompt of a chat, the tools that the model may call, and whether it may or has to."""
     messages = chat.check_messages(request.messages)
-    tools, _ = chat.check_tools(request.tools, request.tool_choice, server.template)
+    tools, choice = chat.check_tools(request.tools, request.tool_choice, server.template)
     if tools and request.grammar:
         raise invalid("Cannot use custom grammar constraints with tools.")
     is_continued = bool(messages) and messages[-1]["role"] == "assistant"
@@ -46,9 +46,9 @@ def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[st
     for name in ("messages", "add_generation_prompt", "bos_token", "eos_token"):
         variables.pop(name, None)
     if not is_continued:
-        return server.template.render(messages, request.add_generation_prompt, **variables), tools
+        return server.template.render(messages, request.add_generation_prompt, **variables), tools, choice
     prompt = server.template.render(messages[:-1], True, **variables)
-    return prompt + messages[-1]["content"], tools
+    return prompt + messages[-1]["content"], tools, choice
 
 
 async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
@@ -75,8 +75,7 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
 
 def _asked(server: Server, request: ChatRequest) -> tuple[Generation, list[dict[str, Any]], str]:
     """What is to be generated, the tools that may be called, and whether they may or have to be."""
-    prompt, tools = chat_prompt(server, request)
-    _, choice = chat.check_tools(request.tools, request.tool_choice, server.template)
+    prompt, tools, choice = chat_prompt(server, request)
     grammar = _chat_grammar(request, tools if choice == "required" else [])
     if choice == "required":
         prompt += chat.CALL_BEGIN + "\n"

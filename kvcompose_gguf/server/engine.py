@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -166,7 +165,7 @@ class Engine:
                 break
             if slot is not None and job.future.set_running_or_notify_cancel():
                 self._waiting.remove(job)
-                slot.occupy(self._bytes_of(job))
+                slot.occupy(max(self._bytes_of(job), slot.kv_bytes))
                 slot.cancelled = lambda job=job: self._closed or job.is_cancelled  # type: ignore[misc]
                 slot.start(lambda slot, job=job: self._work(slot, job))  # type: ignore[misc]
 
@@ -206,13 +205,14 @@ class Engine:
         if self._kv_budget is None:
             return True
         others = [other for other in self.slots if other is not slot]
-        needed = self._bytes_of(job) + sum(self._empty_bytes if s.is_idle else s.reserved for s in others)
-        if needed > self._kv_budget:
+        room = self._kv_budget - sum(self._empty_bytes if s.is_idle else s.reserved for s in others)
+        if self._bytes_of(job) > room:
             return False
-        if slot.kv_bytes > self._bytes_of(job):  # what is cut off gives no memory back
+        if slot.kv_bytes > room:  # what is cut off gives no memory back
             slot.forget()
         idle = sorted((other for other in others if other.is_idle), key=lambda other: other.last_used)
-        n_over = needed + sum(other.kv_bytes - self._empty_bytes for other in idle) - self._kv_budget
+        n_mine = max(self._bytes_of(job), slot.kv_bytes)
+        n_over = n_mine + sum(other.kv_bytes - self._empty_bytes for other in idle) - room
         for other in idle:
             if n_over <= 0:
                 break
@@ -235,8 +235,3 @@ class Engine:
             job.future.set_exception(error)
         else:
             job.future.set_result(result)
-
-
-def milliseconds(since: float) -> float:
-    """Since a point on ``time.perf_counter``'s clock."""
-    return 1000 * (time.perf_counter() - since)

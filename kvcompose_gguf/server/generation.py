@@ -36,7 +36,6 @@ class Generation:
         reuse: what the cache has of the prompt need not be evaluated.
         n_probs: most probable tokens that are told for every token.
         post_sampling_probs: after the samplers, not before.
-        special: control tokens have a text.
     """
 
     tokens: tuple[int, ...]
@@ -50,7 +49,6 @@ class Generation:
     reuse: bool = True
     n_probs: int = 0
     post_sampling_probs: bool = False
-    special: bool = False
 
     def n_most(self, n_ctx: int) -> int:
         """Tokens of the prompt and the answer, of which an unbounded one is taken to have at most ``N_UNBOUNDED``."""
@@ -233,7 +231,7 @@ def _continue(slot: Slot, what: Generation, emit: Emit, sampler: Sampler, clock:
         clock.token()
         tokens.append(chosen)
         is_end = llama.is_end(chosen.token)
-        shown = stream.add(b"" if is_end and not what.special else llama.piece(chosen.token, what.special))
+        shown = stream.add(b"" if is_end else llama.piece(chosen.token))
         texts.append(shown)
         if stream.stop is not None:
             stop_type = "word"
