@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .errors import ConfigError, KVComposeError
+from .errors import KVComposeError
+from .serve import serve
 
 
 class _Group(TyperGroup):
@@ -180,55 +181,7 @@ def calibrate(
         calibrate(model, CalibrateOptions(needles, lengths, depths, shortest, longest, errors, n_random), threads)
 
 
-@app.command()
-def serve(
-    model: Annotated[str, typer.Option("--model", "-m", help="A .gguf file, or a name that `fetch` knows.")],
-    kv_compress: Annotated[
-        float | None, typer.Option(min=0, max=0.999, help="Fraction of every prompt's KV entries that is removed.")
-    ] = None,
-    kv_method: Annotated[str, typer.Option(help="E.g. snapkv or kvcompose,scoring=window.")] = "kvcompose",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8080,
-    ctx_size: Annotated[int, typer.Option("--ctx-size", "-c", min=0, help="Tokens of all slots; 0: the model's.")] = 0,
-    parallel: Annotated[int, typer.Option("--parallel", "-np", min=1, help="Conversations at a time.")] = 1,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 64,
-    kv_budget: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of all slots' caches; idle ones make room.")
-    ] = None,
-    n_predict: Annotated[int, typer.Option("--n-predict", "-n", min=-1, help="Most tokens; -1: as many as fit.")] = -1,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Tokens decoded at once.")] = 512,
-    alias: Annotated[str, typer.Option("--alias", "-a", help="The model's name for clients.")] = "",
-    api_key: Annotated[str, typer.Option(help="Keys, with commas between; none: everybody may ask.")] = "",
-    api_key_file: Annotated[Path | None, typer.Option(help="A file with a key a line.")] = None,
-    slot_save_path: Annotated[Path | None, typer.Option(help="Folder of saved slots.")] = None,
-    embeddings: Annotated[
-        int, typer.Option(min=0, help="Most tokens of a text whose vector is asked for; 0: none.")
-    ] = 0,
-    pooling: Annotated[str | None, typer.Option(help="Of vectors: none, mean, cls or last; the model's own.")] = None,
-    chat_template: Annotated[str | None, typer.Option(help="Jinja text, or `chatml`; the model's by default.")] = None,
-    threads: Threads = None,
-) -> None:
-    """Answer HTTP requests as llama-server does, from compressed caches."""
-    from .methods import make_method
-    from .run import resolve_model
-
-    try:
-        from .server.command import read_keys, serve
-        from .server.options import ServeOptions
-    except ImportError as error:
-        raise ConfigError(f"{error}: pip install 'kvcompose-gguf[serve]'") from error
-
-    path = resolve_model(model)
-    method = None
-    if kv_compress is not None:
-        method = make_method(kv_method, compression_ratio=kv_compress).for_model(path)
-    options = ServeOptions(
-        model_path=path, alias=alias, method=method, n_ctx=ctx_size, n_parallel=parallel, n_queue=queue,
-        kv_budget=kv_budget,
-        n_predict=n_predict, n_batch=batch_size, threads=threads, api_keys=read_keys(api_key, api_key_file),
-        slot_save_path=slot_save_path, chat_template=chat_template, embeddings=embeddings, pooling=pooling,
-    )  # fmt: skip
-    serve(options, host, port)
+app.command()(serve)
 
 
 @app.command()

@@ -321,10 +321,13 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 return buffer.raw[:n]
             size = -n
 
-    def _at_seam(self, tokens: list[int]) -> list[int] | None:
-        """``tokens`` so that they begin with the compressed context, or None if they do not continue it."""
+    def _at_seam(self, tokens: list[int], context: Sequence[int] | None = None) -> list[int] | None:
+        """``tokens`` so that they begin with ``context``, the compressed one, or None if they do not continue it."""
         return seam.join(
-            self._compressed, tokens, self.piece, lambda text: super(Llama, self).tokenize(text, False, False)
+            self._compressed if context is None else context,
+            tokens,
+            self.piece,
+            lambda text: super(Llama, self).tokenize(text, False, False),
         )
 
     #

@@ -1,27 +1,32 @@
 #!/usr/bin/env python3
-"""``kvcompose serve`` behind llama-server's command line, for llama.cpp's own server tests.
+"""A server behind llama-server's command line, for llama.cpp's own server tests.
 
     LLAMA_SERVER_BIN_PATH=$PWD/scripts/llama_server_shim.py KVC_TEST_MODEL=smollm2 pytest unit/test_basic.py
 
-Whatever model a test asks for, it gets ``KVC_TEST_MODEL``. Options that are not ours are accepted and do nothing, so
-that a test of what they do fails by itself and not because the server did not start.
+Whatever model a test asks for, it gets ``KVC_TEST_MODEL``. The server is ``kvcompose serve``, or the llama-server that
+``KVC_TEST_SERVER`` names, so that both can be compared on one model. Options that are not ours are accepted and do
+nothing, so that a test of what they do fails by itself and not because the server did not start.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from kvcompose_gguf.run import resolve_model
-from kvcompose_gguf.server.command import read_keys, serve
-from kvcompose_gguf.server.options import ServeOptions
-from kvcompose_gguf.server.sampling import Sampling
+#: of llama-server's options, those that name a model, and how many values they have
+MODEL_OPTIONS = {"--hf-repo": 1, "--hf-file": 1, "--model": 1, "--model-url": 1, "--offline": 0}
+
+#: of vectors where a test does not say: the models that they are for have one of their own
+POOLING = "mean"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--temp", type=float, default=0.8)
@@ -30,10 +35,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--n-predict", type=int, default=-1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--alias", default="")
+    parser.add_argument("--tags", default="")
     parser.add_argument("--api-key", default="")
     parser.add_argument("--pooling")
+    parser.add_argument("--cors-origins", default="*")
     parser.add_argument("--slot-save-path", type=Path)
     parser.add_argument("--chat-template")
     parser.add_argument("--chat-template-file", type=Path)
@@ -44,13 +51,38 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def run_llama_server(program: str) -> None:
+    """Becomes llama-server, with our model in the place of a test's."""
+    given, arguments, has_model = iter(sys.argv[1:]), [program], False
+    for argument in given:
+        if argument in MODEL_OPTIONS:
+            has_model |= argument != "--offline"
+            for _ in range(MODEL_OPTIONS[argument]):
+                next(given)
+        else:
+            arguments.append(argument)
+    if has_model:
+        arguments += ["--model", os.environ["KVC_TEST_MODEL"]]
+    if "--embedding" in arguments and "--pooling" not in arguments:
+        arguments += ["--pooling", POOLING]
+    os.execv(program, arguments)
+
+
 def main() -> None:
+    if program := os.environ.get("KVC_TEST_SERVER"):
+        run_llama_server(program)
+    from kvcompose_gguf.run import resolve_model
+    from kvcompose_gguf.server.command import read_keys, serve
+    from kvcompose_gguf.server.options import ServeOptions
+    from kvcompose_gguf.server.sampling import Sampling
+
     args = parse()
     template = args.chat_template_file.read_text("utf-8") if args.chat_template_file else args.chat_template
     sampling = Sampling(temperature=args.temp)
     options = ServeOptions(
         model_path=resolve_model(os.environ["KVC_TEST_MODEL"]),
         alias=args.alias,
+        tags=args.tags,
         n_ctx=args.ctx_size,
         n_parallel=args.parallel,
         n_predict=args.n_predict,
@@ -58,12 +90,13 @@ def main() -> None:
         threads=args.threads,
         sampling=sampling if args.seed < 0 else replace(sampling, seed=args.seed),
         api_keys=read_keys(args.api_key, None),
+        cors_origins=args.cors_origins,
         chat_template=template,
         endpoint_metrics=args.metrics,
         endpoint_slots=args.slots and not args.no_slots,
         slot_save_path=args.slot_save_path,
         embeddings=args.batch_size if args.embedding else 0,
-        pooling=args.pooling,
+        pooling=args.pooling or POOLING,
         ui=not args.no_ui,
         verbose=args.verbose,
     )

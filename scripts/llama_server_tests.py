@@ -1,16 +1,18 @@
 #!/usr/bin/env python3
-"""llama.cpp's own server tests against ``kvcompose serve``: a table of what passes.
+"""llama.cpp's own server tests against ``kvcompose serve``: a table of what passes, beside llama-server itself.
 
-    python scripts/llama_server_tests.py LLAMA_CPP [--model smollm2] [--files basic,security,...]
+    python scripts/llama_server_tests.py LLAMA_CPP [--llama-server BIN] [--model smollm2] [--files basic,security,...]
 
-LLAMA_CPP is a checkout of the pinned version (patches/LLAMA_CPP_VERSION). The tests ask for small models by name and
-get ``--model`` instead (scripts/llama_server_shim.py), so those that expect a certain model's tokens or words fail; the
-table has their reasons. Needs what tools/server/tests/requirements.txt lists.
+LLAMA_CPP is a checkout of the pinned version (patches/LLAMA_CPP_VERSION), BIN a llama-server built from it. The tests
+ask for small models by name and get ``--model`` instead (scripts/llama_server_shim.py), so those that expect a certain
+model's tokens or words fail, which llama-server's column shows. Needs what tools/server/tests/requirements.txt lists,
+and pytest-timeout. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -20,58 +22,86 @@ from collections import Counter
 from pathlib import Path
 
 #: of those that can be run without a network and other models
-FILES = "tokenize,basic,security,metrics,template,ignore_eos,completion,chat_completion,slot_save,infill"
+FILES = (
+    "tokenize,basic,security,metrics,template,ignore_eos,completion,chat_completion,slot_save,infill,embedding,"
+    "ctx_shift,tool_call"
+)
+
+#: the tests' session begins with a start of all servers that they know, to download models
+PLUGIN = """
+def pytest_collection_finish(session):
+    import utils
+    utils.ServerPreset.load_all = staticmethod(lambda: None)
+"""
+
+Outcome = tuple[str, str]
 
 
-def run(tests: Path, name: str, model: str, seconds: int) -> list[tuple[str, str, str]]:
-    """Each test of a file, what became of it, and why."""
+def run(tests: Path, names: list[str], model: str, server: str | None) -> dict[str, dict[str, Outcome]]:
+    """What became of each test of each file, and why."""
     env = os.environ | {
         "LLAMA_SERVER_BIN_PATH": str(Path(__file__).parent.resolve() / "llama_server_shim.py"),
-        "KVC_TEST_MODEL": str(Path(model).resolve()) if Path(model).exists() else model,
+        "KVC_TEST_MODEL": model,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the shim's python is this one
     }
+    if server is not None:
+        env["KVC_TEST_SERVER"] = str(Path(server).resolve())
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            f"unit/test_{name}.py",
-            "-m",
-            "not slow",
-            f"--junitxml={report}",
-        ]
-        subprocess.run([*command, "-p", "no:cacheprovider"], cwd=tests, env=env, timeout=seconds, capture_output=True)
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        return [(case.get("name", ""), *_outcome(case)) for case in cases]
+        report, plugin = Path(folder) / "report.xml", Path(folder) / "kvc_no_downloads.py"
+        plugin.write_text(PLUGIN)
+        env["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+        files = [f"unit/test_{name}.py" for name in names]
+        options = ["-m", "not slow", "--timeout", "90", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", plugin.stem, *files, *options]
+        ended = subprocess.run(command, cwd=tests, env=env, capture_output=True, text=True)
+        if not report.exists():
+            sys.exit(ended.stdout[-2000:] + ended.stderr[-2000:])
+        found: dict[str, dict[str, Outcome]] = {name: {} for name in names}
+        for case in ElementTree.parse(report).getroot().iter("testcase"):
+            name = case.get("classname", "").rpartition("test_")[2]
+            found[name][case.get("name", "")] = _outcome(case)
+    return found
 
 
-def _outcome(case: ElementTree.Element) -> tuple[str, str]:
+def _outcome(case: ElementTree.Element) -> Outcome:
     for kind in ("failure", "error", "skipped"):
         if (found := case.find(kind)) is not None:
-            return kind, " ".join((found.get("message") or "").split())[:110]
+            told = "failed" if kind == "error" else kind.replace("failure", "failed")
+            return told, " ".join((found.get("message") or "").split())[:160]
     return "passed", ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("llama_cpp", type=Path)
+    parser.add_argument("--llama-server")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--files", default=FILES)
-    parser.add_argument("--seconds", type=int, default=1800, help="for each file")
+    parser.add_argument("--only", choices=("ours", "theirs"))
     args = parser.parse_args()
-    tests = args.llama_cpp / "tools" / "server" / "tests"
-    table, reasons = [], []
-    for name in args.files.split(","):
-        cases = run(tests, name, args.model, args.seconds)
-        counts = Counter(outcome for _, outcome, _ in cases)
-        table.append(
-            f"| test_{name} | {counts['passed']} | {counts['failure'] + counts['error']} | {counts['skipped']} |"
+    from kvcompose_gguf.run import resolve_model
+
+    tests, names = args.llama_cpp / "tools" / "server" / "tests", args.files.split(",")
+    model = str(Path(resolve_model(args.model)).resolve())
+    nothing: dict[str, dict[str, Outcome]] = {name: {} for name in names}
+    mine = nothing if args.only == "theirs" else run(tests, names, model, None)
+    theirs = nothing
+    if args.llama_server and args.only != "ours":
+        theirs = run(tests, names, model, args.llama_server)
+    print("| file | passed | failed | of these also by llama-server | skipped | llama-server: passed | failed |")
+    print("|---|---|---|---|---|---|---|")
+    reasons = []
+    for name in names:
+        counts, other = (Counter(outcome for outcome, _ in side[name].values()) for side in (mine, theirs))
+        failed = [test for test, (outcome, _) in mine[name].items() if outcome == "failed"]
+        both = [test for test in failed if theirs[name].get(test, ("", ""))[0] == "failed"]
+        print(
+            f"| test_{name} | {counts['passed']} | {counts['failed']} | {len(both)} | {counts['skipped']} "
+            f"| {other['passed']} | {other['failed']} |"
         )
-        print(table[-1], flush=True)
-        reasons += [f"* {name}: {test}: {why}" for test, outcome, why in cases if outcome in ("failure", "error")]
-    print("\n| file | passed | failed | skipped |\n|---|---|---|---|", *table, "", *reasons, sep="\n")
+        reasons += [f"* {name}: {test}: {mine[name][test][1]}" for test in failed if test not in both]
+    print("\nFailed here and not by llama-server:\n", *reasons, sep="\n")
+    print(json.dumps({"kvcompose": mine, "llama-server": theirs}))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,15 @@ def make_llama(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Any:
     yield make
     for llama in made:
         llama.close()
+
+
+@pytest.fixture
+def start(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Iterator[Callable[..., Any]]:
+    """Starts a server on the tiny model, with the options given, and returns a client."""
+    from serving import CONFIG, in_process, tiny_options
+
+    with contextlib.ExitStack() as running:
+        yield lambda **options: running.enter_context(in_process(tiny_options(tiny_model(CONFIG), **options)))
 
 
 @pytest.fixture(scope="session")

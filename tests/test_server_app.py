@@ -4,68 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 from conftest import greedy
-from fastapi.testclient import TestClient
+from serving import CONFIG, events, post
 
-from kvcompose_gguf import KVCompose
 from kvcompose_gguf.server import infill
-from kvcompose_gguf.server.app import create_app, slot_filename
-from kvcompose_gguf.server.command import make_engine
-from kvcompose_gguf.server.errors import ApiError
-from kvcompose_gguf.server.options import ServeOptions
 
-CONFIG = tiny.GQA
-METHOD = KVCompose(compression_ratio=0.5, scoring="repeat", min_tokens=100, keep_last=8)
 PROMPT = "The quick brown fox jumps over the lazy dog. "
 TIMINGS = (
     "cache_n", "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second", "predicted_n", "predicted_ms",
     "predicted_per_token_ms", "predicted_per_second",
 )  # fmt: skip
-
-
-@pytest.fixture
-def start(tiny_model) -> Iterator[Callable[..., TestClient]]:
-    """Starts a server on the tiny model."""
-    running: list[TestClient] = []
-
-    def start(**options: Any) -> TestClient:
-        defaults: dict[str, Any] = {
-            "model_path": tiny_model(CONFIG), "n_ctx": 2048, "n_parallel": 2, "threads": 1, "n_batch": 64, "type_k": 0,
-            "type_v": 0, "flash_attn": False, "alias": "tiny",
-        }  # fmt: skip
-        made = ServeOptions(**(defaults | options))
-        client = TestClient(create_app(made, lambda: make_engine(made)), raise_server_exceptions=False)
-        client.__enter__()
-        running.append(client)
-        return client
-
-    yield start
-    for client in running:
-        client.__exit__(None, None, None)
-
-
-def post(client: TestClient, path: str, status: int = 200, **body: Any) -> Any:
-    answer = client.post(path, json=body)
-    assert answer.status_code == status, answer.text
-    return answer.json()
-
-
-def events(client: TestClient, path: str, **body: Any) -> tuple[list[Any], bool]:
-    """The chunks of a streamed answer, and whether it ended with [DONE]."""
-    with client.stream("POST", path, json=body | {"stream": True}) as answer:
-        assert answer.status_code == 200
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
-    done = lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[: len(lines) - done]], done
 
 
 #
@@ -349,61 +301,12 @@ def test_a_tool_that_has_to_be_called_is(start):
     assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
     chunks, _ = events(client, "/v1/chat/completions", **options)
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    (calls,) = [delta["tool_calls"] for delta in deltas if "tool_calls" in delta]
-    assert (calls[0]["index"], calls[0]["type"], calls[0]["function"]) == (0, "function", call["function"])
+    first, *more = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
+    assert len(more) > 1
+    assert json.loads("".join(one["function"]["arguments"] for one in (first, *more))) == {"city": "Rome"}
     assert not any(delta.get("content") for delta in deltas)
     assert post(start(), "/v1/chat/completions", 501, messages=options["messages"], tools=[tool])["error"]["message"]
-
-
-#
-# compression
-#
-
-
-def test_prompts_are_compressed_as_the_server_or_the_request_says(start):
-    client = start(method=METHOD)
-    prompt = tiny.tokens(CONFIG, 308)
-    options = {"prompt": prompt, "n_predict": 4, "temperature": 0}
-    kv = post(client, "/completion", **options)["timings"]["kv"]
-    assert (kv["n_tokens"], sum(kv["n_kept"])) == (300, 300 * CONFIG.n_layer // 2)
-    assert kv["bytes"] == kv["bytes_full"] / 2
-    again = post(client, "/completion", **options)["timings"]
-    assert (again["cache_n"], again["kv"]["n_kept"]) == (307, kv["n_kept"])
-    tighter = post(client, "/completion", **options, kv_compress={"ratio": 0.75})["timings"]["kv"]
-    assert sum(tighter["n_kept"]) == 300 * CONFIG.n_layer // 4
-    other = post(client, "/completion", **options, kv_compress={"method": "streaming-llm", "n_kept": 50})["timings"]["kv"]
-    assert other["n_kept"] == [50] * CONFIG.n_layer
-    assert "kv" not in post(client, "/completion", **options, kv_compress=False)["timings"]
-    short = {**options, "prompt": prompt[:60]}
-    assert "kv" not in post(client, "/completion", **short)["timings"]
-    slots = [slot for slot in client.get("/slots").json() if slot.get("kv_bytes")]
-    assert slots
-
-
-def test_what_is_kept_of_a_context_is_told(start):
-    client = start(method=METHOD)
-    assert client.get("/kv/slots/0").json() == {"id": 0, "pieces": [], "shares": []}
-    prompt = tiny.tokens(CONFIG, 308)
-    kv = post(client, "/completion", prompt=prompt, n_predict=2, id_slot=1)["timings"]["kv"]
-    assert [slot["id"] for slot in client.get("/kv/slots").json()] == [1, 0]
-    told = client.get("/kv/slots/1").json()
-    assert (len(told["pieces"]), len(told["shares"])) == (300, 300)
-    assert "".join(told["pieces"]) == post(client, "/detokenize", tokens=prompt[:300])["content"]
-    # a layer's heads keep as many tokens each
-    assert sum(told["shares"]) == pytest.approx(sum(kv["n_kept"]) / CONFIG.n_layer, rel=1e-3)
-    assert 0 <= min(told["shares"]) < max(told["shares"]) <= 1
-    assert client.get("/kv/slots/2").status_code == 400
-
-
-def test_a_document_is_compressed_once_and_continued(start):
-    client = start(method=METHOD)
-    document = tiny.tokens(CONFIG, 300)
-    told = post(client, "/kv/compress", prompt=document)
-    assert (told["n_tokens"], told["kv"]["n_tokens"]) == (300, 300)
-    body = post(client, "/completion", prompt=[*document, 5, 6, 7], n_predict=2, temperature=0)
-    assert (body["id_slot"], body["timings"]["cache_n"], body["timings"]["prompt_n"]) == (told["id_slot"], 300, 3)
-    assert body["timings"]["kv"] == told["kv"]
-    assert post(start(), "/kv/compress", 400, prompt="x")["error"]["message"].startswith("kv_compress")
 
 
 #
@@ -474,160 +377,3 @@ def test_a_hole_is_filled_from_both_sides(start, monkeypatch):
     assert (got["prompt"], got["content"]) == (same["prompt"], same["content"])
     for wrong in ([{}], [{"filename": "ok"}], [{"filename": 3, "text": "abc"}], [3]):
         post(client, "/infill", 400, **body, input_extra=wrong)
-
-
-#
-# saved slots
-#
-
-
-@pytest.mark.parametrize("method", [None, METHOD], ids=["full", "compressed"])
-def test_a_slot_is_saved_and_restored_elsewhere(start, tmp_path, method):
-    client = start(method=method, slot_save_path=tmp_path)
-    prompt, other = tiny.tokens(CONFIG, 308), tiny.tokens(CONFIG, 40, seed=9)
-    options = {"n_predict": 4, "temperature": 0}
-    first = post(client, "/completion", prompt=prompt, id_slot=1, **options)
-    saved = post(client, "/slots/1?action=save", filename="one.bin")
-    assert (saved["id_slot"], saved["n_saved"], saved["n_written"]) == (1, 311, (tmp_path / "one.bin").stat().st_size)
-    post(client, "/completion", prompt=other, id_slot=1, **options)
-    read = post(client, "/slots/0?action=restore", filename="one.bin")
-    assert (read["n_restored"], read["n_read"]) == (311, saved["n_written"])
-    again = post(client, "/completion", prompt=prompt, id_slot=0, **options)
-    assert (again["content"], again["timings"]["cache_n"]) == (first["content"], 307)
-    if method is not None:  # the context is the same one, compressed and not read again
-        assert saved["n_written"] < 0.7 * full_size(start, tmp_path, prompt)
-    assert client.post("/slots/0?action=erase").json() == {"id_slot": 0, "n_erased": 311}
-    assert post(client, "/completion", prompt=prompt, id_slot=0, **options)["timings"]["cache_n"] == 0
-
-
-def test_slots_are_saved_and_erased_under_a_budget_as_well(start, tmp_path):
-    client = start(slot_save_path=tmp_path, kv_budget=2 * 1024 * 2048)
-    post(client, "/completion", prompt=tiny.tokens(CONFIG, 900), id_slot=0, n_predict=4)
-    assert post(client, "/slots/0?action=save", filename="one.bin")["n_saved"] == 903
-    assert client.post("/slots/0?action=erase").json()["n_erased"] == 903
-
-
-def full_size(start: Any, folder: Path, prompt: list[int]) -> int:
-    client = start(slot_save_path=folder)
-    post(client, "/completion", prompt=prompt, id_slot=0, n_predict=4, temperature=0)
-    return post(client, "/slots/0?action=save", filename="full.bin")["n_written"]
-
-
-def test_files_that_are_no_slots_are_refused_and_the_slot_keeps_what_it_has(start, tmp_path):
-    client = start(slot_save_path=tmp_path)
-    prompt = tiny.tokens(CONFIG, 60)
-    post(client, "/completion", prompt=prompt, id_slot=0, n_predict=2)
-    post(client, "/slots/0?action=save", filename="good.bin")
-    good = (tmp_path / "good.bin").read_bytes()
-    damaged = {
-        "empty": b"", "short": good[:200], "cut": good[:-5], "flipped": good[:-50] + b"x" + good[-49:], "magic": b"x" + good[1:],
-        "count": good[:8] + b"\xff\xff\xff\x7f" + good[12:], "tokens": good[:20] + b"\xff\xff\xff\x7f" + good[24:],
-    }  # fmt: skip
-    for name, raw in damaged.items():
-        (tmp_path / name).write_bytes(raw)
-        error = post(client, "/slots/0?action=restore", 400, filename=name)["error"]
-        assert error["message"].startswith("Unable to restore slot"), name
-    assert post(client, "/slots/0?action=restore", 400, filename="none")["error"]["message"].startswith("Unable to restore")
-    assert post(client, "/completion", prompt=prompt, id_slot=0, n_predict=1)["timings"]["cache_n"] == 59
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "words"),
-    [
-        ("/slots/x?action=save", {"filename": "a"}, "Invalid slot ID"), ("/slots/0?action=dance", {"filename": "a"}, "Invalid action"),
-        ("/slots/0?action=save", {"filename": "../a"}, "Invalid filename"), ("/slots/0?action=restore", {}, "Invalid filename"),
-        ("/slots/0?action=save", {"filename": 3}, "Invalid filename"), ("/slots/0?action=save", [], "Invalid filename"),
-    ],
-)  # fmt: skip
-def test_slot_actions_that_make_no_sense_are_refused(start, tmp_path, path, body, words):
-    answer = start(slot_save_path=tmp_path).post(path, json=body)
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, words)
-    assert list(tmp_path.iterdir()) == []
-    assert start().post(path, json=body).status_code == 501
-
-
-#
-# the server
-#
-
-
-def test_what_is_told_about_the_server(start):
-    client = start(method=METHOD)
-    assert client.get("/health").json() == client.get("/v1/health").json() == {"status": "ok"}
-    props = client.get("/props").json()
-    assert props["model_path"].endswith(".gguf")
-    assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (2, 1024)
-    assert props["default_generation_settings"]["params"]["top_k"] == 40
-    assert "compression_ratio=0.5" in props["kv_compress"]
-    models = client.get("/v1/models").json()
-    assert [model["id"] for model in models["data"]] == ["tiny"]
-    page = client.get("/")
-    assert "<!doctype html>" in page.text
-    for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript")):
-        assert client.get(f"/{name}").headers["content-type"].startswith(kind)
-        assert name in page.text
-    assert "http" not in page.text  # nothing comes from elsewhere
-    assert start(ui=False).get("/").status_code == 404
-    assert [set(slot) for slot in client.get("/slots").json()] == [{"id", "n_ctx", "speculative", "is_processing"}] * 2
-
-
-def test_tokens_and_texts(start):
-    client = start()
-    text = "Héllo 🙂 world"
-    tokens = post(client, "/tokenize", content=text)["tokens"]
-    # the tiny vocabulary's texts show their spaces
-    assert post(client, "/detokenize", tokens=tokens)["content"].replace("▁", " ").strip() == text
-    pieces = post(client, "/tokenize", content=text, with_pieces=True)["tokens"]
-    assert [piece["id"] for piece in pieces] == tokens
-    raw = b"".join(bytes(p["piece"]) if isinstance(p["piece"], list) else p["piece"].encode() for p in pieces)
-    assert raw.decode().replace("▁", " ").strip() == text
-    assert post(client, "/tokenize", content=[5, "a", 7])["tokens"][0] == 5
-    assert post(client, "/tokenize")["tokens"] == []
-    assert post(client, "/detokenize", 400, tokens=[-1])["error"]["message"] == "Prompt contains invalid tokens"
-
-
-def test_metrics_are_the_sums_of_the_answers(start):
-    client = start(method=METHOD)
-    bodies = [post(client, "/completion", prompt=tiny.tokens(CONFIG, n), n_predict=4) for n in (20, 20, 308)]
-    text = client.get("/metrics").text
-    values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line and line[0] != "#"}
-    for name, field in (("prompt_tokens", "prompt_n"), ("prompt_tokens_cached", "cache_n"), ("tokens_predicted", "predicted_n")):
-        assert values[f"llamacpp:{name}_total"] == sum(body["timings"][field] for body in bodies)
-        assert f"# TYPE llamacpp:{name}_total counter" in text
-        assert f"# HELP llamacpp:{name}_total " in text
-    assert values["llamacpp:n_decode_total"] > 0
-    assert values["llamacpp:requests_processing"] == values["llamacpp:requests_deferred"] == 0
-    assert values["kvcompose_removed_ratio_count"] == 1
-    assert start(endpoint_metrics=False).get("/metrics").json()["error"]["type"] == "not_supported_error"
-
-
-def test_keys_are_asked_for(start):
-    client = start(api_keys=("secret",))
-    assert client.get("/props").status_code == 401
-    assert client.get("/health").status_code == 200
-    assert client.get("/props", headers={"Authorization": "Bearer secret"}).status_code == 200
-
-
-def test_a_full_queue_says_when_to_come_again(start):
-    client = start(n_parallel=1, n_queue=0)
-    started = threading.Event()
-
-    def run() -> None:
-        with client.stream("POST", "/completion", json={"prompt": PROMPT, "ignore_eos": True, "stream": True}) as answer:
-            for _ in answer.iter_lines():
-                started.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert started.wait(30)
-    answer = client.post("/completion", json={"prompt": PROMPT, "n_predict": 1})
-    thread.join()
-    assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1")
-    assert answer.json()["error"]["type"] == "unavailable_error"
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "a\\b", "a..b", " a", "a.", "a\n", "a" * 256, "c:x", "/etc/passwd"])
-def test_names_of_slot_files_are_no_paths(name):
-    assert slot_filename("slot-1.bin") == "slot-1.bin"
-    with pytest.raises(ApiError, match="Invalid filename"):
-        slot_filename(name)

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.server.chat import ChatTemplate, call_schema, check_messages, check_tools, parse_calls
+from kvcompose_gguf.server.chat import ChatTemplate, check_messages
 from kvcompose_gguf.server.errors import ApiError
+from kvcompose_gguf.server.tools import CallStream, call_schema, check_tools, parse_calls
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -101,3 +102,42 @@ def test_calls_are_found_in_a_text(text, content, calls):
     got = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message.tool_calls]
     assert (message.content, got) == (content, calls)
     assert len({call["id"] for call in message.tool_calls}) == len(calls)
+
+
+CALLS = (
+    'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "R\\"o}me", "days": [1, {"n": 2}]}}\n</tool_call>\n'
+    '<tool_call>{"arguments": {"x": 1}, "name": "other"}</tool_call><tool_call>{"name": "cut", "arguments": {"a": '
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_calls_come_while_they_are_written(size):
+    stream, content, calls, n_deltas = CallStream(), "", {}, 0
+    pieces = [CALLS[i : i + size] for i in range(0, len(CALLS), size)]
+    for deltas in [*map(stream.add, pieces), stream.end()]:
+        for delta in deltas:
+            content += delta.get("content", "")
+            for call in delta.get("tool_calls", []):
+                n_deltas += 1
+                known = calls.setdefault(call["index"], {"arguments": ""})
+                # a call's first piece has its name, the others only more arguments
+                assert ("id" in call) == ("name" not in known) == ("name" in call["function"])
+                known.update({"name": call["function"].get("name", known.get("name"))})
+                known["arguments"] += call["function"]["arguments"]
+    assert content == "Let me see. "
+    assert [call["name"] for call in calls.values()] == ["weather", "other", "cut"]
+    assert json.loads(calls[0]["arguments"]) == {"city": 'R"o}me', "days": [1, {"n": 2}]}
+    assert json.loads(calls[1]["arguments"]) == {"x": 1}
+    assert calls[2]["arguments"] == '{"a": '
+    assert stream.n_calls == 3
+    if size == 1:
+        assert n_deltas > 40
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+@pytest.mark.parametrize("text", ["plain", "a < b <tool", "<tool_call>no json</tool_call> and more", "<tool_call>open"])
+def test_what_is_no_call_is_content(text, size):
+    stream = CallStream()
+    deltas = [d for i in range(0, len(text), size) for d in stream.add(text[i : i + size])] + stream.end()
+    assert "".join(delta["content"] for delta in deltas) == text
+    assert stream.n_calls == 0

@@ -79,7 +79,7 @@ def test_options_are_answered_without_a_key_and_with_the_origin():
     ],
 )  # fmt: skip
 def test_only_pages_of_this_machine_may_ask_if_so_wanted(origin, is_allowed):
-    assert (b"access-control-allow-origin" in ask(make(local_only=True), origin=origin)[1]) == is_allowed
+    assert (b"access-control-allow-origin" in ask(make(origins="localhost"), origin=origin)[1]) == is_allowed
     assert ask(make(), origin=origin)[1][b"access-control-allow-origin"] == origin.encode()
 
 
@@ -94,3 +94,27 @@ def test_long_bodies_are_refused_by_their_length_or_when_it_is_reached():
 def test_a_body_is_json_whatever_its_sender_calls_it():
     assert ask(make(), content_type="application/x-www-form-urlencoded")[2] == b"application/json"
     assert ask(make())[2] == b"application/json"
+
+
+def test_a_body_has_to_come_in_time():
+    async def slow() -> Any:
+        gate, sent = make(timeout=0.05), []
+        await gate(
+            {"type": "http", "method": "POST", "path": "/x", "headers": []}, asyncio.Event().wait, lambda m: _append(sent, m)
+        )  # type: ignore[arg-type]
+        return sent[0]["status"]
+
+    async def _append(sent: list[Any], message: Any) -> None:
+        sent.append(message)
+
+    assert asyncio.run(slow()) == 408
+
+
+@pytest.mark.parametrize(("path", "status"), [("/", 200), ("/health", 503), ("/slots", 503)])
+def test_only_the_page_comes_before_the_model(path, status):
+    assert ask(make(is_ready=lambda: False), path)[0] == status
+
+
+def test_one_origin_may_be_named():
+    headers = ask(make(origins="https://a.example"), origin="https://b.example")[1]
+    assert headers[b"access-control-allow-origin"] == b"https://a.example"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import string
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -15,15 +13,15 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ConfigError
-from .errors import ApiError, invalid, not_supported
+from .errors import ApiError, invalid
 
 CHATML = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
 
-#: what models of the Hermes family and Qwen put around a call
-CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+#: what models of the Hermes family and Qwen put before a call
+CALL_BEGIN = "<tool_call>"
 
 
 class ChatTemplate:
@@ -149,88 +147,6 @@ def _checked_call(call: Any) -> dict[str, Any]:
         except ValueError as error:
             raise invalid(f"Failed to parse messages: arguments of {function['name']} are not JSON: {error}") from error
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-#
-# tools
-#
-
-
-def check_tools(tools: Any, tool_choice: Any, template: ChatTemplate) -> tuple[list[dict[str, Any]], str]:
-    """Tools, and ``"auto"``, ``"none"``, ``"required"`` or the name of one that is to be called.
-
-    Raises:
-        ApiError: they are not what OpenAI's API allows, or the model's template has none.
-    """
-    if not tools:
-        return [], "none"
-    for tool in tools if isinstance(tools, list) else [None]:
-        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise invalid('Failed to parse tools: [{"type": "function", "function": {"name": ...}}] is needed')
-    choice = tool_choice or "auto"
-    if isinstance(choice, dict):
-        function = choice.get("function")
-        choice = function.get("name") if isinstance(function, dict) else None
-        if choice not in [tool["function"]["name"] for tool in tools]:
-            raise invalid(f"Invalid tool_choice: {choice}")
-        tools = [tool for tool in tools if tool["function"]["name"] == choice]
-        choice = "required"
-    if choice not in ("auto", "none", "required"):
-        raise invalid(f"Invalid tool_choice: {choice}")
-    if not template.has_tools:
-        raise not_supported("tools are not supported: the model's chat template has none")
-    return tools, choice
-
-
-def call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """JSON schema of a call of one of ``tools``."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"oneOf": calls}
-
-
-@dataclass(frozen=True)
-class Message:
-    """What a model said.
-
-    Attributes:
-        content: without the calls.
-        tool_calls: as OpenAI's API has them, arguments as JSON text.
-    """
-
-    content: str
-    tool_calls: tuple[dict[str, Any], ...] = ()
-
-
-def parse_calls(text: str) -> Message:
-    """Calls out of a text, where they stand between ``<tool_call>`` and ``</tool_call>``, the last perhaps unclosed."""
-    calls = []
-    for found in re.finditer(rf"{CALL_BEGIN}(.*?)(?:{CALL_END}|$)", text, re.DOTALL):
-        try:
-            call = json.loads(found[1])
-            name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-        if isinstance(name, str):
-            calls.append((found, name, arguments))
-    for found, _, _ in reversed(calls):
-        text = text[: found.start()] + text[found.end() :]
-    return Message(text.strip() if calls else text, tuple(_call(name, arguments) for _, name, arguments in calls))
-
-
-def _call(name: str, arguments: Any) -> dict[str, Any]:
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {"type": "function", "function": {"name": name, "arguments": text}, "id": random_id()}
 
 
 def random_id() -> str:

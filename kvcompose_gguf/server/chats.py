@@ -10,10 +10,10 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from . import chat, formats
+from . import chat, formats, tools
 from .errors import invalid
 from .formats import About
-from .generation import Generation, Progress, Token
+from .generation import End, Generation, Progress, Token
 from .grammars import grammar_of
 from .schemas import ChatRequest
 from .server import Server
@@ -23,8 +23,8 @@ from .streams import event_stream, merged, together, while_connected
 def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[str, Any]], str]:
     """The prompt of a chat, the tools that the model may call, and whether it may or has to."""
     messages = chat.check_messages(request.messages)
-    tools, choice = chat.check_tools(request.tools, request.tool_choice, server.template)
-    if tools and request.grammar:
+    offered, choice = tools.check_tools(request.tools, request.tool_choice, server.template)
+    if offered and request.grammar:
         raise invalid("Cannot use custom grammar constraints with tools.")
     is_continued = bool(messages) and messages[-1]["role"] == "assistant"
     if is_continued and len(messages) > 1 and messages[-2]["role"] == "assistant":
@@ -41,14 +41,14 @@ def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[st
     }  # fmt: skip
     if isinstance(variables["enable_thinking"], str):
         raise invalid('invalid type for "enable_thinking" (expected boolean, got string)')
-    if tools:
-        variables["tools"] = tools
+    if offered:
+        variables["tools"] = offered
     for name in ("messages", "add_generation_prompt", "bos_token", "eos_token"):
         variables.pop(name, None)
     if not is_continued:
-        return server.template.render(messages, request.add_generation_prompt, **variables), tools, choice
+        return server.template.render(messages, request.add_generation_prompt, **variables), offered, choice
     prompt = server.template.render(messages[:-1], True, **variables)
-    return prompt + messages[-1]["content"], tools, choice
+    return prompt + messages[-1]["content"], offered, choice
 
 
 async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
@@ -57,9 +57,9 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
         raise invalid("top_logprobs requires logprobs to be set to true")
     if request.logprobs and request.n_probs is None:
         request.n_probs = 20 if request.top_logprobs is None else max(1, request.top_logprobs)
-    what, tools, choice = await server.aside(_asked, server, request)
+    what, offered, choice = await server.aside(_asked, server, request)
     abouts = server.abouts(request, [what])
-    reads_calls = bool(tools) and choice != "none"
+    reads_calls = bool(offered) and choice != "none"
     begun = chat.CALL_BEGIN if choice == "required" else ""
     if request.stream:
         chunks = merged([_chat_chunks(server, request, about, reads_calls, begun) for about in abouts])
@@ -68,24 +68,24 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
     ends = await while_connected(http, together(work, len(server.engine.slots)))
     bodies = []
     for about, (slot, end) in zip(abouts, ends, strict=True):
-        message = chat.parse_calls(begun + end.text) if reads_calls else chat.Message(end.text)
+        message = tools.parse_calls(begun + end.text) if reads_calls else tools.Message(end.text)
         bodies.append(formats.chat_completion(replace(about, id_slot=slot), end, message.content, message.tool_calls))
     return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
 
 
 def _asked(server: Server, request: ChatRequest) -> tuple[Generation, list[dict[str, Any]], str]:
     """What is to be generated, the tools that may be called, and whether they may or have to be."""
-    prompt, tools, choice = chat_prompt(server, request)
-    grammar = _chat_grammar(request, tools if choice == "required" else [])
+    prompt, offered, choice = chat_prompt(server, request)
+    grammar = _chat_grammar(request, offered if choice == "required" else [])
     if choice == "required":
         prompt += chat.CALL_BEGIN + "\n"
-    return server.generation(request, server.reader.tokens(prompt), grammar), tools, choice
+    return server.generation(request, server.reader.tokens(prompt), grammar), offered, choice
 
 
 def _chat_grammar(request: ChatRequest, forced: list[dict[str, Any]]) -> str | None:
     """GBNF of a response format, or of a call of one of the ``forced`` tools; None: the request's own."""
     if forced:
-        return grammar_of(chat.call_schema(forced))
+        return grammar_of(tools.call_schema(forced))
     kind = (request.response_format or {}).get("type", "text")
     schema = request.json_schema
     if kind == "json_object":
@@ -105,48 +105,34 @@ def _chat_grammar(request: ChatRequest, forced: list[dict[str, Any]]) -> str | N
 async def _chat_chunks(
     server: Server, request: ChatRequest, about: About, reads_calls: bool, begun: str
 ) -> AsyncIterator[dict[str, Any]]:
-    has_role, held = False, begun
+    has_role = False
+    calls = tools.CallStream(begun)
     async for _, step in server.events(about.what, request.id_slot):
         if isinstance(step, Progress):
             if request.return_progress:
                 has_role = True
-                yield formats.chat_part(about, {"role": "assistant", "content": None}, **formats.extras(step, False))
+                more = formats.extras(step, request.timings_per_token)
+                yield formats.chat_part(about, {"role": "assistant", "content": None}, **more)
             continue
         if not has_role:
             has_role = True
             yield formats.chat_part(about, {"role": "assistant", "content": None})
-        if isinstance(step, Token):
-            text = step.text
-            if reads_calls:
-                text, held = _before_calls(held + step.text)
-            if text:
-                chunk = formats.chat_part(about, {"content": text}, **formats.extras(step, request.timings_per_token))
+        text = step.text if isinstance(step, Token) else step.rest
+        deltas: list[dict[str, Any]] = [{"content": text}] if text else []
+        if reads_calls:
+            deltas = calls.add(text) + (calls.end() if isinstance(step, End) else [])
+        for delta in deltas:
+            chunk = formats.chat_part(about, delta)
+            if isinstance(step, Token) and delta is deltas[-1]:  # they go with the last
+                chunk |= formats.extras(step, request.timings_per_token)
                 if about.logprobs:
                     chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
-                yield chunk
+            yield chunk
+        if isinstance(step, Token):
             continue
-        calls: tuple[dict[str, Any], ...] = ()
-        if reads_calls:
-            message = chat.parse_calls(held + step.rest)
-            calls = message.tool_calls
-            if message.content:
-                yield formats.chat_part(about, {"content": message.content})
-            for number, call in enumerate(calls):
-                yield formats.chat_part(about, {"tool_calls": [{"index": number, **call}]})
-        elif step.rest:
-            yield formats.chat_part(about, {"content": step.rest})
         timings = {"timings": formats.timings(step.timings, step.report)}
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        last = formats.chat_part(about, {}, formats.chat_finish(step, calls))
+        last = formats.chat_part(about, {}, formats.chat_finish(step, calls.n_calls > 0))
         yield last if wants_usage else last | timings
         if wants_usage:
             yield formats.chat_usage(about, step) | timings
-
-
-def _before_calls(text: str) -> tuple[str, str]:
-    """What may be shown of a text that calls may be in, and what has to wait."""
-    at = text.find(chat.CALL_BEGIN)
-    if at < 0:
-        beginnings = (n for n in range(len(chat.CALL_BEGIN) - 1, 0, -1) if text.endswith(chat.CALL_BEGIN[:n]))
-        at = len(text) - next(beginnings, 0)
-    return text[:at], text[at:]

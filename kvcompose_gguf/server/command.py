@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 
 import uvicorn
@@ -16,18 +18,25 @@ from .options import ServeOptions
 #: cells of a cache come in so many
 N_PAD = 256
 
+#: folder of idle caches in that of saved slots, where no slot's file name leads
+IDLE = "idle"
+
 
 def make_engine(options: ServeOptions) -> Engine:
     """The model's slots, each with its share of ``n_ctx``, as llama-server divides it."""
     with open_vocabulary(options.model_path) as vocabulary:
         n_ctx = options.n_ctx or n_ctx_trained(vocabulary)
     n_slot = -(-max(1, n_ctx // options.n_parallel) // N_PAD) * N_PAD
-    threads = {} if options.threads is None else {"n_threads": options.threads, "n_threads_batch": options.threads}
+    threads_batch = options.threads_batch or options.threads
+    threads = {"n_threads": options.threads, "n_threads_batch": threads_batch}
+    idle_path = options.slot_save_path / IDLE if options.slot_save_path is not None else None
     return Engine(
-        options.model_path, options.n_parallel, options.n_queue, options.kv_budget, n_ctx=n_slot,
-        n_batch=options.n_batch,
-        flash_attn=options.flash_attn, type_k=options.type_k, type_v=options.type_v, verbose=False,
-        kv_compressor=options.method, embeddings=options.embeddings, pooling=options.pooling, **threads,
+        options.model_path, options.n_parallel, options.n_queue, options.kv_budget, options.timeout, idle_path,
+        options.idle_bytes, n_ctx=n_slot, n_batch=options.n_batch, n_ubatch=options.n_ubatch,
+        n_gpu_layers=options.n_gpu_layers, flash_attn=options.flash_attn, type_k=options.type_k,
+        type_v=options.type_v, verbose=False,
+        kv_compressor=options.method, embeddings=options.embeddings, pooling=options.pooling,
+        **{name: n for name, n in threads.items() if n is not None},
     )  # fmt: skip
 
 
@@ -49,9 +58,39 @@ def read_keys(keys: str, file: Path | None) -> tuple[str, ...]:
     return tuple(key for key in found if key)
 
 
-def serve(options: ServeOptions, host: str, port: int) -> None:
-    """Answer requests until the process is told to end."""
-    console = Console(stderr=True)
-    console.print(f"[bold]{options.model_name}[/] at http://{host}:{port}, {options.n_parallel} slots", highlight=False)
-    app = create_app(options, lambda: make_engine(options))
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
+def serve(options: ServeOptions, hosts: str, port: int) -> None:
+    """Answer requests until the process is told to end.
+
+    Args:
+        hosts: addresses to listen on, with commas between.
+    Raises:
+        ConfigError: one of them cannot be listened on.
+        Exception: the model cannot be loaded.
+    """
+    failures: list[Exception] = []
+
+    def on_failure(error: Exception) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(options, lambda: make_engine(options), on_failure)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
+    with contextlib.ExitStack() as listening:
+        names = [name.strip() for name in hosts.split(",")]
+        sockets = [listening.enter_context(_listen(name, port)) for name in names]
+        ports = [listener.getsockname()[1] for listener in sockets]
+        where = ", ".join(f"http://{name}:{port}" for name, port in zip(names, ports, strict=True))
+        Console(stderr=True).print(
+            f"[bold]{options.model_name}[/] at {where}, {options.n_parallel} slots", highlight=False
+        )
+        server.run(sockets)
+    if failures:
+        raise failures[0]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=512)  # type: ignore[arg-type]
+    except OSError as error:
+        raise ConfigError(f"nothing can listen on {host}:{port}: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -41,7 +42,9 @@ async def complete(
         return await event_stream(http, chunks, done)
     work = (server.finish(about.what, request.id_slot) for about in abouts)
     ends = await while_connected(http, together(work, len(server.engine.slots)))
-    bodies = [whole(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
+    placed = [(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
+    # a long prompt is made a text again
+    bodies = await server.aside(lambda: [whole(about, end) for about, end in placed])
     if whole is formats.text_completion:
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
     return JSONResponse(bodies[0] if len(bodies) == 1 else bodies)
@@ -52,6 +55,6 @@ async def _completion_chunks(
 ) -> AsyncIterator[dict[str, Any]]:
     async for slot, step in server.events(about.what, request.id_slot):
         if isinstance(step, End):
-            yield whole(replace(about, id_slot=slot), step, streamed=True)
+            yield await server.aside(partial(whole, replace(about, id_slot=slot), step, streamed=True))
         elif isinstance(step, Token) or request.return_progress:
             yield part(about, step, request.timings_per_token)

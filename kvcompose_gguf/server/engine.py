@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -12,7 +15,8 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedError
 from .embeddings import Embedder
-from .slots import Busy, Cancelled, Slot, Turns
+from .idle import IdleCaches
+from .slots import Busy, Cancelled, Slot, TimedOut, Turns
 
 #: share of a prompt that has to be in a slot's cache already for the slot to be chosen for it
 MIN_SIMILARITY = 0.1
@@ -30,6 +34,9 @@ class Job:
         tokens: of the prompt, which decide the slot.
         id_slot: that it has to be, or -1.
         n_tokens: that its cache may have to hold.
+        composed_by: how the prompt is compressed, which decides what can be continued; None: it is not read at all.
+        id: its number among all.
+        deadline: on ``time.monotonic``'s clock, after which it ends.
         future: of the result.
     """
 
@@ -37,6 +44,9 @@ class Job:
     tokens: Sequence[int] = ()
     id_slot: int = -1
     n_tokens: int = 0
+    composed_by: str | None = None
+    id: int = -1
+    deadline: float = math.inf
     future: Future[Any] = field(default_factory=Future)
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -50,6 +60,23 @@ class Job:
         """Whether somebody has called ``cancel``."""
         return self._cancelled.is_set()
 
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self.deadline
+
+    def check(self) -> None:
+        """Raise if its result is of no use.
+
+        Raises:
+            Cancelled: nobody waits for it.
+            TimedOut: it has taken too long.
+        """
+        if self.is_cancelled:
+            raise Cancelled("the request was cancelled")
+        if self.is_late:
+            raise TimedOut("the request took longer than the server allows")
+
 
 class Engine:
     """A model's slots and the queue before them.
@@ -60,6 +87,9 @@ class Engine:
         n_queue: requests that may wait.
         kv_budget: bytes of all slots' caches; what is idle makes room, who was used longest ago first, and what does
             not fit beside what runs waits. None: no bound.
+        timeout: seconds that a job may take, with its time in the queue; None: no bound.
+        idle_path, idle_bytes: folder for compressed contexts that slots have to give up, and bytes of all its files; 0:
+            they are forgotten.
         embeddings: whether there is a context for vectors, of at most so many tokens a text; 0: none.
         pooling: of these vectors.
         **kwargs: of every slot's ``Llama``.
@@ -71,6 +101,9 @@ class Engine:
         n_slots: int,
         n_queue: int = 64,
         kv_budget: int | None = None,
+        timeout: float | None = None,
+        idle_path: Path | None = None,
+        idle_bytes: int = 0,
         embeddings: int = 0,
         pooling: str | None = None,
         **kwargs: Any,
@@ -82,6 +115,9 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._n_queue = n_queue
         self._kv_budget = kv_budget
+        self._timeout = math.inf if timeout is None else timeout
+        self._numbers = itertools.count()
+        self.idle: IdleCaches | None = None
         self._closed = False
         self.slots: list[Slot] = []
         self.embedder: Embedder | None = None
@@ -96,6 +132,8 @@ class Engine:
                     verbose=False, flash_attn=kwargs.get("flash_attn", False), **threads,
                 )  # fmt: skip
             self._check_budget(kv_budget)
+            if idle_path is not None and idle_bytes:
+                self.idle = IdleCaches(idle_path, idle_bytes, self.slots[0].llama)
         except Exception:
             self.close()
             raise
@@ -132,6 +170,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise Busy("the server is about to end")
+            job.id, job.deadline = next(self._numbers), time.monotonic() + self._timeout
             self._waiting.append(job)
             self._start_waiting()
             if len(self._waiting) > self._n_queue:
@@ -146,11 +185,11 @@ class Engine:
         for job in waiting:
             job.cancel()
         for slot in self.slots:
-            slot.cancelled = lambda: True
+            slot.check = _closed
         if self.embedder is not None:
             self.embedder.close()
         for slot in reversed(self.slots):
-            slot.close()
+            slot.close(self.idle.keep if self.idle is not None else None)
         self.slots = []
         self._turns.close()
 
@@ -160,13 +199,18 @@ class Engine:
             if job.is_cancelled:
                 self._waiting.remove(job)
                 continue
+            if job.is_late:
+                self._waiting.remove(job)
+                if job.future.set_running_or_notify_cancel():
+                    job.future.set_exception(TimedOut("the request waited longer than the server allows"))
+                continue
             slot = self._slot_for(job)
             if slot is not None and not self._make_room(slot, job):
                 break
             if slot is not None and job.future.set_running_or_notify_cancel():
                 self._waiting.remove(job)
-                slot.occupy(max(self._bytes_of(job), slot.kv_bytes))
-                slot.cancelled = lambda job=job: self._closed or job.is_cancelled  # type: ignore[misc]
+                slot.occupy(max(self._bytes_of(job), slot.kv_bytes), job.id)
+                slot.check = _closed if self._closed else job.check
                 slot.start(lambda slot, job=job: self._work(slot, job))  # type: ignore[misc]
 
     def _slot_for(self, job: Job) -> Slot | None:
@@ -176,7 +220,10 @@ class Engine:
         if not idle:
             return None
         n_same, best = max(((slot.llama.n_reusable(job.tokens), slot) for slot in idle), key=lambda pair: pair[0])
-        if job.tokens and n_same / len(job.tokens) > MIN_SIMILARITY:
+        n_saved = 0
+        if self.idle is not None and job.composed_by is not None:
+            n_saved = self.idle.n_context(best.llama, job.tokens, job.composed_by)
+        if job.tokens and n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= n_saved:
             return best
         return min(idle, key=lambda slot: slot.last_used)
 
@@ -209,7 +256,7 @@ class Engine:
         if self._bytes_of(job) > room:
             return False
         if slot.kv_bytes > room:  # what is cut off gives no memory back
-            slot.forget()
+            self._forget(slot)
         idle = sorted((other for other in others if other.is_idle), key=lambda other: other.last_used)
         n_mine = max(self._bytes_of(job), slot.kv_bytes)
         n_over = n_mine + sum(other.kv_bytes - self._empty_bytes for other in idle) - room
@@ -217,14 +264,20 @@ class Engine:
             if n_over <= 0:
                 break
             n_over -= other.kv_bytes - self._empty_bytes
-            other.forget()
+            self._forget(other)
         return True
+
+    def _forget(self, slot: Slot) -> None:
+        if self.idle is not None:
+            self.idle.keep(slot.llama)
+        slot.forget()
 
     def _work(self, slot: Slot, job: Job) -> None:
         result, error = None, None
         try:
-            if job.is_cancelled:
-                raise Cancelled("the request was cancelled")
+            job.check()
+            if self.idle is not None and job.composed_by is not None:
+                self.idle.exchange(slot.llama, job.tokens, job.composed_by)
             result = job.work(slot)
         except BaseException as raised:
             error = raised
@@ -235,3 +288,7 @@ class Engine:
             job.future.set_exception(error)
         else:
             job.future.set_result(result)
+
+
+def _closed() -> None:
+    raise Cancelled("the server is about to end")

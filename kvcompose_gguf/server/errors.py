@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError, ContextLengthError, KVComposeError
-from .slots import Busy
+from .slots import Busy, TimedOut
 
 #: seconds after which a client may try again when the queue is full
 RETRY_AFTER = 1
@@ -13,6 +13,7 @@ RETRY_AFTER = 1
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "invalid_request_error", 500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
+    408: "invalid_request_error", 504: "timeout_error",
 }  # fmt: skip
 
 
@@ -56,6 +57,8 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, Busy):
         return ApiError(503, str(error))
+    if isinstance(error, TimedOut):
+        return ApiError(504, str(error))
     if isinstance(error, KVComposeError):
         return ApiError(500, str(error))
     return ApiError(500, f"{type(error).__name__}: {error}")

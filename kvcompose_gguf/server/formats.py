@@ -10,7 +10,7 @@ from typing import Any
 from ..report import KVReport
 from .generation import End, Generation, Progress, Timings, Token
 from .sampling import Chosen
-from .slots import SlotLlama
+from .slots import Slot, SlotLlama
 
 #: JSON has no infinity
 SMALLEST = -3.4028234663852886e38
@@ -116,6 +116,37 @@ def settings(what: Generation, stream: bool, timings_per_token: bool) -> dict[st
     }  # fmt: skip
 
 
+def brief_settings(what: Generation) -> dict[str, Any]:
+    """Of /props and /slots: without what may be long (task_params::to_json, only_metrics)."""
+    return {name: value for name, value in settings(what, False, False).items() if name not in LONG_SETTINGS}
+
+
+def slot(slot: Slot) -> dict[str, Any]:
+    """What a slot does and holds, for /slots."""
+    llama, task = slot.llama, slot.task
+    body: dict[str, Any] = {
+        "id": slot.id, "n_ctx": llama.n_ctx(), "speculative": False, "is_processing": not slot.is_idle
+    }  # fmt: skip
+    if task is None:
+        return body
+    what: Generation | None = task.about
+    is_limited = what is not None and what.n_predict >= 0 and not slot.is_idle
+    body |= {
+        "id_task": task.id, "n_prompt_tokens": llama.n_tokens,
+        "n_prompt_tokens_processed": 0 if slot.is_idle else task.n_processed, "n_prompt_tokens_cache": task.n_cached,
+        **({"params": brief_settings(what)} if what is not None else {}),
+        "next_token": [{
+            "has_next_token": not slot.is_idle, "has_new_line": task.has_new_line,
+            "n_remain": what.n_predict - task.n_decoded if what is not None and is_limited else -1,
+            "n_decoded": 0 if slot.is_idle else task.n_decoded,
+        }],
+        "kv_bytes": slot.kv_bytes,
+        "kv": compression(llama.kv_report) if llama.n_context and llama.kv_report is not None else None,
+    }  # fmt: skip
+    return body
+
+
+LONG_SETTINGS = frozenset({"dry_sequence_breakers", "stop", "logit_bias", "grammar"})
 SETTINGS = (
     "temperature", "dynatemp_range", "dynatemp_exponent", "top_k", "top_p", "min_p", "top_n_sigma", "xtc_probability",
     "xtc_threshold", "typical_p", "repeat_last_n", "repeat_penalty", "presence_penalty", "frequency_penalty",
@@ -223,7 +254,7 @@ def chat_completion(about: About, end: End, content: str, tool_calls: Sequence[d
     if tool_calls:
         message["tool_calls"] = list(tool_calls)
     choice: dict[str, Any] = {
-        "finish_reason": chat_finish(end, tool_calls), "index": about.index, "message": message
+        "finish_reason": chat_finish(end, bool(tool_calls)), "index": about.index, "message": message
     }  # fmt: skip
     if about.logprobs:
         choice["logprobs"] = {"content": _all_probabilities(about, end)}
@@ -244,9 +275,9 @@ def chat_usage(about: About, end: End) -> dict[str, Any]:
     return {"choices": [], **_head(about, "chat.completion.chunk"), "usage": usage(end, len(about.what.tokens))}
 
 
-def chat_finish(end: End, tool_calls: Sequence[dict[str, Any]]) -> str:
+def chat_finish(end: End, has_calls: bool) -> str:
     """Why an answer ended."""
-    return "tool_calls" if tool_calls and end.stop_type != "limit" else FINISH[end.stop_type]
+    return "tool_calls" if has_calls and end.stop_type != "limit" else FINISH[end.stop_type]
 
 
 def chat_logprobs(about: About, step: Token) -> dict[str, Any]:
@@ -263,9 +294,8 @@ def _head(about: About, kind: str) -> dict[str, Any]:
 
 def extras(step: Token | Progress, timings_per_token: bool) -> dict[str, Any]:
     """What goes with a piece of a streamed answer."""
-    if isinstance(step, Progress):
-        return {"prompt_progress": _progress(step)}
-    return {"timings": timings(step.timings)} if timings_per_token else {}
+    told = {"prompt_progress": _progress(step)} if isinstance(step, Progress) else {}
+    return told | ({"timings": timings(step.timings)} if timings_per_token else {})
 
 
 def _probabilities_of(about: About, step: Token) -> dict[str, Any]:

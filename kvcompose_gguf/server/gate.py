@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -16,7 +17,8 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: paths that need no key
-PUBLIC = frozenset({"/", "/index.html", "/page.css", "/page.js", "/health", "/v1/health", "/favicon.ico"})
+PAGE = frozenset({"/", "/index.html", "/page.css", "/page.js", "/favicon.ico"})
+PUBLIC = PAGE | {"/health", "/v1/health"}
 
 CORS = {
     b"access-control-allow-credentials": b"true",
@@ -28,8 +30,11 @@ CORS = {
 JSON = b"application/json; charset=utf-8"
 
 
-class _TooLong(BaseException):
-    """A body is longer than it may be; frameworks that turn exceptions into answers do not know it."""
+class _Refused(BaseException):
+    """A body is longer or slower than it may be; frameworks that turn exceptions into answers do not know it."""
+
+    def __init__(self, error: ApiError) -> None:
+        self.error = error
 
 
 class Gate:
@@ -39,14 +44,24 @@ class Gate:
         app: behind it.
         api_keys: of which a request needs one; none: everybody may.
         max_body_bytes: of a request.
-        local_only: pages of other hosts may not ask.
+        origins: of the pages that may ask: ``"*"`` all, ``"localhost"`` those of this machine, or one.
+        timeout: seconds until the next piece of a body has to be there; None: no bound.
+        is_ready: whether the application can answer; until then only the page comes.
     """
 
-    def __init__(self, app: Asgi, api_keys: Sequence[str], max_body_bytes: int, local_only: bool = False) -> None:
+    def __init__(
+        self,
+        app: Asgi,
+        api_keys: Sequence[str],
+        max_body_bytes: int,
+        origins: str = "*",
+        timeout: float | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
-        self._local_only = local_only
+        self._origins, self._timeout, self._is_ready = origins, timeout, is_ready
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -74,17 +89,20 @@ class Gate:
         scope = {**scope, "headers": [*named, (b"content-type", b"application/json")]}
         try:
             await self._app(scope, self._bounded(receive), send_with_headers)
-        except _TooLong:
-            error = self._too_long()
-            await _answer(send_with_headers, error.code, json.dumps(error.body()).encode(), JSON)
+        except _Refused as refused:
+            await _answer(send_with_headers, refused.error.code, json.dumps(refused.error.body()).encode(), JSON)
 
     def _origin(self, headers: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         origin = headers.get(b"origin")
-        if origin is None or (self._local_only and not _is_local(origin)):
+        if self._origins not in ("*", "localhost"):
+            return [(b"access-control-allow-origin", self._origins.encode())]
+        if origin is None or (self._origins == "localhost" and not _is_local(origin)):
             return []
         return [(b"access-control-allow-origin", origin)]
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        if not self._is_ready() and path not in PAGE:
+            return ApiError(503, "Loading model")
         if self._keys and path not in PUBLIC:
             given = headers.get(b"authorization") or headers.get(b"x-api-key", b"")
             given = given.removeprefix(b"Bearer ")
@@ -101,14 +119,18 @@ class Gate:
 
     def _bounded(self, receive: Receive) -> Receive:
         """Bodies without a length are counted while they come."""
-        n_bytes = 0
+        n_bytes, is_whole = 0, False
 
         async def receive_bounded() -> Message:
-            nonlocal n_bytes
-            message = await receive()
+            nonlocal n_bytes, is_whole
+            try:  # what comes behind the body is that the client has gone, whenever that is
+                message = await asyncio.wait_for(receive(), None if is_whole else self._timeout)
+            except asyncio.TimeoutError:
+                raise _Refused(ApiError(408, f"the request did not come within {self._timeout:g} seconds")) from None
+            is_whole = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
             if n_bytes > self._max_body_bytes:
-                raise _TooLong
+                raise _Refused(self._too_long())
             return message
 
         return receive_bounded

@@ -11,7 +11,7 @@ from ..errors import ContextLengthError
 from ..methods import Method
 from ..report import KVReport
 from .sampling import Chosen, Sampler, Sampling
-from .slots import Slot
+from .slots import Slot, Task
 from .text import TextStream
 
 #: tokens that memory is reserved for if an answer may be as long as it likes
@@ -59,6 +59,13 @@ class Generation:
 @dataclass(frozen=True)
 class Progress:
     """Part of a prompt was read: ``processed`` of ``total`` tokens, ``cache`` of which were there before."""
+
+    @property
+    def timings(self) -> Timings:
+        """So far."""
+        n = self.processed - self.cache
+        seconds = self.time_ms / 1000 if n else 0.0
+        return Timings(cache_n=self.cache, prompt_n=n, prompt_seconds=seconds, predicted_n=0, predicted_seconds=0.0)
 
     total: int
     cache: int
@@ -151,12 +158,13 @@ def generate(slot: Slot, what: Generation, emit: Emit) -> End:
             "try increasing it"
         )
     what = replace(what, tokens=tuple(llama.joined(what.tokens)))
+    task = slot.task = Task(slot.task.id if slot.task else -1, what)
     sampler = Sampler(llama, what.sampling, what.n_probs, what.post_sampling_probs)
     try:
         clock = _Clock()
-        cache_n = _Reading(slot, what, emit, clock).read()
+        cache_n = _Reading(slot, what, emit, clock, task).read()
         sampler.accept(what.tokens)
-        return _continue(slot, what, emit, sampler, clock, cache_n)
+        return _continue(slot, what, emit, sampler, clock, cache_n, task)
     finally:
         sampler.close()
         slot.on_decode = lambda n_tokens: None
@@ -192,9 +200,9 @@ class _Clock:
 class _Reading:
     """A prompt on its way into the cache."""
 
-    def __init__(self, slot: Slot, what: Generation, emit: Emit, clock: _Clock) -> None:
-        self._slot, self._what, self._emit, self._clock = slot, what, emit, clock
-        self._processed = self._n_known = slot.llama.n_reusable(what.tokens) if what.reuse else 0
+    def __init__(self, slot: Slot, what: Generation, emit: Emit, clock: _Clock, task: Task) -> None:
+        self._slot, self._what, self._emit, self._clock, self._task = slot, what, emit, clock, task
+        self._processed = self._n_known = slot.llama.n_continued(what.tokens, what.method) if what.reuse else 0
 
     def read(self) -> int:
         """Returns how many tokens were in the cache."""
@@ -212,10 +220,13 @@ class _Reading:
 
     def _tell(self) -> None:
         total = len(self._what.tokens)
+        self._task.n_cached, self._task.n_processed = self._n_known, self._processed - self._n_known
         self._emit(Progress(total, self._n_known, self._processed, self._clock.elapsed_ms))
 
 
-def _continue(slot: Slot, what: Generation, emit: Emit, sampler: Sampler, clock: _Clock, cache_n: int) -> End:
+def _continue(
+    slot: Slot, what: Generation, emit: Emit, sampler: Sampler, clock: _Clock, cache_n: int, task: Task
+) -> End:
     llama, n_ctx = slot.llama, slot.llama.n_ctx()
     stream, tokens, texts = TextStream(what.stops), list[Chosen](), list[str]()
     n_prompt = len(what.tokens)
@@ -230,9 +241,11 @@ def _continue(slot: Slot, what: Generation, emit: Emit, sampler: Sampler, clock:
         chosen = sampler.sample()
         clock.token()
         tokens.append(chosen)
+        task.n_decoded = len(tokens)
         is_end = llama.is_end(chosen.token)
         shown = stream.add(b"" if is_end else llama.piece(chosen.token))
         texts.append(shown)
+        task.has_new_line |= "\n" in shown
         if stream.stop is not None:
             stop_type = "word"
         elif llama.n_tokens + 1 >= n_ctx:

@@ -15,6 +15,8 @@ from ..report import KVReport
 from .engine import Engine
 from .generation import End
 
+SPECULATIVE = ("draft_tokens", "accepted_tokens", "drafts")
+
 
 @dataclass
 class _Throughput:
@@ -44,6 +46,14 @@ class Metrics(Collector):
             "kvcompose_removed_ratio", "Fraction of a prompt's KV entries that was removed.",
             buckets=(0.25, 0.5, 0.75, 0.875, 0.9375, 1), registry=self._registry,
         )  # fmt: skip
+        self._bytes = Histogram(
+            "kvcompose_context_bytes", "Bytes of a compressed context's rows.",
+            buckets=[2**n for n in range(18, 34, 2)], registry=self._registry,
+        )  # fmt: skip
+        self._bytes_full = Histogram(
+            "kvcompose_context_bytes_full", "Bytes that these rows had in a full cache.",
+            buckets=[2**n for n in range(18, 34, 2)], registry=self._registry,
+        )  # fmt: skip
         self._score_seconds = Histogram(
             "kvcompose_score_seconds", "Seconds that scoring a prompt took.", registry=self._registry
         )
@@ -66,11 +76,15 @@ class Metrics(Collector):
             if end.report is not None and end.report not in self._seen:
                 self._seen.add(end.report)
                 self._ratio.observe(end.report.compression_ratio)
+                self._bytes.observe(end.report.kv_bytes_kept)
+                self._bytes_full.observe(end.report.kv_bytes_full)
                 self._score_seconds.observe(end.report.score_seconds)
 
     def text(self) -> bytes:
         """Prometheus' text format."""
-        return bytes(generate_latest(self._registry))
+        # llama-server calls it a counter, whose names end in _total for prometheus-client
+        kind = b"# TYPE llamacpp:n_tokens_max "
+        return bytes(generate_latest(self._registry)).replace(kind + b"gauge", kind + b"counter")
 
     def collect(self) -> Iterator[Metric]:
         """What Prometheus asks for."""
@@ -84,6 +98,7 @@ class Metrics(Collector):
                 "tokens_predicted": (self._n_predicted, "Tokens generated."),
                 "tokens_predicted_seconds": (self._predicted_seconds, "Seconds of generation."),
                 "n_decode": (n_decodes, "Calls of llama_decode."),
+                **{f"spec_decode_num_{name}": (0, f"Speculative {name}: none here.") for name in SPECULATIVE},
             }
             gauges = {
                 "llamacpp:n_tokens_max": (self._n_most, "Largest number of tokens in a slot."),
@@ -91,6 +106,8 @@ class Metrics(Collector):
                 "llamacpp:predicted_tokens_seconds": (self._predicted.take(), "Tokens a second since the last look."),
                 "llamacpp:requests_processing": (self._engine.n_busy, "Requests in slots."),
                 "llamacpp:requests_deferred": (self._engine.n_waiting, "Requests in the queue."),
+                # a decode is one slot's
+                "llamacpp:n_busy_slots_per_decode": (float(n_decodes > 0), "Slots that a decode is for, on average."),
                 "kvcompose_kv_bytes": (sum(slot.kv_bytes for slot in slots), "Bytes of all slots' caches."),
             }
         for name, (value, text) in counters.items():

@@ -16,7 +16,8 @@ class ServeOptions:
 
     Attributes:
         model_path: of the weights.
-        alias: the model's name for clients; empty: its path.
+        alias: the model's names for clients, with commas between; empty: its path.
+        tags: words about it for clients, with commas between.
         method: that compresses prompts unless a request says otherwise, or None.
         n_ctx: tokens of all slots together, 0: what the model was trained for.
         n_parallel: slots.
@@ -26,9 +27,14 @@ class ServeOptions:
         sampling: of requests that do not say.
         api_keys: of which a request needs one; none: everybody may.
         max_body_bytes: of a request.
+        timeout: seconds that a request may take, with its time in the queue, and that a piece of its body may; None: no
+            bound.
+        cors_origins: whose pages may ask: "*", "localhost" or an origin; empty: all where there are keys, else
+            "localhost".
         chat_template: Jinja; None: the model's own, or ChatML.
         endpoint_metrics, endpoint_slots: whether /metrics and /slots answer.
         slot_save_path: folder of saved slots; None: they are not saved.
+        idle_bytes: of the compressed contexts that slots had to give up, in a folder of that one; 0: not saved.
         embeddings: most tokens of a text whose vector is asked for; 0: none are made.
         pooling: of these vectors, "none", "mean", "cls" or "last"; None: the model's own.
         ui: whether there is a page at /.
@@ -39,6 +45,7 @@ class ServeOptions:
 
     model_path: Path
     alias: str = ""
+    tags: str = ""
     method: Method | None = None
     n_ctx: int = 0
     n_parallel: int = 1
@@ -46,7 +53,10 @@ class ServeOptions:
     kv_budget: int | None = None
     n_predict: int = -1
     n_batch: int = 512
+    n_ubatch: int = 512
     threads: int | None = None
+    threads_batch: int | None = None
+    n_gpu_layers: int = 0
     flash_attn: bool = True
     type_k: int | None = None
     type_v: int | None = None
@@ -54,22 +64,29 @@ class ServeOptions:
     cache_prompt: bool = True
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 64 << 20
+    timeout: float | None = None
+    cors_origins: str = ""
     chat_template: str | None = None
     endpoint_metrics: bool = True
     endpoint_slots: bool = True
     slot_save_path: Path | None = None
+    idle_bytes: int = 0
     embeddings: int = 0
     pooling: str | None = None
     ui: bool = True
     verbose: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_parallel", "n_batch", "max_body_bytes"):
+        for name in ("n_parallel", "n_batch", "n_ubatch", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive")
-        for name in ("n_ctx", "n_queue", "embeddings"):
+        for name in ("n_ctx", "n_queue", "embeddings", "idle_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
+            raise ConfigError(f"timeout={self.timeout} is no number of seconds")
+        if self.idle_bytes and self.slot_save_path is None:
+            raise ConfigError("idle caches are saved in slot_save_path, which is not given")
         if self.n_predict < -1:
             raise ConfigError(f"n_predict={self.n_predict} is below -1")
         if self.slot_save_path is not None and not self.slot_save_path.is_dir():
@@ -83,4 +100,13 @@ class ServeOptions:
     @property
     def aliases(self) -> list[str]:
         """All names, sorted."""
-        return sorted({name.strip() for name in self.alias.split(",")} - {""})
+        return _words(self.alias)
+
+    @property
+    def all_tags(self) -> list[str]:
+        """All tags, sorted."""
+        return _words(self.tags)
+
+
+def _words(text: str) -> list[str]:
+    return sorted({word.strip() for word in text.split(",")} - {""})

@@ -66,21 +66,23 @@ class Reader:
     # prompts
     #
 
-    def prompts(self, prompt: Prompt) -> list[tuple[int, ...]]:
+    def prompts(self, prompt: Prompt, begin: bool = True) -> list[tuple[int, ...]]:
         """Tokens of every prompt of a request: a list is several, unless it has a number in it.
 
+        Args:
+            begin: texts have the token that begins one, if the model does.
         Raises:
             ApiError: it is no prompt.
         """
         if not isinstance(prompt, list):
-            return [self._prompt(prompt)]
+            return [self._prompt(prompt, begin)]
         if any(_is_token(item) for item in prompt):
-            return [self._prompt(prompt)]
+            return [self._prompt(prompt, begin)]
         if not prompt:
             raise invalid('"prompt" must not be empty')
-        return [self._prompt(item) for item in prompt]
+        return [self._prompt(item, begin) for item in prompt]
 
-    def _prompt(self, prompt: Any) -> tuple[int, ...]:
+    def _prompt(self, prompt: Any, begin: bool) -> tuple[int, ...]:
         if isinstance(prompt, dict) and "prompt_string" in prompt:
             try:
                 prompt = PromptObject.model_validate(prompt)
@@ -91,9 +93,9 @@ class Reader:
                 raise invalid("Multimodal data provided, but model does not support multimodal requests.")
             prompt = prompt.prompt_string
         if isinstance(prompt, str):
-            return self.tokens(prompt)
+            return self.tokens(prompt, begin=begin)
         if isinstance(prompt, list) and prompt and all(_is_token(item) or isinstance(item, str) for item in prompt):
-            return self.mixed(prompt)
+            return self.mixed(prompt, begin)
         raise invalid(PROMPT_KINDS)
 
     def tokens(self, text: str, special: bool = True, begin: bool = True) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import StateError
 from ..files import write_file
 from ..native import library
+from ..report import KVReport
 from .slots import SlotLlama
 
 MAGIC, VERSION = 0x67677371, 3
@@ -44,7 +45,8 @@ def save(llama: SlotLlama, file: Path) -> Saved:
     data = state.llama_state + windows
     about = {
         "model": _model(llama), "n_compressed": len(state.kv_compressed), "composed_by": llama.composed_by,
-        "n_windows": len(windows), "sha256": _digest(tokens, data),
+        "n_windows": len(windows), "sha256": _digest(tokens, data), "report": _told(llama.kv_report),
+        "kept_shares": [round(float(share), 4) for share in llama.kept_shares],
     }  # fmt: skip
     payload = struct.pack("<iII", *MARK, len(tokens)) + struct.pack(f"<{len(tokens)}iI", *tokens, 0)
     head = json.dumps(about).encode()
@@ -63,18 +65,8 @@ def restore(llama: SlotLlama, file: Path) -> Saved:
         StateError: there is no such file, it is damaged, another model's, or too long for the slot, whose own cache is
             as it was then; or llama.cpp refuses the state, and the slot is empty.
     """
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise StateError(f"Unable to restore slot: {error.strerror}") from error
-    try:
-        tokens, about, data = _parsed(raw)
-        is_ours = about["model"] == _model(llama)
-        n_state = len(data) - about["n_windows"]
-    except (struct.error, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise StateError("Unable to restore slot: invalid slot save file") from error
-    if not is_ours:
-        raise StateError("Unable to restore slot: it was saved by another model")
+    tokens, about, data, n_bytes = _read(llama, file)
+    n_state = len(data) - about["n_windows"]
     if len(tokens) >= llama.n_ctx():
         raise StateError("Unable to restore slot: Restored prompt does not fit in the slot context")
     input_ids = np.zeros(len(llama.input_ids), dtype=np.intc)
@@ -87,9 +79,50 @@ def restore(llama: SlotLlama, file: Path) -> Saved:
     if about["n_windows"]:
         state.kv_swa = (ctypes.c_uint8 * about["n_windows"]).from_buffer_copy(data[n_state:])
     llama.load_state(state)
-    llama.kv_report = None  # it was another context's
+    llama.kv_report = about["report"]
+    llama.kept_shares = about["kept_shares"]
     llama.composed_by = about["composed_by"]
-    return Saved(len(tokens), len(raw))
+    return Saved(len(tokens), n_bytes)
+
+
+def describe(llama: SlotLlama, file: Path) -> tuple[list[int], dict[str, Any]]:
+    """Tokens of a saved conversation, and what is told about it: ``n_compressed``, ``composed_by`` and others.
+
+    Raises:
+        StateError: as ``restore``.
+    """
+    tokens, about, _, _ = _read(llama, file)
+    return tokens, about
+
+
+def _read(llama: SlotLlama, file: Path) -> tuple[list[int], dict[str, Any], bytes, int]:
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise StateError(f"Unable to restore slot: {error.strerror}") from error
+    try:
+        tokens, about, data = _parsed(raw)
+        is_ours = about["model"] == _model(llama)
+        about["report"] = _report(about["report"])
+        about["kept_shares"] = np.array(about["kept_shares"], dtype=np.float32)
+    except (struct.error, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise StateError("Unable to restore slot: invalid slot save file") from error
+    if not is_ours:
+        raise StateError("Unable to restore slot: it was saved by another model")
+    return tokens, about, data, len(raw)
+
+
+def _told(report: KVReport | None) -> dict[str, Any] | None:
+    return None if report is None else {**vars(report), "n_kept": report.n_kept.tolist()}
+
+
+def _report(told: dict[str, Any] | None) -> KVReport | None:
+    """The inverse of ``_told``; ValueError or TypeError if it is not."""
+    if told is None:
+        return None
+    kinds = {field.name: int if field.type == "int" else float for field in fields(KVReport)}
+    numbers = {name: kinds[name](value) for name, value in told.items() if name != "n_kept"}
+    return KVReport(**numbers, n_kept=np.array(told["n_kept"], dtype=np.int64))  # type: ignore[arg-type]
 
 
 def _parsed(raw: bytes) -> tuple[list[int], dict[str, Any], bytes]:

@@ -134,6 +134,11 @@ class CompletionRequest(GenerationRequest):
     """Of /completion and /v1/completions."""
 
     prompt: Prompt
+    kv_prefix: str | None = Field(
+        None,
+        max_length=64,
+        description="Not llama-server's: an id of /kv/compress, whose document comes before the prompt.",
+    )
 
 
 class InfillRequest(GenerationRequest):

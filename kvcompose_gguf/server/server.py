@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
 
 from .. import __version__
 from ..environment import system
@@ -18,8 +20,9 @@ from .generation import N_UNBOUNDED, End, Generation
 from .metrics import Metrics
 from .options import ServeOptions
 from .params import Reader
+from .prefixes import Prefixes
 from .sampling import RANDOM_SEED
-from .schemas import GenerationRequest
+from .schemas import CompletionRequest, GenerationRequest
 from .service import Step, steps
 
 T = TypeVar("T")
@@ -38,6 +41,7 @@ class Server:
         self.llama = engine.llama
         self.metrics = Metrics(engine)
         self.reader = Reader(self.llama, options)
+        self.prefixes = Prefixes()
         self.created = int(time.time())
         self.fingerprint = f"b{__version__}-{system()['llama_cpp_commit'][:9]}"
         self.template = self._template()
@@ -57,18 +61,27 @@ class Server:
 
     def generation(self, request: GenerationRequest, tokens: Sequence[int], grammar: str | None = None) -> Generation:
         """What a request wants, checked as far as it can be without a slot."""
-        n_ctx = self.llama.n_ctx()
-        if len(tokens) >= n_ctx:
-            raise ApiError(
-                400, f"request ({len(tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
-                "try increasing it", "exceed_context_size_error", n_prompt_tokens=len(tokens), n_ctx=n_ctx,
-            )  # fmt: skip
+        if len(tokens) >= self.llama.n_ctx():
+            raise self.too_long(tokens)
         what = self.reader.generation(request, tokens, grammar)
         if self.options.kv_budget is not None and what.n_predict < 0:
             what = replace(what, n_predict=N_UNBOUNDED)
         if not what.tokens:
             raise invalid('"prompt" must not be empty')
         return what
+
+    def prompts(self, request: CompletionRequest) -> list[tuple[int, ...]]:
+        """Tokens of every prompt of a request, behind the document that it names."""
+        before = self.prefixes.tokens(request.kv_prefix) if request.kv_prefix is not None else ()
+        return [(*before, *tokens) for tokens in self.reader.prompts(request.prompt, begin=not before)]
+
+    def too_long(self, tokens: Sequence[int]) -> ApiError:
+        """What is said of a prompt that does not fit."""
+        n_ctx = self.llama.n_ctx()
+        return ApiError(
+            400, f"request ({len(tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
+            "try increasing it", "exceed_context_size_error", n_prompt_tokens=len(tokens), n_ctx=n_ctx,
+        )  # fmt: skip
 
     def abouts(self, request: GenerationRequest, asked: Sequence[Generation]) -> list[About]:
         """What the answers to a request say, ``n`` for each generation.
@@ -115,3 +128,12 @@ def _child(what: Generation, k: int) -> Generation:
     if k == 0 or what.sampling.seed == RANDOM_SEED:
         return what
     return replace(what, sampling=replace(what.sampling, seed=(what.sampling.seed + k) % 2**32))
+
+
+async def _server_of(http: Request) -> Server:
+    server: Server = http.app.state.server
+    return server
+
+
+#: of a route's parameter: the server behind it
+Serving = Annotated[Server, Depends(_server_of)]

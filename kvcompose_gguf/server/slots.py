@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,10 @@ T = TypeVar("T")
 
 class Cancelled(KVComposeError):
     """Nobody waits for the result any more."""
+
+
+class TimedOut(KVComposeError):
+    """A request has taken as long as it may."""
 
 
 class Busy(KVComposeError):
@@ -93,6 +97,10 @@ class SlotLlama(Llama):
         """Tokens that a prompt may begin with to be continued, those of a compressed context included."""
         return [int(token) for token in self._input_ids]
 
+    def begins(self, tokens: Sequence[int], context: Sequence[int]) -> bool:
+        """Whether a prompt's text begins with the text of ``context``."""
+        return tuple(tokens[: len(context)]) == tuple(context) or self._at_seam(list(tokens), context) is not None
+
     def joined(self, tokens: Sequence[int]) -> list[int]:
         """A prompt's tokens so that they begin with the compressed context, if its text does."""
         return (self._at_seam(list(tokens)) if self._compressed else None) or list(tokens)
@@ -102,6 +110,15 @@ class SlotLlama(Llama):
         n_same = seam.common_prefix(self.cached_tokens(), self.joined(tokens))
         return 0 if n_same < self.n_context else min(n_same, len(tokens) - 1)
 
+    def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
+        """Tokens of a prompt that ``read`` will not evaluate."""
+        if self.n_context:
+            n_tail = len(tokens) - self.n_context - (0 if method is None else method.keep_last)
+            has_grown = method is not None and n_tail > max(self.n_context, method.min_tokens)
+            if has_grown or self.composed_by != choice_of(method):
+                return 0
+        return self.n_reusable(tokens)
+
     @property
     def n_context(self) -> int:
         """Tokens of the compressed context, which cannot be cut; 0: the cache is a full one."""
@@ -110,22 +127,22 @@ class SlotLlama(Llama):
     def read(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> int:
         """Bring a prompt into the cache, compressed by ``method``, up to the logits of its last token.
 
-        A context that another method has compressed is read again.
+        A context that another method has compressed is read again, and so is one that has grown to more than twice of
+        what is compressed: a conversation of any length is read three times at most, and never half of it in full.
 
         Returns:
             How many of its tokens were there already.
         """
         if self.kv_compressor != method:
             self.kv_compressor = method
-        as_asked = not self.n_context or self.composed_by == _choice(method)
-        n_before = self.n_reusable(tokens) if reuse and as_asked else 0
+        n_before = self.n_continued(tokens, method) if reuse else 0
         if not n_before:
             self.reset()
         before = self.kv_report
         self._prepare(list(tokens), method)
         if self.kv_report is not before and self.kv_report is not None:
             n_before = self.n_context - self.kv_report.n_prefilled
-        self.composed_by = _choice(method) if self.n_context else ""
+        self.composed_by = choice_of(method) if self.n_context else ""
         n_same = self.n_reusable(tokens)
         if self.n_context and n_same < self.n_tokens and self._swa_state is not None:
             self._back_to_context()  # sliding windows can go back to the context's end, and nowhere else
@@ -140,9 +157,9 @@ class SlotLlama(Llama):
         """Leave a cache that prompts continue which begin with ``tokens``."""
         if self.kv_compressor != method:
             self.kv_compressor = method
-        if self._compressed != list(tokens) or self.composed_by != _choice(method) or self.kv_report is None:
+        if self._compressed != list(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
             self.compress(tokens)
-            self.composed_by = _choice(method)
+            self.composed_by = choice_of(method)
         assert self.kv_report is not None
         return self.kv_report
 
@@ -161,30 +178,52 @@ class SlotLlama(Llama):
         return True
 
 
+@dataclass
+class Task:
+    """What a slot is doing, or did last, for /slots; the slot's thread writes it, anybody reads.
+
+    Attributes:
+        id: number of the job.
+        about: what is generated, or None.
+        n_cached, n_processed: tokens of the prompt that were there, and that were evaluated.
+        n_decoded: tokens generated.
+        has_new_line: one of them ended a line.
+    """
+
+    id: int
+    about: Any = None
+    n_cached: int = 0
+    n_processed: int = 0
+    n_decoded: int = 0
+    has_new_line: bool = False
+
+
 class Slot:
     """A cache that one request at a time works on.
 
     Attributes:
         id: its number.
         llama: its context.
-        cancelled: whether the work of the present request is of no use any more; asked before every decode.
+        check: raises if the work of the present request is of no use any more; called before every decode.
         on_decode: told the tokens of every decode that is done.
         n_decodes: decodes so far.
         kv_bytes: of its cache, when it was last looked at in a thread that may.
         reserved: bytes that the present request's cache may take.
         busy_since: seconds on ``time.monotonic``'s clock, or None: it is idle.
+        task: the present one, or the last; None: it never had one.
     """
 
     def __init__(
         self, number: int, model_path: Path, turns: Turns, weights_of: Llama | None = None, **kwargs: Any
     ) -> None:
         self.id = number
-        self.cancelled: Callable[[], bool] = lambda: False
+        self.check: Callable[[], None] = lambda: None
         self.on_decode: Callable[[int], None] = lambda n_tokens: None
         self.n_decodes = self.kv_bytes = 0
         self.busy_since: float | None = None
         self.last_used = 0.0
         self.reserved = 0
+        self.task: Task | None = None
         self._turns = turns
         self._thread = ThreadPoolExecutor(1, f"slot-{number}")
         self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
@@ -194,15 +233,16 @@ class Slot:
         """Do ``work``, which must not raise, in the slot's own thread."""
         self._thread.submit(work, self)
 
-    def close(self) -> None:
-        """Wait for its work, and free its cache."""
+    def close(self, last: Callable[[SlotLlama], None] | None = None) -> None:
+        """Wait for its work, and free its cache, after ``last`` was called with it."""
         self._thread.shutdown()
+        if last is not None:
+            last(self.llama)
         self.llama.close()
 
     def _decode(self, decode: Callable[[], None], n_tokens: int) -> None:
         def turn() -> None:
-            if self.cancelled():
-                raise Cancelled("the request was cancelled")
+            self.check()
             decode()
             self.n_decodes += 1
             self.look()
@@ -225,18 +265,18 @@ class Slot:
         self.llama.reset()
         self.look()
 
-    def occupy(self, n_bytes: int) -> None:
+    def occupy(self, n_bytes: int, id_task: int) -> None:
         """Take it for a request whose cache may take so many bytes."""
-        self.busy_since, self.reserved = time.monotonic(), n_bytes
+        self.busy_since, self.reserved, self.task = time.monotonic(), n_bytes, Task(id_task)
 
     def release(self) -> None:
         """Give it back."""
         self.look()
         self.busy_since, self.last_used = None, time.monotonic()
-        self.cancelled, self.on_decode = lambda: False, lambda n_tokens: None
+        self.check, self.on_decode = lambda: None, lambda n_tokens: None
 
 
-def _choice(method: Method | None) -> str:
+def choice_of(method: Method | None) -> str:
     """What a method keeps of a context: the method without what decides how much of a prompt is one."""
     return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1))
 

@@ -1,0 +1,44 @@
+"""Names for documents that were compressed, so that they need not be sent again."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from .errors import ApiError
+
+#: documents that are remembered; the cache itself is a slot's, or on disk
+MAX_PREFIXES = 1024
+
+
+class Prefixes:
+    """Tokens of documents by an id that only depends on them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tokens: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The id of a document; the one that was used longest ago is forgotten for it if there are too many."""
+        name = "kvp-" + hashlib.sha256(struct.pack(f"<{len(tokens)}i", *tokens)).hexdigest()[:32]
+        with self._lock:
+            self._tokens[name] = tuple(tokens)
+            self._tokens.move_to_end(name)
+            while len(self._tokens) > MAX_PREFIXES:
+                self._tokens.popitem(last=False)
+        return name
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """The document.
+
+        Raises:
+            ApiError: there is none of that name.
+        """
+        with self._lock:
+            if name not in self._tokens:
+                raise ApiError(404, f"kv_prefix: there is no {name[:64]!r}, or it was forgotten: POST /kv/compress")
+            self._tokens.move_to_end(name)
+            return self._tokens[name]

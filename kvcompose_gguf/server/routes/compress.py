@@ -1,0 +1,42 @@
+"""Documents that are read and compressed once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from .. import formats
+from ..engine import Job
+from ..errors import invalid
+from ..schemas import CompressRequest
+from ..server import Serving
+from ..service import run
+from ..slots import Slot, choice_of
+from ..streams import while_connected
+
+router = APIRouter()
+
+
+@router.post("/kv/compress")
+async def compress(server: Serving, http: Request, request: CompressRequest) -> dict[str, Any]:
+    """Read and compress a document now; ``id`` stands for it in later requests."""
+    prompt = request.prompt
+    read = server.reader.tokens if isinstance(prompt, str) else server.reader.mixed
+    tokens = await server.aside(read, prompt)
+    if len(tokens) >= server.llama.n_ctx():
+        raise server.too_long(tokens)
+    method = await server.aside(server.reader.method, request.kv_compress)
+    if method is None:
+        raise invalid("kv_compress: the server was started without a budget, give one")
+    # all of it, and at once: what follows is another request's
+    method = replace(method, keep_last=0)
+
+    def work(slot: Slot) -> dict[str, Any]:
+        report = slot.llama.compress_prompt(tokens, method)
+        return {"id_slot": slot.id, "n_tokens": len(tokens), "kv": formats.compression(report)}
+
+    job = Job(work, tokens, n_tokens=len(tokens), composed_by=choice_of(method))
+    told = await while_connected(http, run(server.engine, job))
+    return {"id": server.prefixes.add(tokens), **told}

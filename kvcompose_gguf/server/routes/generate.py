@@ -1,0 +1,78 @@
+"""Texts, chats, holes and vectors."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from ...kernels.types import FloatArray
+from .. import formats
+from ..chats import answer_chat
+from ..completions import complete
+from ..embeddings import native_body, normalized, openai_body, texts_of
+from ..errors import invalid, not_supported
+from ..infill import infill_prompt
+from ..schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest
+from ..server import Server, Serving
+from ..streams import while_connected
+
+router = APIRouter()
+
+
+@router.post("/completion")
+@router.post("/completions")
+async def completion(server: Serving, http: Request, request: CompletionRequest) -> Response:
+    prompts = partial(server.prompts, request)
+    return await complete(server, http, request, prompts, formats.native, formats.native_part, done=False)
+
+
+@router.post("/v1/completions")
+async def openai_completion(server: Serving, http: Request, request: CompletionRequest) -> Response:
+    prompts = partial(server.prompts, request)
+    return await complete(server, http, request, prompts, formats.text_completion, formats.text_completion_part)
+
+
+@router.post("/infill")
+async def infill(server: Serving, http: Request, request: InfillRequest) -> Response:
+    tokens = partial(
+        infill_prompt, server.llama, server.reader, request.input_prefix, request.input_suffix, request.input_extra,
+        request.prompt, request.n_predict or 0,
+    )  # fmt: skip
+    return await complete(server, http, request, lambda: [tokens()], formats.native, formats.native_part, done=False)
+
+
+@router.post("/chat/completions")
+@router.post("/v1/chat/completions")
+async def chat_completion(server: Serving, http: Request, request: ChatRequest) -> Response:
+    return await answer_chat(server, http, request)
+
+
+@router.post("/embedding")
+@router.post("/embeddings")
+async def embedding(server: Serving, http: Request, request: EmbeddingRequest) -> JSONResponse:
+    return JSONResponse(native_body((await _embedded(server, http, request))[0]))
+
+
+@router.post("/v1/embeddings")
+async def openai_embedding(server: Serving, http: Request, request: EmbeddingRequest) -> JSONResponse:
+    if server.engine.embedder is not None and not server.engine.embedder.is_pooled:
+        raise invalid("Pooling type 'none' is not OAI compatible. Please use a different pooling type")
+    vectors, n_tokens = await _embedded(server, http, request)
+    if request.input is None:
+        return JSONResponse(native_body(vectors))
+    as_base64 = request.encoding_format == "base64"
+    return JSONResponse(openai_body(vectors, n_tokens, request.model or server.options.model_name, as_base64))
+
+
+async def _embedded(server: Server, http: Request, request: EmbeddingRequest) -> tuple[list[FloatArray], int]:
+    """Vectors of a request's texts, and how many tokens these have."""
+    embedder = server.engine.embedder
+    if embedder is None:
+        raise not_supported("This server does not support embeddings. Start it with `--embeddings`")
+    texts = await server.aside(texts_of, server.reader, request.content if request.input is None else request.input)
+    vectors = [await while_connected(http, server.aside(embedder.embed, tokens)) for tokens in texts]
+    if embedder.is_pooled:
+        vectors = [normalized(rows, request.embd_normalize) for rows in vectors]
+    return vectors, sum(map(len, texts))

@@ -1,0 +1,33 @@
+"""The page at /."""
+
+from __future__ import annotations
+
+import mimetypes
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from ..errors import ApiError
+
+
+def page(is_there: bool) -> APIRouter:
+    """Its files; 404 if it is not to be there."""
+    router = APIRouter()
+
+    def route_of(name: str) -> Callable[[], Any]:
+        async def route() -> Response:
+            if not is_there:
+                raise ApiError(404, "File Not Found")
+            kind = mimetypes.guess_type(name)[0]
+            # nothing from elsewhere, and no script that is not ours
+            policy = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"}
+            raw = files("kvcompose_gguf.server").joinpath("page", name).read_bytes()
+            return Response(raw, media_type=kind, headers=policy)
+
+        return route
+
+    for path, name in (("/", "index.html"), *((f"/{name}", name) for name in ("index.html", "page.css", "page.js"))):
+        router.add_api_route(path, route_of(name), include_in_schema=False)
+    return router

@@ -1,0 +1,128 @@
+"""Slots: what they do and hold, and their files."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from ...errors import StateError
+from .. import formats
+from ..engine import Job
+from ..errors import ApiError, invalid, not_supported
+from ..saved import restore, save
+from ..server import Server, Serving
+from ..service import run
+from ..slots import Slot
+from ..streams import while_connected
+from ..text import TextStream
+
+router = APIRouter()
+
+
+def _check_slots(server: Server) -> None:
+    if not server.options.endpoint_slots:
+        raise not_supported("This server does not support slots endpoint. Start it with `--slots`")
+
+
+@router.get("/slots")
+async def slots(server: Serving, fail_on_no_slot: int = 0) -> list[dict[str, Any]]:
+    _check_slots(server)
+    if fail_on_no_slot and server.engine.n_busy == len(server.engine.slots):
+        raise ApiError(503, "no slot available")
+    return [formats.slot(slot) for slot in server.engine.slots]
+
+
+@router.get("/kv/slots")
+async def kv_slots(server: Serving) -> list[dict[str, Any]]:
+    """Slots, those whose work was latest first."""
+    _check_slots(server)
+    ordered = sorted(server.engine.slots, key=lambda slot: (slot.is_idle, -slot.last_used))
+    return [formats.slot(slot) for slot in ordered]
+
+
+@router.get("/kv/slots/{id_slot}")
+def kv_slot(server: Serving, id_slot: int) -> dict[str, Any]:
+    """The compressed context of a slot: its tokens' texts, and the share of heads that keeps each of them."""
+    _check_slots(server)
+    if not 0 <= id_slot < len(server.engine.slots):
+        raise invalid("Invalid slot ID")
+    llama = server.engine.slots[id_slot].llama
+    shares, tokens = llama.kept_shares, llama.context_tokens
+    stream = TextStream()  # a character stands where its last byte is
+    pieces = [stream.add(llama.piece(token, special=True)) for token in tokens[: len(shares)]]
+    if pieces:
+        pieces[-1] += stream.end()
+    return {"id": id_slot, "pieces": pieces, "shares": [round(float(share), 4) for share in shares]}
+
+
+@router.post("/slots/{id_slot}")
+async def slot_action(server: Serving, http: Request, id_slot: str, action: str = "") -> dict[str, Any]:
+    folder = server.options.slot_save_path
+    if folder is None:
+        raise not_supported("This server does not support slots action. Start it with `--slot-save-path`")
+    if not id_slot.isdecimal():
+        raise invalid("Invalid slot ID")
+    if action not in ("save", "restore", "erase"):
+        raise invalid("Invalid action")
+    number = int(id_slot) % len(server.engine.slots)
+    if action == "erase":
+        job = Job(_erase, id_slot=number)
+    else:
+        file = folder / slot_filename(await _filename(http))
+        work = _save if action == "save" else _restore
+        # what a file holds is not known before it is read
+        n_tokens = server.llama.n_ctx() if action == "restore" else 0
+        job = Job(lambda slot: work(slot, file), id_slot=number, n_tokens=n_tokens)
+    return dict(await while_connected(http, run(server.engine, job)))
+
+
+async def _filename(http: Request) -> str:
+    try:
+        name = json.loads(await http.body())["filename"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise invalid("Invalid filename") from error
+    return name if isinstance(name, str) else ""
+
+
+def _save(slot: Slot, file: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    saved = save(slot.llama, file)
+    return {
+        "id_slot": slot.id, "filename": file.name, "n_saved": saved.n_tokens, "n_written": saved.n_bytes,
+        "timings": {"save_ms": 1000 * (time.perf_counter() - start)},
+    }  # fmt: skip
+
+
+def _restore(slot: Slot, file: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        saved = restore(slot.llama, file)
+    except StateError as error:
+        raise invalid(str(error)) from error
+    return {
+        "id_slot": slot.id, "filename": file.name, "n_restored": saved.n_tokens, "n_read": saved.n_bytes,
+        "timings": {"restore_ms": 1000 * (time.perf_counter() - start)},
+    }  # fmt: skip
+
+
+def _erase(slot: Slot) -> dict[str, Any]:
+    n_erased = slot.llama.n_tokens
+    slot.llama.reset()
+    return {"id_slot": slot.id, "n_erased": n_erased}
+
+
+def slot_filename(name: str) -> str:
+    """A file's name that is no path (fs_validate_filename).
+
+    Raises:
+        ApiError: it is not one.
+    """
+    bad = not name or len(name) > 255 or name != name.strip(" ") or name.endswith(".") or ".." in name
+    if bad or re.search(r'[\x00-\x1f\x7f/\\:*?"<>|]', name):
+        raise invalid("Invalid filename")
+    return name

@@ -1,0 +1,56 @@
+"""Texts into tokens and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from .. import formats
+from ..chats import chat_prompt
+from ..errors import invalid
+from ..schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+from ..server import Serving
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+def tokenize(server: Serving, request: TokenizeRequest) -> dict[str, Any]:
+    content, read = request.content, server.reader
+    if isinstance(content, str):
+        tokens = read.tokens(content, request.parse_special, request.add_special) if content else ()
+    else:
+        tokens = read.mixed(content, request.add_special, request.parse_special)
+    if not request.with_pieces:
+        return {"tokens": list(tokens)}
+    return {"tokens": [{"id": token, "piece": _piece(server.llama.piece(token, special=True))} for token in tokens]}
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+@router.post("/detokenize")
+def detokenize(server: Serving, request: DetokenizeRequest) -> dict[str, str]:
+    if any(not 0 <= token < server.llama.n_vocab() for token in request.tokens):
+        raise invalid("Prompt contains invalid tokens")
+    return {"content": formats.prompt_text(server.llama, request.tokens)}
+
+
+@router.post("/apply-template")
+async def apply_template(server: Serving, request: ChatRequest) -> dict[str, str]:
+    return {"prompt": (await server.aside(chat_prompt, server, request))[0]}
+
+
+@router.post("/chat/completions/input_tokens")
+@router.post("/v1/chat/completions/input_tokens")
+async def input_tokens(server: Serving, request: ChatRequest) -> dict[str, Any]:
+    prompt, *_ = await server.aside(chat_prompt, server, request)
+    return {
+        "input_tokens": len(await server.aside(server.reader.tokens, prompt)),
+        "object": "response.input_tokens",
+    }
