@@ -19,9 +19,15 @@ def replaced(file: Path) -> Iterator[Path]:
         os.replace(unfinished, file)
 
 
-def write_file(file: Path, data: str | bytes) -> None:
-    """``data`` instead of what was in ``file``, or, after a crash, what was; folders that are missing are made."""
+def write_file(file: Path, data: str | bytes, mode: int | None = None) -> None:
+    """``data`` instead of what was in ``file``, or, after a crash, what was; folders that are missing are made.
+
+    Args:
+        mode: permissions of the file; None: the user's usual ones.
+    """
     with replaced(file) as unfinished:
+        if mode is not None:
+            unfinished.touch(mode)
         append_file(unfinished, data)
 
 

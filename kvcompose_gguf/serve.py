@@ -11,6 +11,7 @@ from typer import Option
 from .errors import ConfigError
 
 Flash = Enum("Flash", {"on": "on", "off": "off", "auto": "auto"}, type=str)
+Reasoning = Enum("Reasoning", {"on": "on", "off": "off", "auto": "auto"}, type=str)
 Pooling = Enum("Pooling", {"none": "none", "mean": "mean", "cls": "cls", "last": "last"}, type=str)
 
 #: groups of --help
@@ -57,7 +58,7 @@ def serve(
         float,
         Option("--timeout", "-to", min=0, help="Seconds that a request may take; 0: no bound.", rich_help_panel=SERVER),
     ] = 3600,
-    max_body: Annotated[int, Option(min=1, help="Megabytes of a request.", rich_help_panel=SERVER)] = 64,
+    max_body: Annotated[int, Option(min=1, help="Megabytes of a request.", rich_help_panel=SERVER)] = 16,
     alias: Annotated[
         str, Option("--alias", "-a", help="The model's names for clients, with commas.", rich_help_panel=SERVER)
     ] = "",
@@ -110,6 +111,12 @@ def serve(
         str | None, Option(help="Jinja text, or `chatml`; the model's by default.", rich_help_panel=MODEL)
     ] = None,
     chat_template_file: Annotated[Path | None, Option(help="A file with one.", rich_help_panel=MODEL)] = None,
+    reasoning: Annotated[
+        Reasoning, Option("--reasoning", "-rea", help="Whether models think that can.", rich_help_panel=MODEL)
+    ] = Reasoning.auto,
+    reasoning_format: Annotated[
+        str, Option(help="none: thoughts are content; auto: reasoning_content.", rich_help_panel=MODEL)
+    ] = "auto",
     n_predict: Annotated[
         int, Option("--n-predict", "-n", min=-1, help="Most tokens; -1: as many as fit.", rich_help_panel=SAMPLING)
     ] = -1,
@@ -152,6 +159,7 @@ def serve(
         sampling=sampling, cache_prompt=cache_prompt, api_keys=read_keys(api_key, api_key_file),
         max_body_bytes=max_body << 20, timeout=timeout or None, cors_origins=cors_origins,
         chat_template=_text(chat_template_file) if chat_template_file is not None else chat_template,
+        reasoning=reasoning is not Reasoning.off, reasoning_format=reasoning_format,
         endpoint_metrics=metrics, endpoint_slots=slots, slot_save_path=slot_save_path, idle_bytes=kv_save_idle,
         embeddings=embeddings, pooling=pooling.value if pooling is not None else None, ui=ui, verbose=verbose,
     )  # fmt: skip

@@ -198,7 +198,8 @@ class Load:
 def client_of(number: int, url: str, prose: list[int], end: float, load: Load) -> None:
     random_ = random.Random(number)
     prompt: list[int] = []
-    with httpx2.Client(timeout=3600) as client:
+    # a connection for each request: llama-server closes those that are kept, and clients may see that as an error
+    with httpx2.Client(timeout=3600, limits=httpx2.Limits(max_keepalive_connections=0)) as client:
         while time.monotonic() < end:
             n_prompt, n_predict = random_.choice(LENGTHS)
             at = random_.randrange(len(prose) - n_prompt)

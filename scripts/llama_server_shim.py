@@ -40,6 +40,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tags", default="")
     parser.add_argument("--api-key", default="")
     parser.add_argument("--pooling")
+    parser.add_argument("--reasoning", default="auto")
+    parser.add_argument("--reasoning-format", default="auto")
     parser.add_argument("--cors-origins", default="*")
     parser.add_argument("--slot-save-path", type=Path)
     parser.add_argument("--chat-template")
@@ -92,6 +94,8 @@ def main() -> None:
         api_keys=read_keys(args.api_key, None),
         cors_origins=args.cors_origins,
         chat_template=template,
+        reasoning=args.reasoning != "off",
+        reasoning_format=args.reasoning_format,
         endpoint_metrics=args.metrics,
         endpoint_slots=args.slots and not args.no_slots,
         slot_save_path=args.slot_save_path,

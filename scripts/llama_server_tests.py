@@ -59,7 +59,7 @@ def run(tests: Path, names: list[str], model: str, server: str | None) -> dict[s
         found: dict[str, dict[str, Outcome]] = {name: {} for name in names}
         for case in ElementTree.parse(report).getroot().iter("testcase"):
             name = case.get("classname", "").rpartition("test_")[2]
-            found[name][case.get("name", "")] = _outcome(case)
+            found.setdefault(name or "collection", {})[case.get("name", "")] = _outcome(case)
     return found
 
 

@@ -1,20 +1,14 @@
-"""Messages into prompts and calls out of answers, without a model."""
+"""Messages into prompts, without a model."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.server.chat import ChatTemplate, check_messages
+from kvcompose_gguf.server.chat import BuiltinTemplate, ChatTemplate, check_messages
 from kvcompose_gguf.server.errors import ApiError
-from kvcompose_gguf.server.tools import CallStream, call_schema, check_tools, parse_calls
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
-WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-TIME = {"type": "function", "function": {"name": "time"}}
-WITH_TOOLS = ChatTemplate("{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}")
 
 
 @pytest.mark.parametrize(("is_added", "begin"), [(True, ""), (False, "<s>")])
@@ -57,87 +51,21 @@ def test_parts_are_one_text_and_calls_are_objects_again():
     assert third == {"role": "tool", "content": "3", "tool_call_id": "1"}
 
 
-@pytest.mark.parametrize(
-    ("tools", "choice", "want"),
-    [
-        (None, None, (0, "none")), ([], "auto", (0, "none")), ([WEATHER, TIME], None, (2, "auto")),
-        ([WEATHER, TIME], "required", (2, "required")), ([WEATHER, TIME], "none", (2, "none")),
-        ([WEATHER, TIME], {"type": "function", "function": {"name": "time"}}, (1, "required")),
-    ],
-)  # fmt: skip
-def test_tools_and_choices(tools, choice, want):
-    got, how = check_tools(tools, choice, WITH_TOOLS)
-    assert (len(got), how) == want
+def test_parts_of_a_message_that_is_continued_are_paragraphs():
+    parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "ill"}]
+    (message,) = check_messages([{"role": "assistant", "content": parts}])
+    assert (message["content"], message["prefill"]) == ("Wh\nill", "Wh\n\nill")
 
 
-@pytest.mark.parametrize(
-    ("tools", "choice"),
-    [("x", None), ([3], None), ([{"type": "function"}], None), ([WEATHER], "maybe"), ([WEATHER], {"function": {"name": "other"}})],
-)
-def test_what_are_no_tools_is_refused(tools, choice):
-    with pytest.raises(ApiError):
-        check_tools(tools, choice, WITH_TOOLS)
+def test_what_a_template_is_not_given_is_nothing():
+    template = ChatTemplate("{{ functions + '!' }}{{ '?' + functions }}{{ a }}{% if d %}x{% endif %}")
+    assert template.render([]) == "!?"
 
 
-def test_a_call_is_of_one_of_the_tools():
-    assert call_schema([TIME])["properties"]["name"] == {"const": "time"}
-    assert [schema["properties"]["name"]["const"] for schema in call_schema([TIME, WEATHER])["oneOf"]] == ["time", "weather"]
-
-
-@pytest.mark.parametrize(
-    ("text", "content", "calls"),
-    [
-        ("plain text", "plain text", []),
-        ('<tool_call>\n{"name": "f", "arguments": {"x": "é"}}\n</tool_call>', "", [("f", {"x": "é"})]),
-        ('Let me see. <tool_call>{"name": "f"}</tool_call>', "Let me see.", [("f", {})]),
-        ('<tool_call>{"name": "f", "parameters": {"x": 1}}', "", [("f", {"x": 1})]),
-        ('<tool_call>{"name": "f"}</tool_call><tool_call>{"name": "g"}</tool_call>', "", [("f", {}), ("g", {})]),
-        ("<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
-        ('<tool_call>["f"]</tool_call>', '<tool_call>["f"]</tool_call>', []),
-        ('<tool_call>{"name": 3}</tool_call>', '<tool_call>{"name": 3}</tool_call>', []),
-    ],
-)
-def test_calls_are_found_in_a_text(text, content, calls):
-    message = parse_calls(text)
-    got = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message.tool_calls]
-    assert (message.content, got) == (content, calls)
-    assert len({call["id"] for call in message.tool_calls}) == len(calls)
-
-
-CALLS = (
-    'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "R\\"o}me", "days": [1, {"n": 2}]}}\n</tool_call>\n'
-    '<tool_call>{"arguments": {"x": 1}, "name": "other"}</tool_call><tool_call>{"name": "cut", "arguments": {"a": '
-)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_calls_come_while_they_are_written(size):
-    stream, content, calls, n_deltas = CallStream(), "", {}, 0
-    pieces = [CALLS[i : i + size] for i in range(0, len(CALLS), size)]
-    for deltas in [*map(stream.add, pieces), stream.end()]:
-        for delta in deltas:
-            content += delta.get("content", "")
-            for call in delta.get("tool_calls", []):
-                n_deltas += 1
-                known = calls.setdefault(call["index"], {"arguments": ""})
-                # a call's first piece has its name, the others only more arguments
-                assert ("id" in call) == ("name" not in known) == ("name" in call["function"])
-                known.update({"name": call["function"].get("name", known.get("name"))})
-                known["arguments"] += call["function"]["arguments"]
-    assert content == "Let me see. "
-    assert [call["name"] for call in calls.values()] == ["weather", "other", "cut"]
-    assert json.loads(calls[0]["arguments"]) == {"city": 'R"o}me', "days": [1, {"n": 2}]}
-    assert json.loads(calls[1]["arguments"]) == {"x": 1}
-    assert calls[2]["arguments"] == '{"a": '
-    assert stream.n_calls == 3
-    if size == 1:
-        assert n_deltas > 40
-
-
-@pytest.mark.parametrize("size", [1, 5, 100])
-@pytest.mark.parametrize("text", ["plain", "a < b <tool", "<tool_call>no json</tool_call> and more", "<tool_call>open"])
-def test_what_is_no_call_is_content(text, size):
-    stream = CallStream()
-    deltas = [d for i in range(0, len(text), size) for d in stream.add(text[i : i + size])] + stream.end()
-    assert "".join(delta["content"] for delta in deltas) == text
-    assert stream.n_calls == 0
+def test_llama_cpps_own_formats_have_names():
+    assert {"llama3", "command-r", "chatml"} <= set(BuiltinTemplate.names())
+    messages = [{"role": "system", "content": "Bö"}, {"role": "user", "content": "Hi"}]
+    want = "<|start_header_id|>system<|end_header_id|>\n\nBö<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    assert BuiltinTemplate("llama3").render(messages, False) == want
+    assert BuiltinTemplate("llama3").render(messages) == want + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert BuiltinTemplate("chatml").render(messages) == ChatTemplate("chatml").render(messages)

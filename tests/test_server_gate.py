@@ -24,7 +24,8 @@ def ask(gate: Gate, path: str = "/slots", method: str = "GET", body: list[bytes]
 
     pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     asyncio.run(gate({"type": "http", "method": method, "path": path, "headers": pairs}, receive, send))  # type: ignore[arg-type]
-    return sent[0]["status"], dict(sent[0]["headers"]), sent[1].get("body")
+    headers = {name.lower(): value for name, value in sent[0]["headers"]}
+    return sent[0]["status"], headers, sent[1].get("body")
 
 
 async def reads_twice(scope: Any, receive: Any, send: Any) -> None:

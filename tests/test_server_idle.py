@@ -21,7 +21,7 @@ def options(tmp_path: Path) -> dict:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted((folder / "idle").glob("*.kvc"))
+    return sorted((folder / "idle").glob("*/*.kvc"))
 
 
 def test_a_context_comes_back_when_its_prompt_does(start, options, tmp_path):
@@ -45,8 +45,8 @@ def test_a_server_that_starts_again_knows_them(start, options, tmp_path):
     client = start(**options)
     first = post(client, "/completion", prompt=A, **OPTIONS)
     client.__exit__(None, None, None)
-    assert len(files(tmp_path)) == 1
-    client.exit_stack.pop_all()
+    (file,) = files(tmp_path)
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
     again = post(start(**options), "/completion", prompt=A, **OPTIONS)
     assert (again["content"], again["timings"]["cache_n"]) == (first["content"], 307)
 

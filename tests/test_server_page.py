@@ -1,58 +1,143 @@
-"""The page, in Debian's Chromium."""
+"""The page, used by a headless Chromium, Debian's for instance."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 import tiny
-from serving import running
+from serving import CONFIG, METHOD, running, tiny_options, until
 
-from kvcompose_gguf import KVCompose
-from kvcompose_gguf.server.options import ServeOptions
-
-CONFIG = tiny.GQA
+api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
 def address(tiny_model) -> Iterator[str]:
-    method = KVCompose(compression_ratio=0.5, scoring="repeat", min_tokens=100, keep_last=8)
-    options = ServeOptions(
-        model_path=tiny_model(CONFIG), n_ctx=1024, threads=1, n_batch=64, flash_attn=False, alias="tiny", method=method
-    )
-    with running(options) as address:
+    with running(tiny_options(tiny_model(CONFIG), n_parallel=1, method=METHOD, chat_template="chatml")) as address:
         yield address
 
 
-def shown(address: str, folder: Path) -> str:
-    """The page's document when its script has come to rest."""
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", "--virtual-time-budget=8000",
-        "--dump-dom", f"{address}/",
-    ]  # fmt: skip
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=90).stdout
+@pytest.fixture
+def page(browser, address) -> Iterator[Any]:
+    """The page, open; what goes wrong in it, or comes from elsewhere, is the test's failure."""
+    problems: list[str] = []
+    page = browser.new_page()
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: problems.append(request.url) if not request.url.startswith(address) else None)
+    page.goto(address)
+    yield page
+    page.close()
+    assert problems == []
 
 
-def test_the_page_shows_the_model_and_that_nothing_is_compressed(address, tmp_path):
-    document = shown(address, tmp_path)
-    assert re.search(r'id="model">tiny, 1024 tokens<', document)
-    assert "Nothing is compressed: prompts of 256 tokens and more are." in document
+def texts(page: Any, selector: str) -> list[str]:
+    return [element.text_content() for element in page.locator(selector).all()]
 
 
-def test_the_page_shows_what_is_kept(address, tmp_path):
-    body = {"prompt": tiny.tokens(CONFIG, 308), "n_predict": 2}
-    kv = httpx2.post(f"{address}/completion", json=body, timeout=60).json()["timings"]["kv"]
-    document = shown(address, tmp_path)
-    assert re.search(r"Slot 0: of 300 tokens 50 % of the entries are removed", document)
-    bars = [int(n) for n in re.findall(r'title="layer \d+: (\d+) of 300 tokens"', document)]
-    assert bars == kv["n_kept"]
-    shares = re.findall(r'title="kept by (\d+) % of the heads" style="background-color: rgba\(', document)
-    assert len(shares) == 300
-    assert len(set(shares)) > 2
+def test_the_page_shows_the_model_and_that_nothing_is_compressed(page):
+    api.expect(page.locator("#model")).to_have_text("tiny, 2048 tokens")
+    api.expect(page.locator("#summary")).to_have_text("Nothing is compressed: prompts of 256 tokens and more are.")
+    assert page.locator("#stop").is_disabled()
+
+
+def test_a_chat_is_answered_and_its_cache_is_shown(page, address):
+    page.fill("#max-tokens", "12")
+    page.locator("#ratio").fill("0.5")
+    api.expect(page.locator("#ratio-text")).to_have_text("50 %")
+    document = "The quick brown fox jumps over the lazy dog. " * 8
+    page.fill("#text", document)
+    page.click("#send")
+    api.expect(page.locator(".figures")).to_have_count(1)
+    assert texts(page, ".user") == [document.strip()]
+    assert len(texts(page, ".assistant")[0]) > 0
+    assert re.fullmatch(r"\d+ tokens read in \d+\.\d s, 0 were in the cache; \d+\.\d tokens/s", texts(page, ".figures")[0])
+    # beside it: what the server says of the slot
+    (slot,) = httpx2.get(f"{address}/slots").json()
+    kv = slot["kv"]
+    api.expect(page.locator("#summary")).to_contain_text(f"Slot 0: of {kv['n_tokens']} tokens 50 % of the entries are removed")
+    bars = [bar.get_attribute("title") for bar in page.locator("#layers > div").all()]
+    assert bars == [f"layer {n}: {kept} of {kv['n_tokens']} tokens" for n, kept in enumerate(kv["n_kept"])]
+    heights = [bar.evaluate("bar => bar.style.height") for bar in page.locator("#layers > div > div").all()]
+    assert [float(height[:-1]) for height in heights] == pytest.approx([100 * n / kv["n_tokens"] for n in kv["n_kept"]], rel=1e-3)
+    spans = page.locator("#kept span")
+    assert spans.count() == kv["n_tokens"]
+    assert "quick" in page.locator("#kept").text_content().replace("▁", " ")
+    shades = {span.evaluate("span => span.style.backgroundColor") for span in spans.all()}
+    assert len(shades) > 2
+
+
+def test_a_conversation_goes_on_and_begins_anew(page):
+    page.fill("#max-tokens", "4")
+    for n in (1, 2):
+        page.fill("#text", f"Question {n}?")
+        page.press("#text", "Control+Enter")
+        api.expect(page.locator(".figures")).to_have_count(n)
+    assert texts(page, ".user") == ["Question 1?", "Question 2?"]
+    # the second continues what the cache has of the first
+    assert ", 0 were in the cache" not in texts(page, ".figures")[1]
+    page.click("#clear")
+    assert texts(page, "#messages > div") == []
+
+
+def test_stop_ends_the_work(page, address):
+    page.fill("#max-tokens", "2000")
+    page.fill("#text", "Go on for ever")
+    page.click("#send")
+    api.expect(page.locator("#stop")).to_be_enabled()
+    until(lambda: texts(page, ".assistant")[0] != "" and not texts(page, ".assistant")[0].startswith("reading"))
+    page.click("#stop")
+    api.expect(page.locator("#send")).to_be_enabled()
+    until(lambda: not httpx2.get(f"{address}/slots").json()[0]["is_processing"])
+    assert texts(page, ".error") == []
+    assert len(texts(page, ".assistant")[0]) > 0
+
+
+def test_errors_are_told_and_the_next_question_is_answered(page):
+    page.fill("#max-tokens", "4")
+    page.fill("#text", "word " * 3000)
+    page.click("#send")
+    api.expect(page.locator(".error")).to_contain_text("exceeds the available context size (2048 tokens)")
+    page.fill("#text", "Short.")
+    page.click("#send")
+    api.expect(page.locator(".figures")).to_have_count(1)
+
+
+def test_a_text_can_be_attached(page, tmp_path):
+    (tmp_path / "report.txt").write_text("A report.", "utf-8")
+    page.fill("#text", "Who wrote it?")
+    page.set_input_files("#file", tmp_path / "report.txt")
+    api.expect(page.locator("#text")).to_have_value("A report.\n\nWho wrote it?")
+
+
+def test_a_key_is_asked_for(browser, tiny_model):
+    with running(tiny_options(tiny_model(CONFIG), api_keys=("secret",), n_parallel=1, method=METHOD)) as address:
+        page = browser.new_page()
+        page.goto(address)
+        api.expect(page.locator("#model")).to_have_text("Invalid API Key")
+        page.fill("#key", "secret")
+        page.press("#key", "Tab")
+        api.expect(page.locator("#model")).to_have_text("tiny, 2048 tokens")
+        page.close()
+
+
+def test_a_document_of_other_scripts_is_shown_as_text(page):
+    """What a model says or a document has in it is text, never a part of the page."""
+    page.fill("#max-tokens", "2")
+    page.fill("#text", "<img src=x onerror=alert(1)> & <b>bold</b> " * 20 + "\n" + "".join(map(chr, tiny.tokens(CONFIG, 5))))
+    page.click("#send")
+    api.expect(page.locator(".figures")).to_have_count(1)
+    assert page.locator("#messages img, #messages b, #kept img, #kept b").count() == 0

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from .. import __version__
@@ -20,6 +19,7 @@ from .options import ServeOptions
 from .routes import compress, generate, info, slots, tokens
 from .routes.page import page
 from .server import Server
+from .streams import JSONResponse
 
 #: routes that llama-server has and this one does not, with the reason
 NOT_OFFERED = {
@@ -35,11 +35,15 @@ NOT_OFFERED = {
 
 
 def create_app(
-    options: ServeOptions, make_engine: Callable[[], Engine], on_failure: Callable[[Exception], None] | None = None
+    options: ServeOptions,
+    make_engine: Callable[[], Engine],
+    on_failure: Callable[[Exception], None] | None = None,
+    local_only: bool = False,
 ) -> Any:
     """The application. It answers at once, and 503 until the model is loaded.
 
     Args:
+        local_only: it can only be reached from this machine.
         on_failure: is told why the model cannot be loaded; None: the application does not start then, nor before.
     """
 
@@ -70,7 +74,9 @@ def create_app(
             if engine is not None:
                 await asyncio.to_thread(engine.close)
 
-    app = FastAPI(title="kvcompose", version=__version__, lifespan=life)
+    app = FastAPI(
+        title="kvcompose", version=__version__, lifespan=life, docs_url=None, redoc_url=None
+    )  # these load from elsewhere
     app.state.server = None
     for router in (info.router, slots.router, tokens.router, generate.router, compress.router, page(options.ui)):
         app.include_router(router)
@@ -80,8 +86,9 @@ def create_app(
     # without a key, pages of other hosts could read what was asked here
     origins = options.cors_origins or ("*" if options.api_keys else "localhost")
     return Gate(
-        app, options.api_keys, options.max_body_bytes, origins, options.timeout, lambda: app.state.server is not None
-    )
+        app, options.api_keys, options.max_body_bytes, origins, options.timeout,
+        is_ready=lambda: app.state.server is not None, local_only=local_only and origins == "localhost",
+    )  # fmt: skip
 
 
 def _refuse(reason: str) -> Callable[[], Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import re
 import secrets
 import string
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +16,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ConfigError
+from ..native import library
 from .errors import ApiError, invalid
 
 CHATML = (
@@ -40,7 +44,10 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos, "eos_token": eos}
         self._begins_with = bos if bos_is_added else ""
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+            undefined=_Nothing,
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
@@ -51,22 +58,82 @@ class ChatTemplate:
 
     @property
     def has_tools(self) -> bool:
-        """Whether it shows tools to the model, and calls come in a form that is read here."""
-        return "tools" in self.source and CALL_BEGIN in self.source
+        """Whether it shows tools to the model."""
+        return bool(re.search(r"\btools\b", self.source))
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any) -> str:
+    @property
+    def tags_calls(self) -> bool:
+        """Whether calls stand between ``<tool_call>`` and ``</tool_call>``; else they are the whole answer, as JSON."""
+        return CALL_BEGIN in self.source
+
+    @property
+    def names_parameters(self) -> bool:
+        """Whether a call's arguments are called parameters, as Llama 3's are."""
+        return '"parameters": ' in self.source and '"arguments": ' not in self.source
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt of ``messages``.
 
+        Args:
+            variables: more that the template may look at.
         Raises:
             ApiError: the template refuses them.
         """
         try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._tokens, **variables
-            )
+            known = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._tokens}
+            text = self._template.render({**(variables or {}), **known})
         except Exception as error:  # a template may do anything
             raise ApiError(500, f"Failed to apply the chat template: {error}") from error
         return text.removeprefix(self._begins_with)
+
+
+class BuiltinTemplate:
+    """One of the formats that llama.cpp knows by name (llama_chat_apply_template), for ``--chat-template llama3``."""
+
+    has_tools = tags_calls = names_parameters = False
+
+    def __init__(self, name: str) -> None:
+        self.source = name
+
+    @staticmethod
+    def names() -> list[str]:
+        """All of them."""
+        llama_cpp = library.load()
+        found = (ctypes.c_char_p * llama_cpp.llama_chat_builtin_templates(None, 0))()
+        llama_cpp.llama_chat_builtin_templates(found, len(found))
+        return [(name or b"").decode() for name in found]
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """As ``ChatTemplate.render``; variables mean nothing to these."""
+        llama_cpp = library.load()
+        pairs = [(message["role"].encode(), message["content"].encode("utf-8", "replace")) for message in messages]
+        chat = (llama_cpp.llama_chat_message * len(pairs))(*pairs)
+        arguments = (self.source.encode(), chat, len(pairs), add_generation_prompt)
+        size = llama_cpp.llama_chat_apply_template(*arguments, None, 0)
+        if size < 0:
+            raise ApiError(500, f"Failed to apply the chat template {self.source}")
+        buffer = ctypes.create_string_buffer(size)
+        llama_cpp.llama_chat_apply_template(*arguments, buffer, size)
+        return buffer.raw[:size].decode("utf-8", "replace")
+
+
+class _Nothing(jinja2.Undefined):
+    """What a template has not been given is nothing, also beside a ``+``, as in llama.cpp's own Jinja."""
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    __radd__ = __add__
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -122,6 +189,8 @@ def _checked(message: Any) -> dict[str, Any]:
         raise invalid("Failed to parse messages: Expected 'tool_calls' to be an array")
     out = {name: value for name, value in message.items() if name in ("name", "tool_call_id", "reasoning_content")}
     text = content if isinstance(content, str) else "\n".join(_part(part) for part in content or [])
+    if role == "assistant" and isinstance(content, list):
+        out["prefill"] = "\n\n".join(map(_part, content))  # what llama-server puts between parts that are continued
     out |= {"role": "system" if role == "developer" else role, "content": text}
     return out | {"tool_calls": [_checked_call(call) for call in calls]} if calls else out
 
@@ -144,7 +213,7 @@ def _checked_call(call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise invalid(f"Failed to parse messages: arguments of {function['name']} are not JSON: {error}") from error
     return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

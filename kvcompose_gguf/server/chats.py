@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from . import chat, formats, tools
+from . import chat, formats, reasoning, tools
 from .errors import invalid
 from .formats import About
-from .generation import End, Generation, Progress, Token
+from .generation import Generation, Progress, Token
 from .grammars import grammar_of
+from .messages import MessageStream
+from .options import REASONING_FORMATS
 from .schemas import ChatRequest
 from .server import Server
-from .streams import event_stream, merged, together, while_connected
+from .streams import JSONResponse, event_stream, merged, together, while_connected
 
 
-def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[str, Any]], str]:
-    """The prompt of a chat, the tools that the model may call, and whether it may or has to."""
+@dataclass(frozen=True, kw_only=True)
+class ChatPrompt:
+    """What a chat makes of its messages.
+
+    Attributes:
+        text: up to where the assistant speaks.
+        begun: of a message of the assistant's, which is to be continued.
+        tools: that the model may call.
+        choice: whether it may, must not, or has to.
+    """
+
+    text: str
+    begun: str
+    tools: list[dict[str, Any]]
+    choice: str
+
+
+def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
+    """The prompt of a chat.
+
+    Raises:
+        ApiError: messages or tools make no sense, or the template refuses them.
+    """
     messages = chat.check_messages(request.messages)
     offered, choice = tools.check_tools(request.tools, request.tool_choice, server.template)
     if offered and request.grammar:
@@ -35,20 +58,68 @@ def chat_prompt(server: Server, request: ChatRequest) -> tuple[str, list[dict[st
         raise invalid("Cannot continue an assistant message that contains tool calls.")
     now = time.localtime()
     variables: dict[str, Any] = {
-        "enable_thinking": True, "datetime": time.strftime("%b %d %Y", now),
+        "enable_thinking": server.options.reasoning, "datetime": time.strftime("%b %d %Y", now),
         "date_string": time.strftime("%d %b %Y", now),
         **(request.chat_template_kwargs or {}),
     }  # fmt: skip
-    if isinstance(variables["enable_thinking"], str):
+    thinks = variables["enable_thinking"]
+    if isinstance(thinks, str):
         raise invalid('invalid type for "enable_thinking" (expected boolean, got string)')
     if offered:
         variables["tools"] = offered
-    for name in ("messages", "add_generation_prompt", "bos_token", "eos_token"):
-        variables.pop(name, None)
-    if not is_continued:
-        return server.template.render(messages, request.add_generation_prompt, **variables), offered, choice
-    prompt = server.template.render(messages[:-1], True, **variables)
-    return prompt + messages[-1]["content"], offered, choice
+    last = messages.pop() if is_continued else {}
+    prompt = server.template.render(messages, is_continued or request.add_generation_prompt, variables)
+    return ChatPrompt(
+        text=prompt if thinks else reasoning.closed(prompt), begun=str(last.get("prefill", last.get("content", ""))),
+        tools=offered, choice=choice,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A chat to answer.
+
+    Attributes:
+        what: is generated.
+        tail: the end of the prompt, up to where the assistant speaks.
+        begun: what of its message the prompt has already.
+        echoes: this is told as well.
+        names: of the tools that may be called.
+    """
+
+    what: Generation
+    tail: str
+    begun: str
+    echoes: bool
+    names: frozenset[str]
+
+
+def _asked(server: Server, request: ChatRequest) -> _Asked:
+    asked = chat_prompt(server, request)
+    prompt, begun, grammar = asked.text, asked.begun, _chat_grammar(request)
+    if asked.choice == "required":
+        key = "parameters" if server.template.names_parameters else "arguments"
+        grammar = grammar_of(tools.call_schema(asked.tools, key))
+        begun += chat.CALL_BEGIN + "\n" if server.template.tags_calls else ""
+    if grammar is not None or request.grammar:
+        prompt = reasoning.closed(prompt)  # it leaves no words for thoughts
+    calls = asked.tools if asked.choice != "none" else []
+    return _Asked(
+        server.generation(request, server.reader.tokens(prompt + begun), grammar), prompt[-64:], begun,
+        not request.continue_final_message or request.echo,
+        frozenset(tool["function"]["name"] for tool in calls),
+    )  # fmt: skip
+
+
+def _message_stream(server: Server, request: ChatRequest, asked: _Asked) -> MessageStream:
+    """Reads what the model says."""
+    form = request.reasoning_format or server.options.reasoning_format
+    if form not in REASONING_FORMATS:
+        raise invalid(f"Unknown reasoning format: {form}")
+    calls: tools.CallStream | tools.BareCalls | None = None
+    if asked.names:
+        calls = tools.CallStream() if server.template.tags_calls else tools.BareCalls(asked.names)
+    return MessageStream(reasoning.Thoughts(asked.tail, form != "none"), calls)
 
 
 async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
@@ -57,35 +128,30 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
         raise invalid("top_logprobs requires logprobs to be set to true")
     if request.logprobs and request.n_probs is None:
         request.n_probs = 20 if request.top_logprobs is None else max(1, request.top_logprobs)
-    what, offered, choice = await server.aside(_asked, server, request)
-    abouts = server.abouts(request, [what])
-    reads_calls = bool(offered) and choice != "none"
-    begun = chat.CALL_BEGIN if choice == "required" else ""
+    asked = await server.aside(_asked, server, request)
+    if asked.names and request.stream and request.logprobs:
+        raise invalid("logprobs is not supported with tools + stream")
+    abouts = server.abouts(request, [asked.what])
+    readers = [_message_stream(server, request, asked) for _ in abouts]
     if request.stream:
-        chunks = merged([_chat_chunks(server, request, about, reads_calls, begun) for about in abouts])
+        pairs = zip(abouts, readers, strict=True)
+        chunks = merged([_chat_chunks(server, request, asked, *pair) for pair in pairs], len(server.engine.slots))
         return await event_stream(http, chunks, done=True)
     work = (server.finish(about.what, request.id_slot) for about in abouts)
     ends = await while_connected(http, together(work, len(server.engine.slots)))
-    bodies = []
-    for about, (slot, end) in zip(abouts, ends, strict=True):
-        message = tools.parse_calls(begun + end.text) if reads_calls else tools.Message(end.text)
-        bodies.append(formats.chat_completion(replace(about, id_slot=slot), end, message.content, message.tool_calls))
-    return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+
+    def answer() -> JSONResponse:
+        bodies = [
+            formats.chat_completion(replace(about, id_slot=slot), end, reader.whole(asked.begun + end.text))
+            for about, reader, (slot, end) in zip(abouts, readers, ends, strict=True)
+        ]
+        return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+
+    return await server.aside(answer)  # many probabilities of many tokens take their time
 
 
-def _asked(server: Server, request: ChatRequest) -> tuple[Generation, list[dict[str, Any]], str]:
-    """What is to be generated, the tools that may be called, and whether they may or have to be."""
-    prompt, offered, choice = chat_prompt(server, request)
-    grammar = _chat_grammar(request, offered if choice == "required" else [])
-    if choice == "required":
-        prompt += chat.CALL_BEGIN + "\n"
-    return server.generation(request, server.reader.tokens(prompt), grammar), offered, choice
-
-
-def _chat_grammar(request: ChatRequest, forced: list[dict[str, Any]]) -> str | None:
-    """GBNF of a response format, or of a call of one of the ``forced`` tools; None: the request's own."""
-    if forced:
-        return grammar_of(tools.call_schema(forced))
+def _chat_grammar(request: ChatRequest) -> str | None:
+    """GBNF of a response format; None: the request's own."""
     kind = (request.response_format or {}).get("type", "text")
     schema = request.json_schema
     if kind == "json_object":
@@ -103,10 +169,12 @@ def _chat_grammar(request: ChatRequest, forced: list[dict[str, Any]]) -> str | N
 
 
 async def _chat_chunks(
-    server: Server, request: ChatRequest, about: About, reads_calls: bool, begun: str
+    server: Server, request: ChatRequest, asked: _Asked, about: About, reader: MessageStream
 ) -> AsyncIterator[dict[str, Any]]:
     has_role = False
-    calls = tools.CallStream(begun)
+    held = reader.add(asked.begun)
+    if not asked.echoes:
+        held = []
     async for _, step in server.events(about.what, request.id_slot):
         if isinstance(step, Progress):
             if request.return_progress:
@@ -117,10 +185,8 @@ async def _chat_chunks(
         if not has_role:
             has_role = True
             yield formats.chat_part(about, {"role": "assistant", "content": None})
-        text = step.text if isinstance(step, Token) else step.rest
-        deltas: list[dict[str, Any]] = [{"content": text}] if text else []
-        if reads_calls:
-            deltas = calls.add(text) + (calls.end() if isinstance(step, End) else [])
+        deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
+        held = []
         for delta in deltas:
             chunk = formats.chat_part(about, delta)
             if isinstance(step, Token) and delta is deltas[-1]:  # they go with the last
@@ -132,7 +198,7 @@ async def _chat_chunks(
             continue
         timings = {"timings": formats.timings(step.timings, step.report)}
         wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        last = formats.chat_part(about, {}, formats.chat_finish(step, calls.n_calls > 0))
+        last = formats.chat_part(about, {}, formats.chat_finish(step, reader.n_calls > 0))
         yield last if wants_usage else last | timings
         if wants_usage:
             yield formats.chat_usage(about, step) | timings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 from pathlib import Path
 
@@ -73,15 +74,18 @@ def serve(options: ServeOptions, hosts: str, port: int) -> None:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(options, lambda: make_engine(options), on_failure)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
     with contextlib.ExitStack() as listening:
         names = [name.strip() for name in hosts.split(",")]
         sockets = [listening.enter_context(_listen(name, port)) for name in names]
+        is_local = all(ipaddress.ip_address(listener.getsockname()[0]).is_loopback for listener in sockets)
+        app = create_app(options, lambda: make_engine(options), on_failure, is_local)
+        # h11 leaves the case of headers as it is
+        config = uvicorn.Config(app, http="h11", log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+        server = uvicorn.Server(config)
         ports = [listener.getsockname()[1] for listener in sockets]
         where = ", ".join(f"http://{name}:{port}" for name, port in zip(names, ports, strict=True))
         Console(stderr=True).print(
-            f"[bold]{options.model_name}[/] at {where}, {options.n_parallel} slots", highlight=False
+            f"[bold]{options.model_name}[/] at {where}, {options.n_parallel} slots", highlight=False, soft_wrap=True
         )
         server.run(sockets)
     if failures:

@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from . import formats
 from .formats import About
 from .generation import End, Token
 from .schemas import GenerationRequest
 from .server import Server
-from .streams import event_stream, merged, together, while_connected
+from .streams import JSONResponse, event_stream, merged, together, while_connected
 
 Whole = Callable[..., dict[str, Any]]
 
@@ -38,13 +38,18 @@ async def complete(
     asked = await server.aside(lambda: [server.generation(request, tokens) for tokens in prompts()])
     abouts = server.abouts(request, asked)
     if request.stream:
-        chunks = merged([_completion_chunks(server, request, about, whole, part) for about in abouts])
+        streams = [_completion_chunks(server, request, about, whole, part) for about in abouts]
+        chunks = merged(streams, len(server.engine.slots))
         return await event_stream(http, chunks, done)
     work = (server.finish(about.what, request.id_slot) for about in abouts)
     ends = await while_connected(http, together(work, len(server.engine.slots)))
     placed = [(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
     # a long prompt is made a text again
-    bodies = await server.aside(lambda: [whole(about, end) for about, end in placed])
+    return await server.aside(_answer, whole, placed)
+
+
+def _answer(whole: Whole, placed: Sequence[tuple[About, End]]) -> JSONResponse:
+    bodies = [whole(about, end) for about, end in placed]
     if whole is formats.text_completion:
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
     return JSONResponse(bodies[0] if len(bodies) == 1 else bodies)

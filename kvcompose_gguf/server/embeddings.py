@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
-import threading
+import math
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..llama import Llama
 from ..native import library
 from .errors import ApiError, invalid
 from .params import PROMPT_KINDS, Reader
-from .slots import Busy, SlotLlama
+from .slots import Busy, SlotLlama, TimedOut
 
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 
@@ -29,6 +31,8 @@ class Embedder:
         pooling: of ``POOLING``; None: the model's own.
         n_batch: most tokens of a text.
         decode_through: as for ``SlotLlama``.
+        n_queue: texts that may wait.
+        timeout: seconds that a text may wait.
     """
 
     def __init__(
@@ -38,18 +42,20 @@ class Embedder:
         decode_through: Callable[[Callable[[], None], int], None],
         n_batch: int,
         pooling: str | None = None,
+        n_queue: int = 64,
+        timeout: float = math.inf,
         **kwargs: Any,
     ) -> None:
         if pooling is not None and pooling not in POOLING:
             raise ConfigError(f"pooling={pooling!r} is none of {', '.join(POOLING)}")
         kind = -1 if pooling is None else POOLING[pooling]
-        self._one_at_a_time = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "vectors")
+        self._n_queue, self._timeout = n_queue, timeout
+        self._waiting: set[Future[FloatArray]] = set()
         self._llama = SlotLlama(
             str(model_path), decode_through=decode_through, weights_of=weights_of, embedding=True, pooling_type=kind,
             n_ctx=n_batch, n_batch=n_batch, n_ubatch=n_batch, **kwargs,
         )  # fmt: skip
-
-        self._is_closed = False
         if self._llama.pooling_type() not in POOLING.values():
             self.close()
             raise ConfigError(
@@ -61,13 +67,14 @@ class Embedder:
         """Whether a text has one vector, and not one for every token."""
         return bool(self._llama.pooling_type() != POOLING["none"])
 
-    def embed(self, tokens: Sequence[int]) -> FloatArray:
-        """Vectors of a text, float32 ``(1 or n_tokens, n_embd)``.
+    def submit(self, tokens: Sequence[int]) -> Future[FloatArray]:
+        """Vectors of a text, float32 ``(1 or n_tokens, n_embd)``; those of one that nobody waits for are not made.
 
         Raises:
             ApiError: it has no tokens, or too many.
+            Busy: too many wait.
         """
-        llama, llama_cpp = self._llama, library.load()
+        llama = self._llama
         if not tokens:
             raise invalid("Input content cannot be empty")
         if len(tokens) > llama.n_batch:
@@ -75,24 +82,35 @@ class Embedder:
                 500, f"input ({len(tokens)} tokens) is too large to process. increase the physical batch size "
                 f"(current batch size: {llama.n_batch})",
             )  # fmt: skip
-        with self._one_at_a_time:
-            if self._is_closed:
-                raise Busy("the server is about to end")
-            llama._ctx.kv_cache_clear()
-            llama._batch.reset()
-            llama._batch.add_sequence(list(tokens), 0, True)
-            llama._ctx.decode(llama._batch)
-            if self.is_pooled:
-                n, pointer = 1, llama_cpp.llama_get_embeddings_seq(llama.ctx, 0)
-            else:
-                n, pointer = len(tokens), llama_cpp.llama_get_embeddings(llama.ctx)
-            return np.ctypeslib.as_array(pointer, (n, llama.n_embd())).copy()
+        if len(self._waiting) > self._n_queue:
+            raise Busy(f"{self._n_queue} texts wait already")
+        try:
+            future = self._thread.submit(self._embed, list(tokens), time.monotonic() + self._timeout)
+        except RuntimeError as error:
+            raise Busy("the server is about to end") from error
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    def _embed(self, tokens: list[int], deadline: float) -> FloatArray:
+        if time.monotonic() > deadline:
+            raise TimedOut("the text waited longer than the server allows")
+        llama, llama_cpp = self._llama, library.load()
+        llama._ctx.kv_cache_clear()
+        llama._batch.reset()
+        llama._batch.add_sequence(tokens, 0, True)
+        llama._ctx.decode(llama._batch)
+        if self.is_pooled:
+            n, pointer = 1, llama_cpp.llama_get_embeddings_seq(llama.ctx, 0)
+        else:
+            n, pointer = len(tokens), llama_cpp.llama_get_embeddings(llama.ctx)
+        vectors: FloatArray = np.ctypeslib.as_array(pointer, (n, llama.n_embd())).copy()
+        return vectors
 
     def close(self) -> None:
         """Free the context, when nobody uses it."""
-        with self._one_at_a_time:
-            self._is_closed = True
-            self._llama.close()
+        self._thread.shutdown(cancel_futures=True)
+        self._llama.close()
 
 
 def normalized(vectors: FloatArray, kind: int) -> FloatArray:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedError
+from ..methods import Method
 from .embeddings import Embedder
 from .idle import IdleCaches
 from .slots import Busy, Cancelled, Slot, TimedOut, Turns
@@ -34,7 +36,8 @@ class Job:
         tokens: of the prompt, which decide the slot.
         id_slot: that it has to be, or -1.
         n_tokens: that its cache may have to hold.
-        composed_by: how the prompt is compressed, which decides what can be continued; None: it is not read at all.
+        method: that compresses the prompt, which decides what can be continued.
+        reuse: what a cache has of the prompt need not be evaluated.
         id: its number among all.
         deadline: on ``time.monotonic``'s clock, after which it ends.
         future: of the result.
@@ -44,7 +47,8 @@ class Job:
     tokens: Sequence[int] = ()
     id_slot: int = -1
     n_tokens: int = 0
-    composed_by: str | None = None
+    method: Method | None = None
+    reuse: bool = True
     id: int = -1
     deadline: float = math.inf
     future: Future[Any] = field(default_factory=Future)
@@ -129,7 +133,7 @@ class Engine:
                 threads = {name: kwargs[name] for name in ("n_threads", "n_threads_batch") if name in kwargs}
                 self.embedder = Embedder(
                     model_path, self.slots[0].llama, lambda decode, n: self._turns.run(decode), embeddings, pooling,
-                    verbose=False, flash_attn=kwargs.get("flash_attn", False), **threads,
+                    n_queue, self._timeout, verbose=False, flash_attn=kwargs.get("flash_attn", False), **threads,
                 )  # fmt: skip
             self._check_budget(kv_budget)
             if idle_path is not None and idle_bytes:
@@ -195,23 +199,20 @@ class Engine:
 
     def _start_waiting(self) -> None:
         """Give idle slots to jobs; a job that waits for a certain slot lets others pass, one that needs memory not."""
+        for job in [job for job in self._waiting if job.is_cancelled or job.is_late]:
+            self._waiting.remove(job)
+            if not job.is_cancelled and job.future.set_running_or_notify_cancel():
+                job.future.set_exception(TimedOut("the request waited longer than the server allows"))
         for job in list(self._waiting):
-            if job.is_cancelled:
-                self._waiting.remove(job)
-                continue
-            if job.is_late:
-                self._waiting.remove(job)
-                if job.future.set_running_or_notify_cancel():
-                    job.future.set_exception(TimedOut("the request waited longer than the server allows"))
-                continue
             slot = self._slot_for(job)
-            if slot is not None and not self._make_room(slot, job):
+            room = self._make_room(slot, job) if slot is not None else []
+            if room is None:
                 break
             if slot is not None and job.future.set_running_or_notify_cancel():
                 self._waiting.remove(job)
                 slot.occupy(max(self._bytes_of(job), slot.kv_bytes), job.id)
                 slot.check = _closed if self._closed else job.check
-                slot.start(lambda slot, job=job: self._work(slot, job))  # type: ignore[misc]
+                slot.start(functools.partial(self._work, job=job, room=room))
 
     def _slot_for(self, job: Job) -> Slot | None:
         idle = [slot for slot in self.slots if slot.is_idle]
@@ -219,12 +220,12 @@ class Engine:
             return next((slot for slot in idle if slot.id == job.id_slot), None)
         if not idle:
             return None
-        n_same, best = max(((slot.llama.n_reusable(job.tokens), slot) for slot in idle), key=lambda pair: pair[0])
-        n_saved = 0
-        if self.idle is not None and job.composed_by is not None:
-            n_saved = self.idle.n_context(best.llama, job.tokens, job.composed_by)
-        if job.tokens and n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= n_saved:
-            return best
+        if job.tokens and job.reuse:
+            here = ((slot.llama.n_continued(job.tokens, job.method), slot) for slot in idle)
+            n_same, best = max(here, key=lambda pair: pair[0])
+            n_saved = self.idle.n_context(best.llama, job) if self.idle is not None else 0
+            if n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= n_saved:
+                return best
         return min(idle, key=lambda slot: slot.last_used)
 
     #
@@ -247,16 +248,18 @@ class Engine:
         # a cache grows by a quarter at a time, and scoring needs a chunk of cells on top
         return max(self._empty_bytes, (job.n_tokens * 5 // 4 + N_SCRATCH) * self._cell_bytes)
 
-    def _make_room(self, slot: Slot, job: Job) -> bool:
-        """Whether a job may start in a slot; idle slots forget what they have for it."""
+    def _make_room(self, slot: Slot, job: Job) -> list[Future[None]] | None:
+        """What has to be forgotten, in the threads of its slots, before a job uses a slot; None: it has to wait."""
         if self._kv_budget is None:
-            return True
+            return []
         others = [other for other in self.slots if other is not slot]
         room = self._kv_budget - sum(self._empty_bytes if s.is_idle else s.reserved for s in others)
         if self._bytes_of(job) > room:
-            return False
+            return None
+        forgotten = []
         if slot.kv_bytes > room:  # what is cut off gives no memory back
-            self._forget(slot)
+            forgotten.append(slot.start(self._forget))
+            slot.kv_bytes = self._empty_bytes
         idle = sorted((other for other in others if other.is_idle), key=lambda other: other.last_used)
         n_mine = max(self._bytes_of(job), slot.kv_bytes)
         n_over = n_mine + sum(other.kv_bytes - self._empty_bytes for other in idle) - room
@@ -264,26 +267,31 @@ class Engine:
             if n_over <= 0:
                 break
             n_over -= other.kv_bytes - self._empty_bytes
-            self._forget(other)
-        return True
+            forgotten.append(other.start(self._forget))
+            other.kv_bytes = self._empty_bytes
+        return forgotten
 
     def _forget(self, slot: Slot) -> None:
         if self.idle is not None:
             self.idle.keep(slot.llama)
         slot.forget()
 
-    def _work(self, slot: Slot, job: Job) -> None:
+    def _work(self, slot: Slot, job: Job, room: list[Future[None]]) -> None:
         result, error = None, None
         try:
             job.check()
-            if self.idle is not None and job.composed_by is not None:
-                self.idle.exchange(slot.llama, job.tokens, job.composed_by)
+            wait(room)
+            if self.idle is not None and job.tokens:
+                self.idle.exchange(slot.llama, job, None if self._kv_budget is None else job.n_tokens)
             result = job.work(slot)
         except BaseException as raised:
             error = raised
-        with self._lock:  # idle before anybody learns of the result: the next request may be on its way
-            slot.release()
-            self._start_waiting()
+        try:
+            with self._lock:  # idle before anybody learns of the result: the next request may be on its way
+                slot.release()
+                self._start_waiting()
+        except BaseException as raised:
+            error = error or raised
         if error is not None:
             job.future.set_exception(error)
         else:

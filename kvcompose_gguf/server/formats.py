@@ -9,6 +9,7 @@ from typing import Any
 
 from ..report import KVReport
 from .generation import End, Generation, Progress, Timings, Token
+from .messages import Message
 from .sampling import Chosen
 from .slots import Slot, SlotLlama
 
@@ -248,13 +249,15 @@ def text_completion_part(about: About, step: Token | Progress, timings_per_token
     return {"choices": [choice], **_head(about, "text_completion")} | extras(step, timings_per_token)
 
 
-def chat_completion(about: About, end: End, content: str, tool_calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def chat_completion(about: About, end: End, said: Message) -> dict[str, Any]:
     """The whole answer of /v1/chat/completions."""
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    if tool_calls:
-        message["tool_calls"] = list(tool_calls)
+    message: dict[str, Any] = {"role": "assistant", "content": said.content}
+    if said.reasoning:
+        message["reasoning_content"] = said.reasoning
+    if said.tool_calls:
+        message["tool_calls"] = list(said.tool_calls)
     choice: dict[str, Any] = {
-        "finish_reason": chat_finish(end, bool(tool_calls)), "index": about.index, "message": message
+        "finish_reason": chat_finish(end, bool(said.tool_calls)), "index": about.index, "message": message
     }  # fmt: skip
     if about.logprobs:
         choice["logprobs"] = {"content": _all_probabilities(about, end)}

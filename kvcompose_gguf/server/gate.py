@@ -44,7 +44,9 @@ class Gate:
         app: behind it.
         api_keys: of which a request needs one; none: everybody may.
         max_body_bytes: of a request.
-        origins: of the pages that may ask: ``"*"`` all, ``"localhost"`` those of this machine, or one.
+        origins: of the pages that may ask: ``"*"`` all, ``"localhost"`` those of this machine and the server's own, or
+            one.
+        local_only: the server is called by names of this machine alone: another's is a page's that pretends to be it.
         timeout: seconds until the next piece of a body has to be there; None: no bound.
         is_ready: whether the application can answer; until then only the page comes.
     """
@@ -57,11 +59,12 @@ class Gate:
         origins: str = "*",
         timeout: float | None = None,
         is_ready: Callable[[], bool] = lambda: True,
+        local_only: bool = False,
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
-        self._origins, self._timeout, self._is_ready = origins, timeout, is_ready
+        self._origins, self._timeout, self._is_ready, self._local_only = origins, timeout, is_ready, local_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,14 +75,15 @@ class Gate:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *more]
+                # some clients look headers up as llama-server writes them
+                message["headers"] = [(name.title(), value) for name, value in (*message.get("headers", ()), *more)]
             await send(message)
 
         if scope["method"] == "OPTIONS":
             more += CORS.items()
             await _answer(send_with_headers, 200, b"", b"text/html; charset=utf-8")
             return
-        error = self._refusal(scope["path"], headers)
+        error = self._refusal(scope["method"], scope["path"], headers)
         if error is not None:
             body = json.dumps(error.body()).encode()
             await _answer(send_with_headers, error.code, body, JSON)
@@ -96,11 +100,24 @@ class Gate:
         origin = headers.get(b"origin")
         if self._origins not in ("*", "localhost"):
             return [(b"access-control-allow-origin", self._origins.encode())]
-        if origin is None or (self._origins == "localhost" and not _is_local(origin)):
-            return []
-        return [(b"access-control-allow-origin", origin)]
+        if origin is None or not self._may_ask(origin, headers):
+            return [(b"vary", b"Origin")]
+        return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+    def _may_ask(self, origin: bytes, headers: dict[bytes, bytes]) -> bool:
+        if self._origins == "*":
+            return True
+        if self._origins == "localhost":
+            return _is_local(origin) or origin.partition(b"://")[2] == headers.get(b"host")
+        return origin == self._origins.encode()
+
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
+        origin = headers.get(b"origin")
+        if origin is not None and method not in ("GET", "HEAD") and not self._may_ask(origin, headers):
+            # a browser hides the answer from the page, but what was asked would have been done
+            return ApiError(403, "pages of this origin may not ask: --cors-origins")
+        if self._local_only and not _is_local(b"://" + headers.get(b"host", b"localhost")):
+            return ApiError(403, "the server is called by another name than this machine's")
         if not self._is_ready() and path not in PAGE:
             return ApiError(503, "Loading model")
         if self._keys and path not in PUBLIC:

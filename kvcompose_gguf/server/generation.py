@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -60,17 +61,17 @@ class Generation:
 class Progress:
     """Part of a prompt was read: ``processed`` of ``total`` tokens, ``cache`` of which were there before."""
 
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
     @property
     def timings(self) -> Timings:
         """So far."""
         n = self.processed - self.cache
         seconds = self.time_ms / 1000 if n else 0.0
         return Timings(cache_n=self.cache, prompt_n=n, prompt_seconds=seconds, predicted_n=0, predicted_seconds=0.0)
-
-    total: int
-    cache: int
-    processed: int
-    time_ms: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,7 @@ class End:
     """A generation has ended.
 
     Attributes:
-        text: all of it, with what was held back.
-        rest: what was held back until now.
+        text: all of it.
         tokens: and their probabilities.
         shown: what could be shown when each had come.
         stop_type, stopping_word: why it ended.
@@ -126,7 +126,6 @@ class End:
     """
 
     text: str
-    rest: str
     tokens: tuple[Chosen, ...]
     shown: tuple[str, ...]
     stop_type: StopType
@@ -152,12 +151,12 @@ def generate(slot: Slot, what: Generation, emit: Emit) -> End:
         Cancelled: the slot was told so.
     """
     llama, n_ctx = slot.llama, slot.llama.n_ctx()
+    what = replace(what, tokens=tuple(llama.joined(what.tokens)))
     if len(what.tokens) >= n_ctx:
         raise ContextLengthError(
             f"request ({len(what.tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
             "try increasing it"
         )
-    what = replace(what, tokens=tuple(llama.joined(what.tokens)))
     task = slot.task = Task(slot.task.id if slot.task else -1, what)
     sampler = Sampler(llama, what.sampling, what.n_probs, what.post_sampling_probs)
     try:
@@ -244,8 +243,6 @@ def _continue(
         task.n_decoded = len(tokens)
         is_end = llama.is_end(chosen.token)
         shown = stream.add(b"" if is_end else llama.piece(chosen.token))
-        texts.append(shown)
-        task.has_new_line |= "\n" in shown
         if stream.stop is not None:
             stop_type = "word"
         elif llama.n_tokens + 1 >= n_ctx:
@@ -258,12 +255,15 @@ def _continue(
             stop_type = "limit"
         if is_end and stop_type != "word":
             stop_type = "eos"
+        if stop_type != "none":
+            shown += stream.end()  # what might have become a stop text is none
+        texts.append(shown)
+        task.has_new_line |= "\n" in shown
         emit(Token(text=shown, chosen=chosen, n_decoded=len(tokens), timings=timings()))
         if stop_type == "none":
             llama.eval([chosen.token])
-    rest = stream.end()
     return End(
-        text=indent.cut(stream.text), rest=rest, tokens=tuple(tokens), shown=tuple(texts), stop_type=stop_type,
+        text=indent.cut(stream.text), tokens=tuple(tokens), shown=tuple(texts), stop_type=stop_type,
         stopping_word=stream.stop or "", truncated=truncated, n_cached=llama.n_tokens, seed=sampler.seed,
         timings=timings(), report=llama.kv_report if llama.n_context else None,
     )  # fmt: skip
@@ -274,20 +274,24 @@ class _Indent:
 
     def __init__(self, n: int) -> None:
         self._n = n
+        self._at = 0  # the newline that the next line to look at is behind
         self._end: int | None = None
 
     def allows(self, text: str) -> bool:
         """Whether no whole line but the first is indented by less; one that is empty does not count."""
         if self._n <= 0:
             return True
-        at = text.find("\n")
-        while at >= 0:
-            line = text[at + 1 :]
-            n_spaces = len(line) - len(line.lstrip(" \t"))
-            if n_spaces < len(line) and line[n_spaces] != "\n" and n_spaces < self._n:
-                self._end = at + 1 + n_spaces
+        while (at := text.find("\n", self._at)) >= 0:
+            first = re.compile(r"[^ \t]").search(text, at + 1)
+            self._at = at
+            if first is None:
+                return True  # the line has only begun
+            n_spaces = first.start() - at - 1
+            if first[0] != "\n" and n_spaces < self._n:
+                self._end = first.start()
                 return False
-            at = text.find("\n", at + 1)
+            self._at = at + 1
+        self._at = len(text)
         return True
 
     def cut(self, text: str) -> str:

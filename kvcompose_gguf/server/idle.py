@@ -10,10 +10,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..errors import StateError
-from .saved import describe, restore, save
-from .slots import SlotLlama
+from ..methods import Method
+from .saved import describe, model_of, restore, save
+from .slots import SlotLlama, choice_of, has_grown
 
 log = logging.getLogger(__name__)
 
@@ -25,51 +27,77 @@ class Entry:
     Attributes:
         context: tokens of the compressed context.
         composed_by: how it was compressed.
+        is_document: it was compressed for itself.
         n_tokens: of the conversation, the context's included.
         n_bytes: of the file.
     """
 
     context: tuple[int, ...]
     composed_by: str
+    is_document: bool
     n_tokens: int
     n_bytes: int
+
+
+class Asked(Protocol):
+    """A prompt, and how it is to be read."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Of the prompt."""
+
+    @property
+    def method(self) -> Method | None:
+        """That compresses it."""
+
+    @property
+    def reuse(self) -> bool:
+        """Whether what is here may be used."""
 
 
 class IdleCaches:
     """Contexts that slots had to give up.
 
     Args:
-        folder: of the files, which is made; those that are there already are found again.
-        max_bytes: of all files; whose was used longest ago goes first.
+        folder: of the files, which is made; those of the same model that are there already are found again.
+        max_bytes: of all files of this model; whose was used longest ago goes first.
         llama: of the model that they have to be of; it is not used beyond this call.
     """
 
     def __init__(self, folder: Path, max_bytes: int, llama: SlotLlama) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+        self._folder, self._max_bytes = folder / hashlib.sha256(model_of(llama).encode()).hexdigest()[:16], max_bytes
         self._lock = threading.Lock()
         self._entries: OrderedDict[Path, Entry] = OrderedDict()  # whose was used last is last
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.glob("*.kvc"), key=lambda file: file.stat().st_mtime):
+        for private in (folder, self._folder):
+            private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for file in sorted(self._folder.glob("*.kvc"), key=lambda file: file.stat().st_mtime):
             try:
                 tokens, about = describe(llama, file)
             except StateError as error:
                 log.warning("%s: %s", file, error)
+                file.unlink(missing_ok=True)
                 continue
             context = tuple(tokens[: about["n_compressed"]])
-            self._entries[file] = Entry(context, about["composed_by"], len(tokens), file.stat().st_size)
+            is_document = about["is_document"]
+            self._entries[file] = Entry(context, about["composed_by"], is_document, len(tokens), file.stat().st_size)
+        self._trim()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def n_context(self, llama: SlotLlama, tokens: Sequence[int], composed_by: str) -> int:
-        """Tokens of the longest saved context that a prompt begins with; 0: there is none."""
-        found = self._find(llama, tokens, composed_by)
+    def n_context(self, llama: SlotLlama, asked: Asked) -> int:
+        """Tokens of the longest saved context that a prompt can continue; 0: there is none."""
+        found = self._find(llama, asked, None)
         return 0 if found is None else len(found[1].context)
 
-    def exchange(self, llama: SlotLlama, tokens: Sequence[int], composed_by: str) -> None:
-        """Before a prompt is read: save the slot's context if it is not the prompt's, bring back the prompt's own."""
-        n_live = llama.n_reusable(tokens)
-        found = self._find(llama, tokens, composed_by)
+    def exchange(self, llama: SlotLlama, asked: Asked, n_most: int | None) -> None:
+        """Before a prompt is read: save the slot's context if it is not the prompt's, bring back the prompt's own.
+
+        Args:
+            n_most: tokens that there is memory for; None: as many as the slot's context has.
+        """
+        n_live = llama.n_continued(asked.tokens, asked.method) if asked.reuse else 0
+        found = self._find(llama, asked, n_most)
         is_better = found is not None and len(found[1].context) > n_live
         if is_better or n_live < llama.n_context:
             self.keep(llama)
@@ -82,7 +110,7 @@ class IdleCaches:
                 self._drop(file)
 
     def keep(self, llama: SlotLlama) -> None:
-        """Save a slot's context, if it has a compressed one that is not here as it is now."""
+        """Save a slot's context, if it has a compressed one that is not here as it is now; what fails is logged."""
         if not llama.n_context:
             return
         context, composed_by = tuple(llama.context_tokens), llama.composed_by
@@ -93,24 +121,35 @@ class IdleCaches:
                 self._entries.move_to_end(file)
                 return
         try:
-            saved = save(llama, file)
-        except StateError as error:  # a full disk costs the context, nothing else
-            log.warning("%s", error)
+            saved = save(llama, file, self._max_bytes)
+        except Exception as error:  # a full disk or memory costs the context, nothing else
+            log.warning("a context of %d tokens is not kept: %s", len(context), error)
             return
         with self._lock:
             self._entries.pop(file, None)
-            self._entries[file] = Entry(context, composed_by, saved.n_tokens, saved.n_bytes)
-            while sum(entry.n_bytes for entry in self._entries.values()) > self._max_bytes:
-                oldest, _ = self._entries.popitem(last=False)
-                oldest.unlink(missing_ok=True)
+            self._entries[file] = Entry(context, composed_by, llama.is_document, saved.n_tokens, saved.n_bytes)
+            self._trim()
 
-    def _find(self, llama: SlotLlama, tokens: Sequence[int], composed_by: str) -> tuple[Path, Entry] | None:
+    def _trim(self) -> None:
+        while sum(entry.n_bytes for entry in self._entries.values()) > self._max_bytes:
+            oldest, _ = self._entries.popitem(last=False)
+            oldest.unlink(missing_ok=True)
+
+    def _find(self, llama: SlotLlama, asked: Asked, n_most: int | None) -> tuple[Path, Entry] | None:
+        choice, n_tokens = choice_of(asked.method), len(asked.tokens)
+        most = llama.n_ctx() - 1 if n_most is None else n_most
+
+        def suits(entry: Entry) -> bool:
+            n_context = len(entry.context)
+            return (
+                entry.composed_by == choice and entry.n_tokens <= most and n_context < n_tokens
+                and (entry.is_document or not has_grown(n_tokens, n_context, asked.method))
+                and llama.begins(asked.tokens, entry.context)
+            )  # fmt: skip
+
         with self._lock:
-            entries = [pair for pair in self._entries.items() if pair[1].composed_by == composed_by]
-        suitable = [
-            pair for pair in entries if pair[1].n_tokens < llama.n_ctx() and llama.begins(tokens, pair[1].context)
-        ]
-        return max(suitable, key=lambda pair: len(pair[1].context), default=None)
+            entries = list(self._entries.items()) if asked.reuse else []
+        return max((pair for pair in entries if suits(pair[1])), key=lambda pair: len(pair[1].context), default=None)
 
     def _drop(self, file: Path) -> None:
         with self._lock:

@@ -80,6 +80,12 @@ class Metrics(Collector):
                 self._bytes_full.observe(end.report.kv_bytes_full)
                 self._score_seconds.observe(end.report.score_seconds)
 
+    def count_vectors(self, n_tokens: int, seconds: float) -> None:
+        """Add tokens of texts whose vectors were made."""
+        with self._lock:
+            self._n_prompt += n_tokens
+            self._prompt_seconds += seconds
+
     def text(self) -> bytes:
         """Prometheus' text format."""
         # llama-server calls it a counter, whose names end in _total for prometheus-client

@@ -9,6 +9,8 @@ from ..errors import ConfigError
 from ..methods import Method
 from .sampling import Sampling
 
+REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
@@ -32,6 +34,8 @@ class ServeOptions:
         cors_origins: whose pages may ask: "*", "localhost" or an origin; empty: all where there are keys, else
             "localhost".
         chat_template: Jinja; None: the model's own, or ChatML.
+        reasoning: whether models that can think before they answer do so.
+        reasoning_format: of ``REASONING_FORMATS``: whether their thoughts are content ("none") or beside it.
         endpoint_metrics, endpoint_slots: whether /metrics and /slots answer.
         slot_save_path: folder of saved slots; None: they are not saved.
         idle_bytes: of the compressed contexts that slots had to give up, in a folder of that one; 0: not saved.
@@ -63,10 +67,12 @@ class ServeOptions:
     sampling: Sampling = field(default_factory=Sampling)
     cache_prompt: bool = True
     api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 64 << 20
+    max_body_bytes: int = 16 << 20
     timeout: float | None = None
     cors_origins: str = ""
     chat_template: str | None = None
+    reasoning: bool = True
+    reasoning_format: str = "auto"
     endpoint_metrics: bool = True
     endpoint_slots: bool = True
     slot_save_path: Path | None = None
@@ -85,6 +91,8 @@ class ServeOptions:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise ConfigError(f"timeout={self.timeout} is no number of seconds")
+        if self.reasoning_format not in REASONING_FORMATS:
+            raise ConfigError(f"reasoning_format={self.reasoning_format!r} is none of {', '.join(REASONING_FORMATS)}")
         if self.idle_bytes and self.slot_save_path is None:
             raise ConfigError("idle caches are saved in slot_save_path, which is not given")
         if self.n_predict < -1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from .errors import ApiError
 
-#: documents that are remembered; the cache itself is a slot's, or on disk
-MAX_PREFIXES = 1024
+#: tokens of all documents that are remembered, 4 bytes each; the cache itself is a slot's, or on disk
+MAX_TOKENS = 1 << 22
 
 
 class Prefixes:
@@ -19,15 +20,15 @@ class Prefixes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tokens: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._tokens: OrderedDict[str, array[int]] = OrderedDict()
 
     def add(self, tokens: Sequence[int]) -> str:
         """The id of a document; the one that was used longest ago is forgotten for it if there are too many."""
         name = "kvp-" + hashlib.sha256(struct.pack(f"<{len(tokens)}i", *tokens)).hexdigest()[:32]
         with self._lock:
-            self._tokens[name] = tuple(tokens)
+            self._tokens[name] = array("i", tokens)
             self._tokens.move_to_end(name)
-            while len(self._tokens) > MAX_PREFIXES:
+            while len(self._tokens) > 1 and sum(map(len, self._tokens.values())) > MAX_TOKENS:
                 self._tokens.popitem(last=False)
         return name
 
@@ -41,4 +42,4 @@ class Prefixes:
             if name not in self._tokens:
                 raise ApiError(404, f"kv_prefix: there is no {name[:64]!r}, or it was forgotten: POST /kv/compress")
             self._tokens.move_to_end(name)
-            return self._tokens[name]
+            return tuple(self._tokens[name])

@@ -211,7 +211,7 @@ class Sampler:
             return None
         if "\0" in grammar:
             raise ConfigError("failed to parse grammar: it has a zero byte")
-        sampler = llama_cpp.llama_sampler_init_grammar(self._vocab, grammar.encode(), b"root")
+        sampler = llama_cpp.llama_sampler_init_grammar(self._vocab, grammar.encode("utf-8", "replace"), b"root")
         if not sampler:
             raise ConfigError("failed to parse grammar")
         return sampler

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import StateError
 from ..files import write_file
+from ..kernels.types import FloatArray
 from ..native import library
 from ..report import KVReport
 from .slots import SlotLlama
@@ -33,26 +34,29 @@ class Saved:
     n_bytes: int
 
 
-def save(llama: SlotLlama, file: Path) -> Saved:
-    """Write a slot's tokens and cache; the file is there when it is whole.
+def save(llama: SlotLlama, file: Path, max_bytes: int | None = None) -> Saved:
+    """Write a slot's tokens and cache, for this user alone; the file is there when it is whole.
 
     Raises:
-        StateError: it cannot be written.
+        StateError: it cannot be written, or would have more than ``max_bytes``.
     """
     state = llama.save_state()
     tokens = [int(token) for token in state.input_ids[: state.n_tokens]]
     windows = b"" if state.kv_swa is None else bytes(state.kv_swa)
     data = state.llama_state + windows
     about = {
-        "model": _model(llama), "n_compressed": len(state.kv_compressed), "composed_by": llama.composed_by,
-        "n_windows": len(windows), "sha256": _digest(tokens, data), "report": _told(llama.kv_report),
+        "model": model_of(llama), "n_compressed": len(state.kv_compressed), "composed_by": llama.composed_by,
+        "is_document": llama.is_document, "n_windows": len(windows), "sha256": _digest(tokens, data),
+        "report": _told(llama.kv_report),
         "kept_shares": [round(float(share), 4) for share in llama.kept_shares],
     }  # fmt: skip
     payload = struct.pack("<iII", *MARK, len(tokens)) + struct.pack(f"<{len(tokens)}iI", *tokens, 0)
     head = json.dumps(about).encode()
     raw = struct.pack("<III", MAGIC, VERSION, len(payload) // 4) + payload + OURS + struct.pack("<I", len(head)) + head
+    if max_bytes is not None and len(raw) + len(data) > max_bytes:
+        raise StateError(f"Unable to save slot: {len(raw) + len(data)} bytes are more than {max_bytes}")
     try:
-        write_file(file, raw + data)
+        write_file(file, raw + data, mode=0o600)
     except OSError as error:
         raise StateError(f"Unable to save slot: {error.strerror}") from error
     return Saved(len(tokens), len(raw) + len(data))
@@ -81,6 +85,7 @@ def restore(llama: SlotLlama, file: Path) -> Saved:
     llama.load_state(state)
     llama.kv_report = about["report"]
     llama.kept_shares = about["kept_shares"]
+    llama.is_document = about["is_document"]
     llama.composed_by = about["composed_by"]
     return Saved(len(tokens), n_bytes)
 
@@ -95,6 +100,19 @@ def describe(llama: SlotLlama, file: Path) -> tuple[list[int], dict[str, Any]]:
     return tokens, about
 
 
+def n_tokens_of(file: Path) -> int:
+    """Tokens that a saved conversation has at most, from the file's beginning.
+
+    Raises:
+        StateError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return int(struct.unpack("<III", stream.read(12))[2])
+    except (OSError, struct.error) as error:
+        raise StateError("Unable to restore slot: invalid slot save file") from error
+
+
 def _read(llama: SlotLlama, file: Path) -> tuple[list[int], dict[str, Any], bytes, int]:
     try:
         raw = file.read_bytes()
@@ -102,10 +120,12 @@ def _read(llama: SlotLlama, file: Path) -> tuple[list[int], dict[str, Any], byte
         raise StateError(f"Unable to restore slot: {error.strerror}") from error
     try:
         tokens, about, data = _parsed(raw)
-        is_ours = about["model"] == _model(llama)
+        is_ours = about["model"] == model_of(llama)
         about["report"] = _report(about["report"])
-        about["kept_shares"] = np.array(about["kept_shares"], dtype=np.float32)
-    except (struct.error, ValueError, LookupError, TypeError, RecursionError) as error:
+        about["kept_shares"] = _shares(about["kept_shares"], about["n_compressed"])
+        if tokens and not 0 <= min(tokens) <= max(tokens) < llama.n_vocab():
+            raise ValueError("no tokens")
+    except (struct.error, ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise StateError("Unable to restore slot: invalid slot save file") from error
     if not is_ours:
         raise StateError("Unable to restore slot: it was saved by another model")
@@ -122,7 +142,18 @@ def _report(told: dict[str, Any] | None) -> KVReport | None:
         return None
     kinds = {field.name: int if field.type == "int" else float for field in fields(KVReport)}
     numbers = {name: kinds[name](value) for name, value in told.items() if name != "n_kept"}
-    return KVReport(**numbers, n_kept=np.array(told["n_kept"], dtype=np.int64))  # type: ignore[arg-type]
+    report = KVReport(**numbers, n_kept=np.array(told["n_kept"], dtype=np.int64))  # type: ignore[arg-type]
+    if report.n_tokens < 1 or report.n_kept.ndim != 1 or not report.n_kept.size:
+        raise ValueError("no context")
+    return report
+
+
+def _shares(told: list[float], n_tokens: int) -> FloatArray:
+    """Of every token; none if nobody knew them."""
+    shares: FloatArray = np.array(told, dtype=np.float32)
+    if shares.shape not in ((0,), (n_tokens,)) or not np.isfinite(shares).all():
+        raise ValueError("no shares")
+    return shares
 
 
 def _parsed(raw: bytes) -> tuple[list[int], dict[str, Any], bytes]:
@@ -139,9 +170,8 @@ def _parsed(raw: bytes) -> tuple[list[int], dict[str, Any], bytes]:
     about, data = json.loads(raw[begin : begin + n_head]), raw[begin + n_head :]
     if raw[at : at + len(OURS)] != OURS or about["sha256"] != _digest(tokens, data):
         raise ValueError("damaged")
-    if {type(about[name]) for name in ("n_windows", "n_compressed")} != {int} or not isinstance(
-        about["composed_by"], str
-    ):
+    kinds = {"n_windows": int, "n_compressed": int, "composed_by": str, "is_document": bool}
+    if any(type(about[name]) is not kind for name, kind in kinds.items()):
         raise ValueError("no numbers")
     if not 0 <= about["n_windows"] <= len(data) or not 0 <= about["n_compressed"] <= len(tokens):
         raise ValueError("numbers that cannot be")
@@ -154,7 +184,7 @@ def _digest(tokens: list[int], data: bytes) -> str:
     return digest.hexdigest()
 
 
-def _model(llama: SlotLlama) -> str:
+def model_of(llama: SlotLlama) -> str:
     """Enough to tell models apart; the cache's layout is checked by llama.cpp."""
     model = llama._model
     return f"{model.desc()} {model.n_params()} {model.size()} {llama.n_vocab()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 INT_MAX = 2**31 - 1
 
@@ -150,17 +150,39 @@ class InfillRequest(GenerationRequest):
     prompt: str = ""
 
 
-class ChatRequest(GenerationRequest):
-    """Of /v1/chat/completions; messages are checked by chat.py, whose errors say more."""
+def _object(*required: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required)}
 
-    messages: Any = None
-    tools: Any = None
-    tool_choice: Any = None
+
+STRING = {"type": "string"}
+PART = _object("type", "text", type={"const": "text"}, text=STRING)
+CALL = _object(
+    "function", id=STRING, type={"const": "function"}, function=_object("name", name=STRING, arguments=STRING)
+)
+MESSAGE = _object(
+    "role", role={"enum": ["system", "developer", "user", "assistant", "tool"]},
+    content={"anyOf": [STRING, {"type": "array", "items": PART}]}, tool_calls={"type": "array", "items": CALL},
+    tool_call_id=STRING, name=STRING,
+)  # fmt: skip
+FUNCTION = _object("name", name=STRING, description=STRING, parameters={"type": "object"})
+TOOL = _object("type", "function", type={"const": "function"}, function=FUNCTION)
+
+
+CHOICES = [{"enum": ["auto", "none", "required"]}, _object("function", function=_object("name", name=STRING))]
+
+
+class ChatRequest(GenerationRequest):
+    """Of /v1/chat/completions; chat.py and tools.py check what is only described here, whose errors say more."""
+
+    messages: Annotated[Any, WithJsonSchema({"type": "array", "items": MESSAGE})] = None
+    tools: Annotated[Any, WithJsonSchema({"type": "array", "items": TOOL})] = None
+    tool_choice: Annotated[Any, WithJsonSchema({"anyOf": CHOICES})] = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool | str | None = None
+    echo: bool = False
     reasoning_format: str | None = None
     n_probs: Count | None = None
     logprobs: bool = False

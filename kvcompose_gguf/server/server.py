@@ -42,12 +42,15 @@ class Server:
         self.metrics = Metrics(engine)
         self.reader = Reader(self.llama, options)
         self.prefixes = Prefixes()
-        self.created = int(time.time())
+        self.created_us = time.time_ns() // 1000
+        self.created = self.created_us // 1_000_000
         self.fingerprint = f"b{__version__}-{system()['llama_cpp_commit'][:9]}"
         self.template = self._template()
 
-    def _template(self) -> chat.ChatTemplate:
+    def _template(self) -> chat.ChatTemplate | chat.BuiltinTemplate:
         source = self.options.chat_template or self.llama.metadata.get("tokenizer.chat_template") or "chatml"
+        if source != "chatml" and source in chat.BuiltinTemplate.names():
+            return chat.BuiltinTemplate(source)
         bos, eos = (self.text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
         return chat.ChatTemplate(source, bos, eos, self.llama.adds_bos)
 

@@ -11,7 +11,7 @@ from ..errors import KVComposeError
 from .engine import Engine, Job
 from .errors import api_error
 from .generation import End, Generation, Progress, Token, generate
-from .slots import Slot, choice_of
+from .slots import Slot
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ async def steps(engine: Engine, what: Generation, id_slot: int = -1) -> AsyncIte
         end = generate(slot, what, lambda step: tell((slot.id, step)))
         tell((slot.id, end))
 
-    job = Job(work, what.tokens, id_slot, what.n_most(engine.llama.n_ctx()), choice_of(what.method))
+    job = Job(work, what.tokens, id_slot, what.n_most(engine.llama.n_ctx()), what.method, what.reuse)
     job.future.add_done_callback(lambda future: tell(None))
     try:
         engine.submit(job)

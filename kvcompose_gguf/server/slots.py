@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +73,8 @@ class SlotLlama(Llama):
         self._ctx.decode = lambda batch: decode_through(lambda: decode(batch), batch.n_tokens())
         #: how the context that is compressed was, for humans and for comparison; empty: it is not, or nobody knows
         self.composed_by = ""
+        #: the context is a document that was compressed for itself, and stays however much follows it
+        self.is_document = False
 
     @property
     def context_tokens(self) -> list[int]:
@@ -92,6 +94,7 @@ class SlotLlama(Llama):
         """As ``Llama.reset``."""
         super().reset()
         self.kept_shares = np.zeros(0, dtype=np.float32)
+        self.is_document = False
 
     def cached_tokens(self) -> list[int]:
         """Tokens that a prompt may begin with to be continued, those of a compressed context included."""
@@ -106,16 +109,16 @@ class SlotLlama(Llama):
         return (self._at_seam(list(tokens)) if self._compressed else None) or list(tokens)
 
     def n_reusable(self, tokens: Sequence[int]) -> int:
-        """Tokens of a prompt that need not be evaluated."""
-        n_same = seam.common_prefix(self.cached_tokens(), self.joined(tokens))
-        return 0 if n_same < self.n_context else min(n_same, len(tokens) - 1)
+        """Tokens of a prompt that need not be evaluated, however the context was compressed."""
+        n_same = min(seam.common_prefix(self.cached_tokens(), self.joined(tokens)), max(0, len(tokens) - 1))
+        return 0 if n_same < self.n_context else n_same
 
     def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
         """Tokens of a prompt that ``read`` will not evaluate."""
         if self.n_context:
-            n_tail = len(tokens) - self.n_context - (0 if method is None else method.keep_last)
-            has_grown = method is not None and n_tail > max(self.n_context, method.min_tokens)
-            if has_grown or self.composed_by != choice_of(method):
+            if self.composed_by != choice_of(method):
+                return 0
+            if not self.is_document and has_grown(len(tokens), self.n_context, method):
                 return 0
         return self.n_reusable(tokens)
 
@@ -127,8 +130,7 @@ class SlotLlama(Llama):
     def read(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> int:
         """Bring a prompt into the cache, compressed by ``method``, up to the logits of its last token.
 
-        A context that another method has compressed is read again, and so is one that has grown to more than twice of
-        what is compressed: a conversation of any length is read three times at most, and never half of it in full.
+        A context that another method has compressed is read again, and so is one that ``has_grown``.
 
         Returns:
             How many of its tokens were there already.
@@ -160,6 +162,7 @@ class SlotLlama(Llama):
         if self._compressed != list(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
             self.compress(tokens)
             self.composed_by = choice_of(method)
+        self.is_document = True
         assert self.kv_report is not None
         return self.kv_report
 
@@ -229,9 +232,9 @@ class Slot:
         self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
         self.look()
 
-    def start(self, work: Callable[[Slot], None]) -> None:
-        """Do ``work``, which must not raise, in the slot's own thread."""
-        self._thread.submit(work, self)
+    def start(self, work: Callable[[Slot], None]) -> Future[None]:
+        """Do ``work`` in the slot's own thread, after what it does now."""
+        return self._thread.submit(work, self)
 
     def close(self, last: Callable[[SlotLlama], None] | None = None) -> None:
         """Wait for its work, and free its cache, after ``last`` was called with it."""
@@ -271,9 +274,17 @@ class Slot:
 
     def release(self) -> None:
         """Give it back."""
-        self.look()
         self.busy_since, self.last_used = None, time.monotonic()
         self.check, self.on_decode = lambda: None, lambda n_tokens: None
+        self.look()
+
+
+def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
+    """Whether more follows a compressed context than it has: then all of it is compressed again.
+
+    So a conversation that grows is read three times at most, and less than about half of it is there in full.
+    """
+    return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
 
 
 def choice_of(method: Method | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from .errors import ApiError
 
@@ -16,6 +16,16 @@ T = TypeVar("T")
 
 #: seconds between two looks at whether a client is still there
 POLL_SECONDS = 0.2
+
+
+class JSONResponse(Response):
+    """As Starlette's; halves of characters, which JSON can name and no text can have, are replaced."""
+
+    media_type = "application/json; charset=utf-8"
+
+    def render(self, content: Any) -> bytes:
+        """Of anything that JSON has."""
+        return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
 async def event_stream(http: Request, chunks: AsyncIterator[dict[str, Any]], done: bool) -> StreamingResponse:
@@ -58,16 +68,25 @@ async def while_connected(http: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(task, return_exceptions=True)
 
 
+#: characters that end a line for some clients, in the middle of an event
+LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 def _event(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode("utf-8", "replace") + b"\n\n"
+    text = json.dumps(body, ensure_ascii=False).translate(LINE_ENDS)
+    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
-async def merged(streams: Iterable[AsyncIterator[dict[str, Any]]]) -> AsyncIterator[dict[str, Any]]:
-    """Whatever comes first of several streams."""
-    streams = list(streams)
-    waiting = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
+async def merged(streams: Iterable[AsyncIterator[dict[str, Any]]], n_most: int) -> AsyncIterator[dict[str, Any]]:
+    """Whatever comes first of several streams, ``n_most`` of which run at a time."""
+    left = list(streams)
+    every = list(left)
+    waiting: dict[asyncio.Future[dict[str, Any]], AsyncIterator[dict[str, Any]]] = {}
     try:
-        while waiting:
+        while left or waiting:
+            while left and len(waiting) < n_most:
+                stream = left.pop(0)
+                waiting[asyncio.ensure_future(anext(stream))] = stream
             ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for future in ready:
                 stream = waiting.pop(future)
@@ -80,7 +99,7 @@ async def merged(streams: Iterable[AsyncIterator[dict[str, Any]]]) -> AsyncItera
         for future in waiting:
             future.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        for stream in streams:
+        for stream in every:
             await stream.aclose()  # type: ignore[attr-defined]
 
 

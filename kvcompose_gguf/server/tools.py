@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
-from .chat import CALL_BEGIN, ChatTemplate, random_id
+from .chat import CALL_BEGIN, BuiltinTemplate, ChatTemplate, random_id
 from .errors import invalid, not_supported
 
 CALL_END = "</tool_call>"
@@ -16,7 +16,9 @@ CALL_END = "</tool_call>"
 CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
-def check_tools(tools: Any, tool_choice: Any, template: ChatTemplate) -> tuple[list[dict[str, Any]], str]:
+def check_tools(
+    tools: Any, tool_choice: Any, template: ChatTemplate | BuiltinTemplate
+) -> tuple[list[dict[str, Any]], str]:
     """Tools, and ``"auto"``, ``"none"``, ``"required"`` or the name of one that is to be called.
 
     Raises:
@@ -43,49 +45,49 @@ def check_tools(tools: Any, tool_choice: Any, template: ChatTemplate) -> tuple[l
     return tools, choice
 
 
-def call_schema(tools: list[dict[str, Any]]) -> dict[str, Any]:
-    """JSON schema of a call of one of ``tools``."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-        }
-        for tool in tools
-    ]
-    return calls[0] if len(calls) == 1 else {"oneOf": calls}
+def call_schema(tools: list[dict[str, Any]], key: str = "arguments") -> dict[str, Any]:
+    """JSON schema of a call of one of ``tools``, whose arguments are called ``key``."""
+    definitions, calls = {}, []
+    for number, tool in enumerate(tools):
+        # a schema of its own, whose references are to itself
+        where = f"#/$defs/{number}"
+        definitions[str(number)] = _moved(tool["function"].get("parameters") or {"type": "object"}, where)
+        properties = {"name": {"const": tool["function"]["name"]}, key: {"$ref": where}}
+        calls.append({"type": "object", "properties": properties, "required": ["name", key]})
+    return {**(calls[0] if len(calls) == 1 else {"oneOf": calls}), "$defs": definitions}
 
 
-@dataclass(frozen=True)
-class Message:
-    """What a model said.
+def _moved(schema: Any, where: str) -> Any:
+    """A schema with its references to itself as they are when it is found at ``where``."""
+    if isinstance(schema, list):
+        return [_moved(item, where) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(value, where) for name, value in schema.items()}
+    if isinstance(ref := schema.get("$ref"), str) and ref.startswith("#"):
+        moved["$ref"] = where + ref[1:]
+    return moved
 
-    Attributes:
-        content: without the calls.
-        tool_calls: as OpenAI's API has them, arguments as JSON text.
-    """
 
-    content: str
-    tool_calls: tuple[dict[str, Any], ...] = ()
-
-
-def parse_calls(text: str) -> Message:
-    """Calls out of a text, where they stand between ``<tool_call>`` and ``</tool_call>``, the last perhaps unclosed."""
+def parse_calls(text: str) -> tuple[str, tuple[dict[str, Any], ...]]:
+    """The rest of a text, and its calls between ``<tool_call>`` and ``</tool_call>``, the last perhaps unclosed."""
     calls = []
     for found in re.finditer(rf"{CALL_BEGIN}(.*?)(?:{CALL_END}|$)", text, re.DOTALL):
         try:
-            call = json.loads(found[1])
-            name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            calls.append((found, *_parts(json.loads(found[1]))))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-        if isinstance(name, str):
-            calls.append((found, name, arguments))
     for found, _, _ in reversed(calls):
         text = text[: found.start()] + text[found.end() :]
-    return Message(text.strip() if calls else text, tuple(_call(name, arguments) for _, name, arguments in calls))
+    return text.strip() if calls else text, tuple(_call(name, arguments) for _, name, arguments in calls)
+
+
+def _parts(call: Any) -> tuple[str, Any]:
+    """Name and arguments of a call; one of several exceptions if it is none."""
+    name = call["name"]
+    if not isinstance(name, str):
+        raise ValueError("a name is a text")
+    return name, call.get("arguments", call.get("parameters", {}))
 
 
 def _call(name: str, arguments: Any) -> dict[str, Any]:
@@ -93,18 +95,56 @@ def _call(name: str, arguments: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "arguments": text}, "id": random_id()}
 
 
-class CallStream:
-    """Deltas of a message out of a text that comes in pieces: content, and calls while they are written.
+class BareCalls:
+    """Deltas of a message that is a call or several, as JSON, or else content: Llama's and Mistral's form.
 
     Args:
-        begun: what the prompt ends with of a call.
+        names: of the tools that may be called.
     Attributes:
         n_calls: calls so far.
     """
 
-    def __init__(self, begun: str = "") -> None:
-        self._held, self.n_calls = begun, 0
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._held, self.n_calls = "", 0
+        self._is_content = False
+
+    def add(self, text: str) -> list[dict[str, Any]]:
+        """What is certain now that ``text`` has come."""
+        if not self._is_content:
+            self._held += text
+            beginning = self._held.lstrip()
+            if not beginning or beginning[0] in "{[":
+                return []
+            self._is_content, text = True, self._held
+        return [{"content": text}] if text else []
+
+    def end(self) -> list[dict[str, Any]]:
+        """What was held back, when nothing more comes."""
+        if self._is_content or not self._held:
+            return []
+        try:
+            found = json.loads(self._held)
+            calls = [_call(*_parts(call)) for call in (found if isinstance(found, list) else [found])]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            calls = []
+        if not calls or any(call["function"]["name"] not in self._names for call in calls):
+            return [{"content": self._held}]
+        self.n_calls = len(calls)
+        return [{"tool_calls": [{"index": n, **call}]} for n, call in enumerate(calls)]
+
+
+class CallStream:
+    """Deltas of a message out of a text that comes in pieces: content, and calls while they are written.
+
+    Attributes:
+        n_calls: calls so far.
+    """
+
+    def __init__(self) -> None:
+        self._held, self.n_calls = "", 0
         self._arguments: _Braces | None = None
+        self._strips = False
 
     def add(self, text: str) -> list[dict[str, Any]]:
         """What is certain now that ``text`` has come."""
@@ -116,34 +156,31 @@ class CallStream:
 
     def end(self) -> list[dict[str, Any]]:
         """What was held back, when nothing more comes."""
-        if self._arguments is not None:
-            self._held = ""
-        message = parse_calls(self._held)
+        if self._arguments is not None and self._arguments.is_closed:
+            self._held = self._held.lstrip(" \t\r\n}")
+        content, calls = parse_calls(self._held)
         self._held = ""
-        deltas: list[dict[str, Any]] = [{"content": message.content}] if message.content else []
-        for call in message.tool_calls:
-            deltas.append(self._begin(call))
-        return deltas
+        deltas: list[dict[str, Any]] = [{"content": content}] if content else []
+        return deltas + [self._begin(call) for call in calls]
 
     def _next(self) -> dict[str, Any] | None:
         """The next delta, empty if there is only more to look at, or None: more text is needed."""
         if self._arguments is not None:
             n = self._arguments.take(self._held)
             part, self._held = self._held[:n], self._held[n:]
-            if self._arguments.is_closed:
-                if CALL_END not in self._held:
-                    return self._argument(part) if part else None
-                self._held = self._held.partition(CALL_END)[2].lstrip()
-                self._arguments = None
-                return self._argument(part) if part else {}
-            return self._argument(part) if part else None
+            if part:
+                return self._argument(part)
+            return self._close() if self._arguments.is_closed else None
         at = self._held.find(CALL_BEGIN)
         if at < 0:
             beginnings = (n for n in range(len(CALL_BEGIN) - 1, 0, -1) if self._held.endswith(CALL_BEGIN[:n]))
             at = len(self._held) - next(beginnings, 0)
         if at > 0:
             content, self._held = self._held[:at], self._held[at:]
-            return {"content": content} if content.strip() or not self.n_calls else {}
+            if self._strips:
+                content = content.lstrip()
+                self._strips = not content
+            return {"content": content} if content else {}
         if not self._held.startswith(CALL_BEGIN):
             return None
         inside = self._held[len(CALL_BEGIN) :]
@@ -156,16 +193,27 @@ class CallStream:
             return self._begin({"type": "function", "function": {"name": name, "arguments": ""}, "id": random_id()})
         return self._whole(inside)
 
+    def _close(self) -> dict[str, Any] | None:
+        """Behind the arguments: the call's own brace and its end, which a model may forget."""
+        rest = self._held.lstrip(" \t\r\n}")
+        if CALL_END.startswith(rest):
+            if rest != CALL_END:
+                return None
+            rest = ""
+        self._held, self._arguments, self._strips = rest.removeprefix(CALL_END), None, True
+        return {}
+
     def _whole(self, inside: str) -> dict[str, Any] | None:
         """A call in another order than the usual, when it is complete; what is none is content."""
         if CALL_END not in inside:
             return None
         inside, _, self._held = inside.partition(CALL_END)
-        message = parse_calls(CALL_BEGIN + inside + CALL_END)
-        return self._begin(message.tool_calls[0]) if message.tool_calls else {"content": message.content}
+        content, calls = parse_calls(CALL_BEGIN + inside + CALL_END)
+        return self._begin(calls[0]) if calls else {"content": content}
 
     def _begin(self, call: dict[str, Any]) -> dict[str, Any]:
         self.n_calls += 1
+        self._strips = True
         return {"tool_calls": [{"index": self.n_calls - 1, **call}]}
 
     def _argument(self, part: str) -> dict[str, Any]:

@@ -50,28 +50,34 @@ async function send(text) {
   asking = new AbortController();
   at("stop").disabled = false;
   at("send").disabled = true;
-  let said = "", timings = null;
+  let said = "", thought = "", timings = null, failed = false;
   try {
     const ratio = Number(at("ratio").value);
     const answer = await fetch("v1/chat/completions", {
       method: "POST", headers: headers(), signal: asking.signal,
       body: JSON.stringify({
         messages: mine, stream: true, max_tokens: Number(at("max-tokens").value), temperature: Number(at("temperature").value),
-        kv_compress: ratio > 0 ? { ratio } : false,
+        return_progress: true, kv_compress: ratio > 0 ? { ratio } : false,
       }),
     });
     if (!answer.ok) throw new Error(await told(answer));
     for await (const chunk of events(answer)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      said += chunk.choices[0]?.delta.content ?? "";
-      element.textContent = said;
+      const delta = chunk.choices[0]?.delta ?? {}, progress = chunk.prompt_progress;
+      said += delta.content ?? "";
+      thought += delta.reasoning_content ?? "";
+      if (progress) element.textContent = `reading: ${progress.processed} of ${progress.total} tokens`;
+      else if (said || thought) element.textContent = said || `(${thought})`;
       timings = chunk.timings ?? timings;
     }
   } catch (error) {
+    failed = true;
     if (error.name !== "AbortError") show("error", error.message);
   }
-  if (said) mine.push({ role: "assistant", content: said });
-  else mine.pop();
+  if (said || !failed) {
+    if (!said && !thought) element.textContent = "";
+    mine.push({ role: "assistant", content: said });
+  } else { mine.pop(); element.remove(); }
   if (timings) show("figures", figures(timings));
   asking = null;
   at("stop").disabled = true;
@@ -142,6 +148,9 @@ async function start() {
     const [model] = (await get("v1/models")).data;
     at("model").textContent = `${model.id.split("/").pop()}, ${model.meta.n_ctx} tokens`;
     await refresh();
-  } catch (error) { at("model").textContent = error.message; }
+  } catch (error) {
+    at("model").textContent = error.message;
+    if (error.message === "Loading model") setTimeout(start, 500);
+  }
 }
 start();

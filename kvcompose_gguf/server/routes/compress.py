@@ -13,7 +13,7 @@ from ..errors import invalid
 from ..schemas import CompressRequest
 from ..server import Serving
 from ..service import run
-from ..slots import Slot, choice_of
+from ..slots import Slot
 from ..streams import while_connected
 
 router = APIRouter()
@@ -37,6 +37,6 @@ async def compress(server: Serving, http: Request, request: CompressRequest) -> 
         report = slot.llama.compress_prompt(tokens, method)
         return {"id_slot": slot.id, "n_tokens": len(tokens), "kv": formats.compression(report)}
 
-    job = Job(work, tokens, n_tokens=len(tokens), composed_by=choice_of(method))
+    job = Job(work, tokens, n_tokens=len(tokens), method=method)
     told = await while_connected(http, run(server.engine, job))
     return {"id": server.prefixes.add(tokens), **told}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections.abc import Sequence
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
+from ...errors import KVComposeError
 from ...kernels.types import FloatArray
 from .. import formats
 from ..chats import answer_chat
 from ..completions import complete
-from ..embeddings import native_body, normalized, openai_body, texts_of
-from ..errors import invalid, not_supported
+from ..embeddings import Embedder, native_body, normalized, openai_body, texts_of
+from ..errors import api_error, invalid, not_supported
 from ..infill import infill_prompt
 from ..schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest
 from ..server import Server, Serving
-from ..streams import while_connected
+from ..streams import JSONResponse, while_connected
 
 router = APIRouter()
 
@@ -52,7 +55,8 @@ async def chat_completion(server: Serving, http: Request, request: ChatRequest) 
 @router.post("/embedding")
 @router.post("/embeddings")
 async def embedding(server: Serving, http: Request, request: EmbeddingRequest) -> JSONResponse:
-    return JSONResponse(native_body((await _embedded(server, http, request))[0]))
+    vectors, _ = await _embedded(server, http, request)
+    return await server.aside(lambda: JSONResponse(native_body(vectors)))
 
 
 @router.post("/v1/embeddings")
@@ -60,10 +64,10 @@ async def openai_embedding(server: Serving, http: Request, request: EmbeddingReq
     if server.engine.embedder is not None and not server.engine.embedder.is_pooled:
         raise invalid("Pooling type 'none' is not OAI compatible. Please use a different pooling type")
     vectors, n_tokens = await _embedded(server, http, request)
+    as_base64, model = request.encoding_format == "base64", request.model or server.options.model_name
     if request.input is None:
-        return JSONResponse(native_body(vectors))
-    as_base64 = request.encoding_format == "base64"
-    return JSONResponse(openai_body(vectors, n_tokens, request.model or server.options.model_name, as_base64))
+        return await server.aside(lambda: JSONResponse(native_body(vectors)))
+    return await server.aside(lambda: JSONResponse(openai_body(vectors, n_tokens, model, as_base64)))
 
 
 async def _embedded(server: Server, http: Request, request: EmbeddingRequest) -> tuple[list[FloatArray], int]:
@@ -72,7 +76,17 @@ async def _embedded(server: Server, http: Request, request: EmbeddingRequest) ->
     if embedder is None:
         raise not_supported("This server does not support embeddings. Start it with `--embeddings`")
     texts = await server.aside(texts_of, server.reader, request.content if request.input is None else request.input)
-    vectors = [await while_connected(http, server.aside(embedder.embed, tokens)) for tokens in texts]
+    start = time.perf_counter()
+    vectors = [await while_connected(http, _vectors(embedder, tokens)) for tokens in texts]
     if embedder.is_pooled:
         vectors = [normalized(rows, request.embd_normalize) for rows in vectors]
-    return vectors, sum(map(len, texts))
+    n_tokens = sum(map(len, texts))
+    server.metrics.count_vectors(n_tokens, time.perf_counter() - start)
+    return vectors, n_tokens
+
+
+async def _vectors(embedder: Embedder, tokens: Sequence[int]) -> FloatArray:
+    try:
+        return await asyncio.wrap_future(embedder.submit(tokens))
+    except KVComposeError as error:
+        raise api_error(error) from error

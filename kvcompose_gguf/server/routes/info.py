@@ -77,7 +77,7 @@ async def models(server: Serving) -> dict[str, Any]:
 async def metrics(server: Serving) -> Response:
     if not server.options.endpoint_metrics:
         raise not_supported("This server does not support metrics endpoint. Start it with `--metrics`")
-    start = {"Process-Start-Time-Unix": str(server.created)}
+    start = {"Process-Start-Time-Unix": str(server.created_us)}
     return Response(server.metrics.text(), media_type="text/plain; version=0.0.4", headers=start)
 
 

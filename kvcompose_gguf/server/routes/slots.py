@@ -14,7 +14,7 @@ from ...errors import StateError
 from .. import formats
 from ..engine import Job
 from ..errors import ApiError, invalid, not_supported
-from ..saved import restore, save
+from ..saved import n_tokens_of, restore, save
 from ..server import Server, Serving
 from ..service import run
 from ..slots import Slot
@@ -60,7 +60,10 @@ def kv_slot(server: Serving, id_slot: int) -> dict[str, Any]:
     return {"id": id_slot, "pieces": pieces, "shares": [round(float(share), 4) for share in shares]}
 
 
-@router.post("/slots/{id_slot}")
+FILENAME = {"type": "object", "properties": {"filename": {"type": "string"}}}
+
+
+@router.post("/slots/{id_slot}", openapi_extra={"requestBody": {"content": {"application/json": {"schema": FILENAME}}}})
 async def slot_action(server: Serving, http: Request, id_slot: str, action: str = "") -> dict[str, Any]:
     folder = server.options.slot_save_path
     if folder is None:
@@ -75,8 +78,7 @@ async def slot_action(server: Serving, http: Request, id_slot: str, action: str 
     else:
         file = folder / slot_filename(await _filename(http))
         work = _save if action == "save" else _restore
-        # what a file holds is not known before it is read
-        n_tokens = server.llama.n_ctx() if action == "restore" else 0
+        n_tokens = await server.aside(_n_tokens, file) if action == "restore" else 0
         job = Job(lambda slot: work(slot, file), id_slot=number, n_tokens=n_tokens)
     return dict(await while_connected(http, run(server.engine, job)))
 
@@ -84,7 +86,7 @@ async def slot_action(server: Serving, http: Request, id_slot: str, action: str 
 async def _filename(http: Request) -> str:
     try:
         name = json.loads(await http.body())["filename"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise invalid("Invalid filename") from error
     return name if isinstance(name, str) else ""
 
@@ -96,6 +98,13 @@ def _save(slot: Slot, file: Path) -> dict[str, Any]:
         "id_slot": slot.id, "filename": file.name, "n_saved": saved.n_tokens, "n_written": saved.n_bytes,
         "timings": {"save_ms": 1000 * (time.perf_counter() - start)},
     }  # fmt: skip
+
+
+def _n_tokens(file: Path) -> int:
+    try:
+        return n_tokens_of(file)
+    except StateError as error:
+        raise invalid(str(error)) from error
 
 
 def _restore(slot: Slot, file: Path) -> dict[str, Any]:
@@ -123,6 +132,6 @@ def slot_filename(name: str) -> str:
         ApiError: it is not one.
     """
     bad = not name or len(name) > 255 or name != name.strip(" ") or name.endswith(".") or ".." in name
-    if bad or re.search(r'[\x00-\x1f\x7f/\\:*?"<>|]', name):
+    if bad or not name.isprintable() or re.search(r'[\x00-\x1f\x7f/\\:*?"<>|]', name):
         raise invalid("Invalid filename")
     return name

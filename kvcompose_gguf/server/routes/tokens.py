@@ -43,14 +43,15 @@ def detokenize(server: Serving, request: DetokenizeRequest) -> dict[str, str]:
 
 @router.post("/apply-template")
 async def apply_template(server: Serving, request: ChatRequest) -> dict[str, str]:
-    return {"prompt": (await server.aside(chat_prompt, server, request))[0]}
+    prompt = await server.aside(chat_prompt, server, request)
+    return {"prompt": prompt.text + prompt.begun}
 
 
 @router.post("/chat/completions/input_tokens")
 @router.post("/v1/chat/completions/input_tokens")
 async def input_tokens(server: Serving, request: ChatRequest) -> dict[str, Any]:
-    prompt, *_ = await server.aside(chat_prompt, server, request)
+    prompt = await server.aside(chat_prompt, server, request)
     return {
-        "input_tokens": len(await server.aside(server.reader.tokens, prompt)),
+        "input_tokens": len(await server.aside(server.reader.tokens, prompt.text + prompt.begun)),
         "object": "response.input_tokens",
     }

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Requests at random against ``kvcompose serve`` on a tiny model, made by schemathesis from the server's description.
+
+    pip install schemathesis
+    python scripts/fuzz_server.py [--examples 300] [--seed 1]
+
+Any answer of 500, and any end of the server, is a finding; 501 says that something is not offered, 503 that the queue
+is full, 504 that a request took longer than the second that it has here. After the run the server has to answer an
+ordinary request as it did before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx2
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import tiny_gguf
+from serving import CONFIG, METHOD, running, tiny_options
+
+SETTINGS = """
+[checks]
+enabled = false
+
+[checks.not_a_server_error]
+enabled = true
+expected-statuses = ["2xx", "3xx", "4xx", 501, 503, 504]
+"""
+
+
+def answer(address: str) -> str:
+    body = {"prompt": list(range(40, 80)), "n_predict": 8, "temperature": 0, "cache_prompt": False}
+    return str(httpx2.post(f"{address}/completion", json=body, timeout=60).json()["content"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=300, help="of every route and kind of request")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = tiny_gguf.write(CONFIG, folder / "tiny.gguf")
+        settings, slots = folder / "schemathesis.toml", folder / "slots"
+        settings.write_text(SETTINGS)
+        slots.mkdir()
+        options = tiny_options(
+            model, n_ctx=1024, method=METHOD, n_predict=8, embeddings=64, pooling="mean", slot_save_path=slots,
+            idle_bytes=1 << 24, timeout=1.0,
+        )  # fmt: skip
+        ours = {model, settings, folder / ".hypothesis", folder / ".schemathesis"}
+        with running(options) as address:
+            before = answer(address)
+            command = [
+                str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(settings), "run",
+                f"{address}/openapi.json", "--max-examples", str(args.examples), "--seed", str(args.seed),
+                "--workers", "2", "--continue-on-failure", "--suppress-health-check", "all",
+            ]  # fmt: skip
+            ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            print(ended.stdout[-6000:], ended.stderr[-2000:])
+            assert answer(address) == before, "the server answers otherwise now"
+            metrics = httpx2.get(f"{address}/metrics").text
+            print(re.findall(r"^llamacpp:(?:tokens_predicted|prompt_tokens)_total .*", metrics, re.MULTILINE))
+            outside = {file for file in folder.rglob("*") if slots not in (file, *file.parents)} - ours
+            assert not outside, outside
+            print(f"{len(list(slots.rglob('*')))} files in the folder of slots, none outside")
+    sys.exit(ended.returncode)
+
+
+if __name__ == "__main__":
+    main()
