@@ -144,6 +144,57 @@ def test_stop_texts_end_an_answer_before_them(start):
     assert "".join(chunk["content"] for chunk in chunks) == body["content"]
 
 
+def test_nothing_is_lost_of_a_stream_that_ends_before_a_stop_text(start):
+    """What might have become a stop text comes when the answer is over, whatever ended it."""
+    client = start()
+    options = {"prompt": PROMPT, "temperature": 0, "n_predict": 12, "grammar": 'root ::= "ab" [x-z]{4} "##"'}
+    whole = post(client, "/completion", **options, stop=["###"])
+    assert whole["content"].endswith("##")
+    chunks, _ = events(client, "/completion", **options, stop=["###"])
+    assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
+    chunks, _ = events(client, "/v1/completions", **options, stop=["###"])
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["content"]
+
+
+def test_lines_that_are_not_indented_end_an_answer(start):
+    client = start()
+    options = {"prompt": PROMPT, "temperature": 0, "n_predict": 40, "grammar": 'root ::= "ab\\n  cd\\n\\n   ef\\n gh" [a-z]{20}'}
+    body = post(client, "/completion", **options, n_indent=2)
+    assert (body["content"], body["stop_type"]) == ("ab\n  cd\n\n   ef\n ", "limit")
+    assert post(client, "/completion", **options, n_indent=1)["content"].startswith("ab\n  cd\n\n   ef\n gh")
+
+
+def test_more_prompts_than_slots_and_queue_are_streamed_in_turn(start):
+    client = start(n_queue=1)
+    chunks, _ = events(client, "/completion", prompt=[PROMPT] * 7, n_predict=1)
+    assert sorted(chunk["index"] for chunk in chunks if chunk["stop"]) == list(range(7))
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_message_that_is_continued_is_told_with_its_beginning(start, continued):
+    client = start(chat_template="chatml")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well then"}]
+    options = {"messages": messages, "max_tokens": 4, "temperature": 0}
+    if continued:
+        options |= {"continue_final_message": True, "add_generation_prompt": False}
+    whole = post(client, "/v1/chat/completions", **options)["choices"][0]["message"]["content"]
+    assert whole.startswith("Well then")
+    chunks, _ = events(client, "/v1/chat/completions", **options)
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
+    assert text == (whole.removeprefix("Well then") if continued else whole)
+    assert post(client, "/apply-template", messages=messages)["prompt"].endswith("<|im_start|>assistant\nWell then")
+
+
+def test_halves_of_characters_are_no_reason_to_fail(start):
+    client = start(chat_template="chatml")
+    body = '{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1%s}'
+    assert client.post("/v1/chat/completions", content=body % "").status_code == 200
+    for more in (', "response_format": {"type": "\\ud800"}', ', "json_schema": {"const": "\\ud800"}', ', "grammar": "\\ud800"'):
+        assert client.post("/v1/chat/completions", content=body % more).status_code in (200, 400)
+    assert client.post("/completion", content='{"prompt": "\\ud800", "n_predict": 1, "stop": "\\udfff"}').status_code == 200
+    assert client.post("/v1/chat/completions", content=body % ', "chat_template_kwargs": {"self": 1}').status_code == 200
+
+
 def test_a_grammar_and_a_schema_bind_the_answer(start):
     client = start()
     options = {"prompt": PROMPT, "n_predict": 60, "temperature": 1.0, "seed": 3}

@@ -132,6 +132,22 @@ def test_a_short_answer_does_not_wait_for_a_long_prompt(client):
     assert ended["short"] < ended["long"]
 
 
+def test_a_slot_that_works_says_what_it_does(client, address):
+    stream = client.completions.create(
+        model="tiny", prompt="Once", max_tokens=800, stream=True, extra_body={"ignore_eos": True, "top_k": 9}
+    )
+    for _, _ in zip(range(5), stream, strict=False):
+        pass
+    (slot,) = [slot for slot in json.loads(curl(address, "/slots")) if slot["is_processing"]]
+    (step,) = slot["next_token"]
+    assert step["has_next_token"]
+    assert step["n_decoded"] >= 5
+    assert step["n_remain"] == 800 - step["n_decoded"]
+    assert (slot["params"]["top_k"], slot["n_prompt_tokens_processed"] + slot["n_prompt_tokens_cache"] > 0) == (9, True)
+    stream.close()
+    until(lambda: not any(slot["is_processing"] for slot in json.loads(curl(address, "/slots"))))
+
+
 def test_langchains_chat_model(address):
     langchain = pytest.importorskip("langchain_openai")
     model = langchain.ChatOpenAI(base_url=f"{address}/v1", api_key=KEY, model="tiny", max_tokens=8, temperature=0)

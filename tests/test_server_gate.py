@@ -116,6 +116,27 @@ def test_only_the_page_comes_before_the_model(path, status):
     assert ask(make(is_ready=lambda: False), path)[0] == status
 
 
+@pytest.mark.parametrize(
+    ("origin", "method", "status"),
+    [
+        ("http://evil.com", "POST", 403), ("http://evil.com", "DELETE", 403), ("http://evil.com", "GET", 200), ("null", "POST", 403),
+        ("http://localhost:3000", "POST", 200), ("http://192.168.0.9:8080", "POST", 200), ("http://192.168.0.9:81", "POST", 403),
+    ],
+)  # fmt: skip
+def test_what_another_hosts_page_asks_is_not_done(origin, method, status):
+    headers = {"origin": origin, "host": "192.168.0.9:8080"}
+    assert ask(make(origins="localhost"), "/completion", method, [b"{}"], **headers)[0] == status
+    assert ask(make(origins="*"), "/completion", method, [b"{}"], **headers)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"), [("localhost:8080", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("rebound.example:8080", 403)]
+)
+def test_a_server_of_this_machine_is_called_by_its_names(host, status):
+    assert ask(make(origins="localhost", local_only=True), host=host)[0] == status
+    assert ask(make(origins="localhost"), host=host)[0] == 200
+
+
 def test_one_origin_may_be_named():
     headers = ask(make(origins="https://a.example"), origin="https://b.example")[1]
     assert headers[b"access-control-allow-origin"] == b"https://a.example"

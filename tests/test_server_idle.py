@@ -59,6 +59,49 @@ def test_another_budget_reads_the_prompt_itself(start, options):
     assert post(client, "/completion", prompt=A, kv_compress=False, **OPTIONS)["timings"]["cache_n"] == 0
 
 
+def test_budgets_in_turn_have_a_file_each(start, options, tmp_path):
+    client = start(**options)
+    told = [
+        post(client, "/completion", prompt=A, kv_compress={"ratio": ratio}, **OPTIONS) for ratio in (0.5, 0.75, 0.5, 0.75)
+    ]
+    assert [body["timings"]["cache_n"] for body in told] == [0, 0, 307, 307]
+    assert [body["content"] for body in told[2:]] == [body["content"] for body in told[:2]]
+    assert len(files(tmp_path)) == 2
+
+
+def test_a_prompt_that_must_be_read_anew_leaves_the_slots_context_on_disk(start, options, tmp_path):
+    client = start(**options)
+    post(client, "/completion", prompt=A, **OPTIONS)
+    assert post(client, "/completion", prompt=A, cache_prompt=False, **OPTIONS)["timings"]["cache_n"] == 0
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_context_that_would_be_outgrown_is_not_brought_back(start, options):
+    client = start(**options)
+    tokens = tiny.tokens(CONFIG, 900, seed=1)
+    post(client, "/completion", prompt=tokens[:208], **OPTIONS)
+    post(client, "/completion", prompt=B, **OPTIONS)
+    grown = post(client, "/completion", prompt=tokens, **OPTIONS)["timings"]
+    assert (grown["cache_n"], grown["kv"]["n_tokens"]) == (0, 892)
+
+
+def test_a_context_larger_than_all_files_may_be_is_not_written(start, options, tmp_path):
+    client = start(**options | {"idle_bytes": 1000})
+    for prompt in (A, B, A):
+        post(client, "/completion", prompt=prompt, **OPTIONS)
+    assert files(tmp_path) == []
+
+
+def test_fewer_bytes_than_before_leave_the_newest(start, options, tmp_path):
+    client = start(**options)
+    for prompt in (A, B, A):
+        post(client, "/completion", prompt=prompt, **OPTIONS)
+    sizes = [file.stat().st_size for file in files(tmp_path)]
+    assert len(sizes) == 2
+    start(**options | {"idle_bytes": max(sizes)})
+    assert len(files(tmp_path)) == 1
+
+
 def test_damaged_files_cost_a_prefill_and_nothing_else(start, options, tmp_path):
     client = start(**options)
     first = post(client, "/completion", prompt=A, **OPTIONS)

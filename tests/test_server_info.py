@@ -67,6 +67,14 @@ def test_metrics_are_the_sums_of_the_answers(start):
     assert start(endpoint_metrics=False).get("/metrics").json()["error"]["type"] == "not_supported_error"
 
 
+def test_vectors_are_counted_as_prompts(start):
+    client = start(embeddings=64, pooling="mean")
+    n_tokens = post(client, "/v1/embeddings", input=["one text", "another"])["usage"]["prompt_tokens"]
+    values = dict(line.split() for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+    assert (float(values["llamacpp:prompt_tokens_total"]), float(values["llamacpp:n_decode_total"])) == (n_tokens, 2)
+    assert float(values["llamacpp:tokens_predicted_total"]) == 0
+
+
 def test_keys_are_asked_for(start):
     client = start(api_keys=("secret",))
     assert client.get("/props").status_code == 401

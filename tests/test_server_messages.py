@@ -8,6 +8,7 @@ import pytest
 
 from kvcompose_gguf.server.chat import ChatTemplate
 from kvcompose_gguf.server.errors import ApiError
+from kvcompose_gguf.server.grammars import check_grammar, grammar_of
 from kvcompose_gguf.server.messages import MessageStream
 from kvcompose_gguf.server.reasoning import Thoughts, closed
 from kvcompose_gguf.server.tools import BareCalls, CallStream, call_schema, check_tools
@@ -157,6 +158,26 @@ def test_calls_after_thoughts():
     said = stream.whole('Which one?\n</think>\n\n<tool_call>{"name": "time", "arguments": {"zone": 1}}</tool_call>')
     assert (said.reasoning, said.content, len(said.tool_calls), stream.n_calls) == ("Which one?", "", 1, 1)
     assert said.tool_calls[0]["function"] == {"name": "time", "arguments": '{"zone": 1}'}
+
+
+def test_schemas_of_tools_have_references_of_their_own():
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    parameters = {"type": "object", "properties": {"at": {"$ref": "#/$defs/Point"}}, "required": ["at"], "$defs": {"Point": point}}
+    tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("a", "b")]
+    grammar = grammar_of(call_schema(tools))
+    check_grammar(grammar)
+    schema = call_schema(tools)
+    assert [one["properties"]["arguments"]["$ref"] for one in schema["oneOf"]] == ["#/$defs/0", "#/$defs/1"]
+    assert schema["$defs"]["1"]["properties"]["at"]["$ref"] == "#/$defs/1/$defs/Point"
+    assert '"\\"x\\""' in grammar
+
+
+def test_what_follows_a_call_is_told():
+    said = MessageStream(Thoughts(""), CallStream()).whole(
+        '<tool_call>{"name": "f", "arguments": {}} and then\n\n<tool_call>{"name": "g", "arguments": {"x": 1}}</tool_call>\n\nDone.'
+    )
+    assert [call["function"]["name"] for call in said.tool_calls] == ["f", "g"]
+    assert said.content == "and then\n\nDone."
 
 
 def test_arguments_are_called_what_the_template_calls_them():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import tiny
 from serving import CONFIG, METHOD, post
 
+from kvcompose_gguf.report import KVReport
 from kvcompose_gguf.server.errors import ApiError
 from kvcompose_gguf.server.routes.slots import slot_filename
 
@@ -84,15 +88,30 @@ def test_a_conversation_that_grows_is_compressed_again(start):
     assert [t["cache_n"] for t in told] == [0, 208, 300, 0, 0]
 
 
+def test_a_document_stays_one_however_much_follows_it(start):
+    client = start(method=METHOD)
+    document = tiny.tokens(CONFIG, 200)
+    name = post(client, "/kv/compress", prompt=document)["id"]
+    long = post(client, "/completion", prompt=tiny.tokens(CONFIG, 400, seed=5), kv_prefix=name, n_predict=1)["timings"]
+    assert (long["cache_n"], long["kv"]["n_tokens"]) == (200, 200)
+    # nothing behind it: its last token's logits are not there any more
+    alone = post(client, "/completion", prompt=document, n_predict=1)["timings"]
+    assert alone["cache_n"] == 0
+
+
+def test_a_prompt_goes_to_the_slot_that_has_it_as_it_is_to_be_compressed(start):
+    client = start(method=METHOD)
+    prompt, options = tiny.tokens(CONFIG, 308), {"n_predict": 1}
+    for slot, ratio in enumerate((0.5, 0.75)):
+        post(client, "/completion", prompt=prompt, id_slot=slot, kv_compress={"ratio": ratio}, **options)
+    for slot, ratio in ((1, 0.75), (0, 0.5), (1, 0.75)):
+        body = post(client, "/completion", prompt=prompt, kv_compress={"ratio": ratio}, **options)
+        assert (body["id_slot"], body["timings"]["cache_n"]) == (slot, 307)
+
+
 def test_what_a_slot_does_is_told(start):
     client = start(method=METHOD, n_parallel=1)
-    with client.stream("POST", "/completion", json={"prompt": tiny.tokens(CONFIG, 40), "n_predict": 200, "stream": True}) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        (slot,) = client.get("/slots").json()
-        for _ in lines:
-            pass
-    # the client in this process gets a stream when it is whole
+    post(client, "/completion", prompt=tiny.tokens(CONFIG, 40), n_predict=1)
     post(client, "/completion", prompt=tiny.tokens(CONFIG, 40), n_predict=3, top_k=7)
     (slot,) = client.get("/slots").json()
     assert (slot["params"]["top_k"], slot["params"]["n_predict"]) == (7, 3)
@@ -128,10 +147,21 @@ def test_slots_are_saved_and_erased_under_a_budget_as_well(start, tmp_path):
     assert client.post("/slots/0?action=erase").json()["n_erased"] == 903
 
 
+def test_a_file_of_a_slot_is_restored_under_a_budget_that_one_full_slot_would_break(start, tmp_path):
+    client = start(slot_save_path=tmp_path, kv_budget=1024 * 2048)
+    post(client, "/completion", prompt=tiny.tokens(CONFIG, 60), id_slot=0, n_predict=4)
+    post(client, "/slots/0?action=save", filename="one.bin")
+    assert post(client, "/slots/1?action=restore", filename="one.bin")["n_restored"] == 63
+
+
 def full_size(start: Any, folder: Path, prompt: list[int]) -> int:
     client = start(slot_save_path=folder)
     post(client, "/completion", prompt=prompt, id_slot=0, n_predict=4, temperature=0)
     return post(client, "/slots/0?action=save", filename="full.bin")["n_written"]
+
+
+def told_tokens(raw: bytes) -> int:
+    return int(struct.unpack_from("<I", raw, 20)[0])
 
 
 def test_files_that_are_no_slots_are_refused_and_the_slot_keeps_what_it_has(start, tmp_path):
@@ -144,6 +174,28 @@ def test_files_that_are_no_slots_are_refused_and_the_slot_keeps_what_it_has(star
         "empty": b"", "short": good[:200], "cut": good[:-5], "flipped": good[:-50] + b"x" + good[-49:], "magic": b"x" + good[1:],
         "count": good[:8] + b"\xff\xff\xff\x7f" + good[12:], "tokens": good[:20] + b"\xff\xff\xff\x7f" + good[24:],
     }  # fmt: skip
+    head = good.index(b"{")
+    size = int.from_bytes(good[head - 4 : head], "little")
+    told = json.loads(good[head : head + size])
+
+    def with_told(**changes: Any) -> bytes:
+        text = json.dumps(told | changes).encode()
+        return good[: head - 4] + len(text).to_bytes(4, "little") + text + good[head + size :]
+
+    report = dict.fromkeys(KVReport.__dataclass_fields__, 1) | {"n_kept": [1]}
+    assert with_told() == good
+    damaged |= {
+        "infinite": with_told(report=report | {"kv_bytes": 1e999}), "huge": with_told(report=report | {"n_kept": [2**70]}),
+        "no context": with_told(report=report | {"n_tokens": 0}), "no layers": with_told(report=report | {"n_kept": []}),
+        "shares": with_told(kept_shares=[[0.5]]), "nan": with_told(kept_shares=[float("nan")]), "kind": with_told(is_document=3),
+    }  # fmt: skip
+    other = 4 * CONFIG.n_vocab
+    first = good[:24] + other.to_bytes(4, "little") + good[28:]
+    data = good[head + size :]
+    tokens = [other, *struct.unpack_from(f"<{told_tokens(good) - 1}i", good, 28)]
+    digest = hashlib.sha256(struct.pack(f"<{len(tokens)}i", *tokens) + data).hexdigest()
+    text = json.dumps(told | {"sha256": digest}).encode()
+    damaged["no token"] = first[: head - 4] + len(text).to_bytes(4, "little") + text + data
     for name, raw in damaged.items():
         (tmp_path / name).write_bytes(raw)
         error = post(client, "/slots/0?action=restore", 400, filename=name)["error"]

@@ -52,6 +52,8 @@ class Embedder:
         self._thread = ThreadPoolExecutor(1, "vectors")
         self._n_queue, self._timeout = n_queue, timeout
         self._waiting: set[Future[FloatArray]] = set()
+        #: decodes so far
+        self.n_decodes = 0
         self._llama = SlotLlama(
             str(model_path), decode_through=decode_through, weights_of=weights_of, embedding=True, pooling_type=kind,
             n_ctx=n_batch, n_batch=n_batch, n_ubatch=n_batch, **kwargs,
@@ -100,6 +102,7 @@ class Embedder:
         llama._batch.reset()
         llama._batch.add_sequence(tokens, 0, True)
         llama._ctx.decode(llama._batch)
+        self.n_decodes += 1
         if self.is_pooled:
             n, pointer = 1, llama_cpp.llama_get_embeddings_seq(llama.ctx, 0)
         else:

@@ -85,6 +85,8 @@ class Metrics(Collector):
         with self._lock:
             self._n_prompt += n_tokens
             self._prompt_seconds += seconds
+            self._prompt.n += n_tokens
+            self._prompt.seconds += seconds
 
     def text(self) -> bytes:
         """Prometheus' text format."""
@@ -95,7 +97,8 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """What Prometheus asks for."""
         slots = self._engine.slots
-        n_decodes = sum(slot.n_decodes for slot in slots)
+        embedder = self._engine.embedder
+        n_decodes = sum(slot.n_decodes for slot in slots) + (0 if embedder is None else embedder.n_decodes)
         with self._lock:
             counters = {
                 "prompt_tokens": (self._n_prompt, "Prompt tokens processed."),
