@@ -24,7 +24,8 @@ pytestmark = pytest.mark.model
 
 DOCS = Path(__file__).parent.parent / "docs" / "serve.md"
 KEY = "sk-secret"
-FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
+# what a model of 135 million parameters in 4 bits knows
+ITALY: Any = [{"role": "user", "content": "Name the capital city of Italy."}]
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +67,11 @@ def ask(document: str, question: str) -> list[Any]:
 
 
 def test_the_openai_package_chats_streams_and_completes(client):
-    whole = client.chat.completions.create(model="smollm2", messages=FRANCE, max_tokens=24)
-    assert "Paris" in whole.choices[0].message.content
+    whole = client.chat.completions.create(model="smollm2", messages=ITALY, max_tokens=24)
+    assert "Rome" in whole.choices[0].message.content
     assert whole.usage.completion_tokens <= 24
     stream = client.chat.completions.create(
-        model="smollm2", messages=FRANCE, max_tokens=24, stream=True, stream_options={"include_usage": True}
+        model="smollm2", messages=ITALY, max_tokens=24, stream=True, stream_options={"include_usage": True}
     )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -111,7 +112,7 @@ def test_a_fact_of_a_long_document_is_found_in_a_quarter_of_its_cache(client, do
     assert kv["bytes"] < 0.26 * kv["bytes_full"]
     # the next question continues on what is there
     again = client.chat.completions.create(
-        model="smollm2", messages=ask(document, "Which number is there for quiet-harbor?"), max_tokens=32
+        model="smollm2", messages=ask(document, "What is the special magic number for quiet-harbor?"), max_tokens=32
     )
     assert again.usage.prompt_tokens_details.cached_tokens >= kv["n_tokens"] - 1
     assert "4821973" in again.choices[0].message.content
@@ -119,7 +120,7 @@ def test_a_fact_of_a_long_document_is_found_in_a_quarter_of_its_cache(client, do
 
 def test_a_client_that_goes_is_noticed(client, address):
     stream = client.chat.completions.create(
-        model="smollm2", messages=FRANCE, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model="smollm2", messages=ITALY, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     busy = [slot for slot in slots(address) if slot["is_processing"]]
@@ -136,9 +137,9 @@ def test_langchains_chat_model(address):
     from langchain_openai import ChatOpenAI
 
     chat = ChatOpenAI(base_url=f"{address}/v1", api_key=KEY, model="smollm2", max_tokens=24, temperature=0)
-    whole = chat.invoke("What is the capital of France?").content
-    assert "Paris" in whole
-    assert "".join(chunk.content for chunk in chat.stream("What is the capital of France?")) == whole
+    whole = chat.invoke(ITALY[0]["content"]).content
+    assert "Rome" in whole
+    assert "".join(chunk.content for chunk in chat.stream(ITALY[0]["content"])) == whole
 
 
 def recipes() -> list[str]:
