@@ -34,6 +34,11 @@ enabled = true
 expected-statuses = ["2xx", "3xx", "4xx", 501, 503, 504]
 """
 
+#: shows tools, so that requests with them get further than "not offered"
+TEMPLATE = """{% if tools %}{{ tools | tojson }}<tool_call>{% endif -%}
+{% for m in messages %}{{ m.role }}: {{ m.content }}
+{% endfor %}"""
+
 
 def answer(address: str) -> str:
     body = {"prompt": list(range(40, 80)), "n_predict": 8, "temperature": 0, "cache_prompt": False}
@@ -48,14 +53,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = tiny_gguf.write(CONFIG, folder / "tiny.gguf")
-        settings, slots = folder / "schemathesis.toml", folder / "slots"
+        settings, slots, theirs = folder / "schemathesis.toml", folder / "slots", folder / "theirs"
         settings.write_text(SETTINGS)
         slots.mkdir()
+        theirs.mkdir()
         options = tiny_options(
             model, n_ctx=1024, method=METHOD, n_predict=8, embeddings=64, pooling="mean", slot_save_path=slots,
-            idle_bytes=1 << 24, timeout=1.0,
+            idle_bytes=1 << 24, timeout=1.0, chat_template=TEMPLATE,
         )  # fmt: skip
-        ours = {model, settings, folder / ".hypothesis", folder / ".schemathesis"}
         with running(options) as address:
             before = answer(address)
             command = [
@@ -63,14 +68,13 @@ def main() -> None:
                 f"{address}/openapi.json", "--max-examples", str(args.examples), "--seed", str(args.seed),
                 "--workers", "2", "--continue-on-failure", "--suppress-health-check", "all",
             ]  # fmt: skip
-            ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            ended = subprocess.run(command, cwd=theirs, capture_output=True, text=True)
             print(ended.stdout[-6000:], ended.stderr[-2000:])
             assert answer(address) == before, "the server answers otherwise now"
             metrics = httpx2.get(f"{address}/metrics").text
             print(re.findall(r"^llamacpp:(?:tokens_predicted|prompt_tokens)_total .*", metrics, re.MULTILINE))
-            outside = {file for file in folder.rglob("*") if slots not in (file, *file.parents)} - ours
-            assert not outside, outside
-            print(f"{len(list(slots.rglob('*')))} files in the folder of slots, none outside")
+            assert set(folder.iterdir()) == {model, settings, slots, theirs}, list(folder.iterdir())
+            print(f"{len(list(slots.rglob('*')))} files in the folder of slots, none beside it")
     sys.exit(ended.returncode)
 
 
