@@ -156,6 +156,17 @@ def test_nothing_is_lost_of_a_stream_that_ends_before_a_stop_text(start):
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole["content"]
 
 
+def test_an_event_is_one_line_for_every_client(start):
+    """Some of them end a line where Unicode does."""
+    client = start()
+    ends = "a\u2028b\u2029c\x85d"
+    chunks, _ = events(client, "/completion", prompt=PROMPT, grammar=f'root ::= "{ends}"', n_predict=30)
+    assert "".join(chunk["content"] for chunk in chunks) == ends
+    with client.stream("POST", "/completion", json={"prompt": PROMPT, "grammar": f'root ::= "{ends}"', "n_predict": 30, "stream": True}) as answer:
+        raw = b"".join(answer.iter_bytes()).decode()
+    assert not set("\u2028\u2029\x85") & set(raw)
+
+
 def test_lines_that_are_not_indented_end_an_answer(start):
     client = start()
     options = {"prompt": PROMPT, "temperature": 0, "n_predict": 40, "grammar": 'root ::= "ab\\n  cd\\n\\n   ef\\n gh" [a-z]{20}'}
