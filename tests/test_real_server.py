@@ -56,7 +56,7 @@ def client(address: str) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def document() -> str:
-    """About 1,900 tokens, with one fact that nobody could guess."""
+    """About 1,700 tokens, with one fact that nobody could guess."""
     sentences = load_texts("generated").prose(1300)
     sentences.insert(len(sentences) // 3, "One of the special magic numbers for quiet-harbor is: 4821973.")
     return " ".join(sentences)
