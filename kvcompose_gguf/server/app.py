@@ -43,8 +43,8 @@ def create_app(
     """The application. It answers at once, and 503 until the model is loaded.
 
     Args:
+        on_failure: is told why the model cannot be loaded; None: the application starts when it is loaded, or not.
         local_only: it can only be reached from this machine.
-        on_failure: is told why the model cannot be loaded; None: the application does not start then, nor before.
     """
 
     async def load(app: FastAPI) -> Engine | None:
@@ -74,9 +74,8 @@ def create_app(
             if engine is not None:
                 await asyncio.to_thread(engine.close)
 
-    app = FastAPI(
-        title="kvcompose", version=__version__, lifespan=life, docs_url=None, redoc_url=None
-    )  # these load from elsewhere
+    # FastAPI's own pages load scripts from elsewhere
+    app = FastAPI(title="kvcompose", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = None
     for router in (info.router, slots.router, tokens.router, generate.router, compress.router, page(options.ui)):
         app.include_router(router)

@@ -1,4 +1,4 @@
-"""Messages into a prompt by the model's own template, and tool calls out of its answer."""
+"""Messages into a prompt, by the model's own template or one of llama.cpp's."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ class BuiltinTemplate:
     ) -> str:
         """As ``ChatTemplate.render``; variables mean nothing to these."""
         llama_cpp = library.load()
-        pairs = [(message["role"].encode(), message["content"].encode("utf-8", "replace")) for message in messages]
+        pairs = [
+            tuple(message[name].encode("utf-8", "replace") for name in ("role", "content")) for message in messages
+        ]
         chat = (llama_cpp.llama_chat_message * len(pairs))(*pairs)
         arguments = (self.source.encode(), chat, len(pairs), add_generation_prompt)
         size = llama_cpp.llama_chat_apply_template(*arguments, None, 0)

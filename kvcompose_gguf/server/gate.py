@@ -16,8 +16,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+#: files of the page
+FILES = ("index.html", "page.css", "page.js")
+#: paths that are there before the model is
+PAGE = frozenset({"/", "/favicon.ico", *(f"/{name}" for name in FILES)})
 #: paths that need no key
-PAGE = frozenset({"/", "/index.html", "/page.css", "/page.js", "/favicon.ico"})
 PUBLIC = PAGE | {"/health", "/v1/health"}
 
 CORS = {

@@ -82,9 +82,6 @@ class IdleCaches:
             self._entries[file] = Entry(context, about["composed_by"], is_document, len(tokens), file.stat().st_size)
         self._trim()
 
-    def __len__(self) -> int:
-        return len(self._entries)
-
     def n_context(self, llama: SlotLlama, asked: Asked) -> int:
         """Tokens of the longest saved context that a prompt can continue; 0: there is none."""
         found = self._find(llama, asked, None)

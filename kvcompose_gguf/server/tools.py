@@ -69,28 +69,20 @@ def _moved(schema: Any, where: str) -> Any:
     return moved
 
 
-def parse_calls(text: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """The rest of a text, and its calls between ``<tool_call>`` and ``</tool_call>``, the last perhaps unclosed."""
-    calls = []
-    for found in re.finditer(rf"{CALL_BEGIN}(.*?)(?:{CALL_END}|$)", text, re.DOTALL):
-        try:
-            calls.append((found, *_parts(json.loads(found[1]))))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-    for found, _, _ in reversed(calls):
-        text = text[: found.start()] + text[found.end() :]
-    return text.strip() if calls else text, tuple(_call(name, arguments) for _, name, arguments in calls)
+def _calls(text: str) -> list[dict[str, Any]]:
+    """The calls that a text is as JSON, one or a list of them; none if it is anything else."""
+    try:
+        found = json.loads(text)
+        return [_call(call) for call in (found if isinstance(found, list) else [found])]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
-def _parts(call: Any) -> tuple[str, Any]:
-    """Name and arguments of a call; one of several exceptions if it is none."""
-    name = call["name"]
+def _call(call: Any) -> dict[str, Any]:
+    """A call in OpenAI's form; one of several exceptions if it is none."""
+    name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
     if not isinstance(name, str):
         raise ValueError("a name is a text")
-    return name, call.get("arguments", call.get("parameters", {}))
-
-
-def _call(name: str, arguments: Any) -> dict[str, Any]:
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"type": "function", "function": {"name": name, "arguments": text}, "id": random_id()}
 
@@ -123,11 +115,7 @@ class BareCalls:
         """What was held back, when nothing more comes."""
         if self._is_content or not self._held:
             return []
-        try:
-            found = json.loads(self._held)
-            calls = [_call(*_parts(call)) for call in (found if isinstance(found, list) else [found])]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            calls = []
+        calls = _calls(self._held)
         if not calls or any(call["function"]["name"] not in self._names for call in calls):
             return [{"content": self._held}]
         self.n_calls = len(calls)
@@ -158,10 +146,10 @@ class CallStream:
         """What was held back, when nothing more comes."""
         if self._arguments is not None and self._arguments.is_closed:
             self._held = self._held.lstrip(" \t\r\n}")
-        content, calls = parse_calls(self._held)
-        self._held = ""
-        deltas: list[dict[str, Any]] = [{"content": content}] if content else []
-        return deltas + [self._begin(call) for call in calls]
+        held, self._held = self._held, ""
+        # a call that lacks nothing but its end is one
+        calls = _calls(held.removeprefix(CALL_BEGIN)) if held.startswith(CALL_BEGIN) else []
+        return [self._begin(call) for call in calls] or ([{"content": held}] if held else [])
 
     def _next(self) -> dict[str, Any] | None:
         """The next delta, empty if there is only more to look at, or None: more text is needed."""
@@ -208,8 +196,8 @@ class CallStream:
         if CALL_END not in inside:
             return None
         inside, _, self._held = inside.partition(CALL_END)
-        content, calls = parse_calls(CALL_BEGIN + inside + CALL_END)
-        return self._begin(calls[0]) if calls else {"content": content}
+        calls = _calls(inside)
+        return self._begin(calls[0]) if len(calls) == 1 else {"content": CALL_BEGIN + inside + CALL_END}
 
     def _begin(self, call: dict[str, Any]) -> dict[str, Any]:
         self.n_calls += 1

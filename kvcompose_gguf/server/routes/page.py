@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 
 from ..errors import ApiError
+from ..gate import FILES
 
 
 def page(is_there: bool) -> APIRouter:
@@ -28,6 +29,6 @@ def page(is_there: bool) -> APIRouter:
 
         return route
 
-    for path, name in (("/", "index.html"), *((f"/{name}", name) for name in ("index.html", "page.css", "page.js"))):
+    for path, name in (("/", FILES[0]), *((f"/{name}", name) for name in FILES)):
         router.add_api_route(path, route_of(name), include_in_schema=False)
     return router
