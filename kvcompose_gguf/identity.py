@@ -29,6 +29,12 @@ class Identity:
     settings: dict[str, Any]
     versions: dict[str, str]
 
+    @property
+    def key(self) -> str:
+        """A short hash of everything that a saved cache has to agree with, for names of folders."""
+        what = [self.model_id, sorted(self.settings.items(), key=str), self.versions.get("llama.cpp")]
+        return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+
     def check_loads(self, saved: Identity, what: str) -> None:
         """Raise StateError, with the first difference, unless a context of this identity can go on from ``saved``.
 

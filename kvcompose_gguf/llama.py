@@ -649,30 +649,34 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """
         return self._load_session(Path(path), choice_of(self._method))
 
-    def _load_session(self, path: Path, choice: str | None) -> SessionInfo:
+    @changes_cache
+    def _load_session(self, path: Path, choice: str | None, name: str = "") -> SessionInfo:
         """As ``load_session``; the context is continued under ``choice``, or None: only under the one that it has."""
-        with sessions.opened(path) as (saved, info):
-            self._identity().check_loads(saved.identity, str(path))
+        name = name or str(path)
+        with sessions.opened(path, name) as (saved, info):
+            self.identity.check_loads(saved.identity, name)
             if len(saved.tokens) >= self._n_ctx:
-                raise StateError(f"{path} has {len(saved.tokens)} tokens, this context has room for {self._n_ctx}")
+                raise StateError(f"{name} has {len(saved.tokens)} tokens, this context has room for {self._n_ctx}")
             if not 0 <= saved.tokens.min(initial=0) <= saved.tokens.max(initial=0) < self.n_vocab():
-                raise StateError(f"{path} has tokens that this model does not know")
+                raise StateError(f"{name} has tokens that this model does not know")
             self._restore(saved.tokens, saved.state, saved.composed, saved.report, choice)
             return info
 
-    def _snapshot(self, extra: Mapping[str, Any]) -> Snapshot:
+    def _snapshot(self, extra: Mapping[str, Any], allow_empty: bool = False) -> Snapshot:
         """The cache and what belongs to it."""
-        if not self.n_tokens:
+        if not self.n_tokens and not allow_empty:
             raise ConfigError("the cache is empty: read something before you save it")
         kv_bytes = 0
         with contextlib.suppress(UnsupportedError):  # the cache of such a model can be saved, not compressed
             kv_bytes = self._session.state().n_bytes
         tokens = self._input_ids.astype(np.int32)
         data = states.save(self.ctx)
-        return Snapshot(self._identity(), tokens, data, self._composed, self.kv_report, kv_bytes, dict(extra))
+        return Snapshot(self.identity, tokens, data, self._composed, self.kv_report, kv_bytes, dict(extra))
 
-    def _identity(self) -> Identity:
-        """What the cached rows depend on."""
+    @property
+    @reads_model
+    def identity(self) -> Identity:
+        """What the cached rows depend on: model, options of the context, versions."""
         if self._own_identity is None:
             self._own_identity = identity_of(self)
         return self._own_identity

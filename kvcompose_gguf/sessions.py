@@ -115,7 +115,7 @@ def list_sessions(folder: Path | None = None) -> list[Path]:
     return sorted(files, key=lambda file: (-file.stat().st_mtime, file.name))
 
 
-def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None) -> SessionInfo:
+def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str = "") -> SessionInfo:
     """Write a session file, for this user alone; ``file`` is the old one until the new one is whole and on the disk.
 
     Raises:
@@ -155,7 +155,7 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None) -> Sessio
         at += -at % ALIGN + memoryview(data).nbytes
     n_bytes = at + _DIGEST_BYTES
     if max_bytes is not None and n_bytes > max_bytes:
-        raise StateError(f"{file} is not saved: {n_bytes} bytes are more than {max_bytes}")
+        raise StateError(f"{name or file} is not saved: {n_bytes} bytes are more than {max_bytes}")
 
     def hashed() -> Iterator[Any]:
         digest = hashlib.sha256()
@@ -168,7 +168,7 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None) -> Sessio
         with replaced(file) as unfinished:
             write_parts(unfinished, hashed(), mode=0o600)
     except OSError as error:
-        raise StateError(f"{file} cannot be written: {error.strerror or error}") from error
+        raise StateError(f"{name or file} cannot be written: {error.strerror or error}") from error
     return SessionInfo(
         file, n_bytes, created, len(snapshot.tokens), header["n_context"], snapshot.identity.model_name,
         snapshot.identity.model_id, header["method"], snapshot.report, snapshot.kv_bytes, snapshot.extra,
@@ -177,57 +177,62 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None) -> Sessio
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[tuple[Snapshot, SessionInfo]]:
+def opened(file: Path, name: str = "") -> Iterator[tuple[Snapshot, SessionInfo]]:
     """A session file, wholly checked; its arrays are views of the mapped file, valid inside of the ``with``.
 
+    Args:
+        name: of the file in messages, its path by default.
     Raises:
         StateError: there is no such file, it is damaged, or it has another format.
     """
-    raw = _mapped(file)
-    header, sections = _header(file, raw)
-    _check_digest(file, raw)
+    name = name or str(file)
+    raw = _mapped(file, name)
+    header, sections = _header(name, raw)
+    _check_digest(name, raw)
     try:
         found = _snapshot(file, header, sections, raw.nbytes)
     except _MALFORMED as error:
-        raise StateError(f"{file} is damaged: {error}") from error
+        raise StateError(f"{name} is damaged: {error}") from error
     yield found
 
 
-def describe(file: Path, check: bool = True) -> SessionInfo:
+def describe(file: Path, check: bool = True, name: str = "") -> SessionInfo:
     """What a session file says about itself.
 
     Args:
+        name: of the file in messages, its path by default.
         check: verify the checksum, which reads the whole file.
     Raises:
         StateError: as ``opened``.
     """
-    raw = _mapped(file)
-    header, sections = _header(file, raw)
+    name = name or str(file)
+    raw = _mapped(file, name)
+    header, sections = _header(name, raw)
     if check:
-        _check_digest(file, raw)
+        _check_digest(name, raw)
     try:
         return _info(file, header, sections, raw.nbytes)
     except _MALFORMED as error:
-        raise StateError(f"{file} is damaged: {error}") from error
+        raise StateError(f"{name} is damaged: {error}") from error
 
 
-def _mapped(file: Path) -> npt.NDArray[np.uint8]:
+def _mapped(file: Path, name: str) -> npt.NDArray[np.uint8]:
     try:
         return np.memmap(file, dtype=np.uint8, mode="r")
     except OSError as error:
-        raise StateError(f"{file} cannot be read: {error.strerror or error}") from error
+        raise StateError(f"{name} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # an empty file cannot be mapped
-        raise StateError(f"{file} is damaged: it is empty") from error
+        raise StateError(f"{name} is damaged: it is empty") from error
 
 
-def _header(file: Path, raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, npt.NDArray[np.uint8]]]:
+def _header(name: str, raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, npt.NDArray[np.uint8]]]:
     """The header and views of the sections; nothing is verified but that they fit the file."""
     try:
         magic, version, n_head = _PREFIX.unpack(raw[: _PREFIX.size].tobytes())
         if magic != MAGIC:
-            raise StateError(f"{file} is no session file of kvcompose")
+            raise StateError(f"{name} is no session file of kvcompose")
         if version != FORMAT:
-            raise StateError(f"{file} has session format {version}, this version reads format {FORMAT}: make it again")
+            raise StateError(f"{name} has session format {version}, this version reads format {FORMAT}: make it again")
         header = json.loads(raw[_PREFIX.size : _PREFIX.size + n_head].tobytes())
         at, sections = _PREFIX.size + n_head, {}
         for name, n_bytes in header["sections"]:
@@ -239,15 +244,15 @@ def _header(file: Path, raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dic
     except StateError:
         raise
     except _MALFORMED as error:
-        raise StateError(f"{file} is damaged: {error}") from error
+        raise StateError(f"{name} is damaged: {error}") from error
     if at + _DIGEST_BYTES != raw.nbytes:
-        raise StateError(f"{file} is damaged: it has {raw.nbytes} bytes instead of {at + _DIGEST_BYTES}")
+        raise StateError(f"{name} is damaged: it has {raw.nbytes} bytes instead of {at + _DIGEST_BYTES}")
     return header, sections
 
 
-def _check_digest(file: Path, raw: npt.NDArray[np.uint8]) -> None:
+def _check_digest(name: str, raw: npt.NDArray[np.uint8]) -> None:
     if hashlib.sha256(raw[:-_DIGEST_BYTES].data).digest() != raw[-_DIGEST_BYTES:].tobytes():
-        raise StateError(f"{file} is damaged: its checksum is wrong")
+        raise StateError(f"{name} is damaged: its checksum is wrong")
 
 
 def _info(file: Path, header: dict[str, Any], sections: dict[str, npt.NDArray[np.uint8]], n_bytes: int) -> SessionInfo:
