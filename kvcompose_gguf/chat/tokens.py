@@ -1,0 +1,69 @@
+"""A growing conversation as tokens, so that what the cache holds is continued token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Tokens that the cache holds, and the text that they stand for, without BOS."""
+
+    raw: bytes
+    tokens: tuple[int, ...]
+
+
+class Tokens:
+    """Tokenizes prompts so that they begin with what the cache holds.
+
+    A tokenizer may divide an answer in another way than the model wrote it. The cache would then have to be read again
+    from the first difference on, and models with sliding windows cannot even go back so far.
+    """
+
+    def __init__(self, llm: Llama) -> None:
+        self._llm = llm
+        self._context: Anchor | None = None
+        self._all: Anchor | None = None
+
+    def of(self, text: str) -> list[int]:
+        """Tokens of a prompt, with BOS if the model wants one."""
+        raw = text.encode("utf-8", "replace")
+        for anchor in (self._all, self._context):
+            if anchor is not None and raw.startswith(anchor.raw):
+                rest = self._rest(raw[len(anchor.raw) :])
+                if rest is not None:
+                    return [*anchor.tokens, *rest]
+        return list(self._llm.tokenize(raw, add_bos=self._llm.adds_bos, special=True))
+
+    def text(self, tokens: Sequence[int]) -> bytes:
+        """The text of a prompt's tokens, without BOS."""
+        if self._llm.adds_bos and tokens and tokens[0] == self._llm.token_bos():
+            tokens = tokens[1:]
+        return b"".join(self._llm.piece(token, special=True) for token in tokens)
+
+    def compressed(self, tokens: Sequence[int]) -> None:
+        """Remember the compressed context: later prompts begin with exactly these tokens."""
+        self._context, self._all = Anchor(self.text(tokens), tuple(tokens)), None
+
+    def continued(self, prompt_text: str, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        """Remember a prompt and the answer's tokens as the model wrote them."""
+        written = b"".join(self._llm.piece(token) for token in answer)
+        self._all = Anchor(prompt_text.encode("utf-8", "replace") + written, (*prompt, *answer))
+
+    def loaded(self) -> None:
+        """Remember what a session has brought into the cache."""
+        tokens = list(self._llm.eval_tokens)
+        self.compressed(tokens[: self._llm.n_context])
+        self._all = Anchor(self.text(tokens), tuple(tokens))
+
+    def _rest(self, raw: bytes) -> list[int] | None:
+        """Tokens of a text in the middle, or None if the tokenizer changes it, e.g. puts a space before every text."""
+        if not raw:
+            return []
+        tokens = list(self._llm.tokenize(raw, add_bos=False, special=True))
+        return tokens if b"".join(self._llm.piece(token, special=True) for token in tokens) == raw else None
