@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..checks import check_integer, check_number, check_positive
-from ..errors import ConfigError
+from ..errors import ConfigError, ContextLengthError
+from ..methods import make_method
+from ..run import load_model, n_ctx_trained, open_vocabulary, resolve_model
+from .interrupts import Stopped
+
+if TYPE_CHECKING:
+    from .commands import Chat
+    from .conversation import Conversation
+    from .documents import Document
 
 #: the fraction removed if neither it nor a number of bytes is given
 DEFAULT_RATIO = 0.75
+#: tokens of the smallest context that is made for a model that was trained for so many
+MIN_CONTEXT = 32768
+#: tokens that a question and its answer need at least
+MIN_ROOM = 64
+#: exit code after Ctrl-C, as shells have it
+STOPPED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,4 +101,143 @@ def chat(options: ChatOptions) -> int:
     Raises:
         KVComposeError: a document, the model, the session or an option cannot be used.
     """
-    raise NotImplementedError(options)  # the conversation follows in the next commits
+    from rich.console import Console
+
+    from .commands import Chat
+    from .documents import read_documents
+    from .screen import Screen
+
+    mode = _mode(options)
+    documents = read_documents(options.files)
+    # answers go to standard output and all else to standard error, so that a pipe has nothing but answers
+    screen = Screen(Console(highlight=False), Console(stderr=True, highlight=False))
+    with open_conversation(options, documents) as conversation:
+        talk = Chat(conversation, screen)
+        try:
+            if options.session is not None:
+                talk.load(options.session)
+            elif documents:
+                talk.read(documents)
+            return mode(options, talk)
+        except (Stopped, KeyboardInterrupt):
+            screen.note("stopped")
+            return STOPPED
+
+
+@contextlib.contextmanager
+def open_conversation(options: ChatOptions, documents: Sequence[Document] = ()) -> Iterator[Conversation]:
+    """A conversation that has room for ``documents``, which are not read yet, or for the session of ``options``.
+
+    Raises:
+        ContextLengthError: they do not fit; the model's weights were not read.
+        KVComposeError: the model, the session or an option cannot be used.
+    """
+    from .conversation import Conversation
+
+    method = make_method(options.method, **_method_options(options))
+    model_path = resolve_model(options.model)
+    n_ctx = _context_size(model_path, options, documents)
+    llm = load_model(
+        model_path, n_ctx, method, flash_attn=options.flash_attn, threads=options.threads,
+        **({} if options.seed is None else {"seed": options.seed}),
+    )  # fmt: skip
+    with contextlib.closing(llm):
+        yield Conversation(
+            llm, system=options.system or "", max_tokens=options.max_tokens, temperature=options.temperature
+        )
+
+
+def _method_options(options: ChatOptions) -> dict[str, Any]:
+    """The budget and what else ``make_method`` is given."""
+    out: dict[str, Any] = {} if options.scoring is None else {"scoring": options.scoring}
+    if options.max_kv_bytes is not None:
+        return {**out, "max_kv_bytes": options.max_kv_bytes}
+    return {
+        **out,
+        "compression_ratio": DEFAULT_RATIO if options.compression_ratio is None else options.compression_ratio,
+    }
+
+
+def _context_size(model_path: Path, options: ChatOptions, documents: Sequence[Document]) -> int:
+    """Cells for the conversation: what was asked for, or twice what is read and at least ``MIN_CONTEXT``.
+
+    The cache has memory for what it holds only; a longer context than needed costs buffers for computing.
+    """
+    from ..sessions import describe, session_path
+
+    with open_vocabulary(model_path) as vocabulary:
+        trained = n_ctx_trained(vocabulary) or MIN_CONTEXT
+        counts = [
+            len(vocabulary.tokenize(document.text.encode("utf-8", "replace"), False, True)) for document in documents
+        ]
+    if options.session is not None:
+        counts.append(describe(session_path(options.session)).n_tokens)
+    limit = options.ctx_size or trained
+    if sum(counts) + MIN_ROOM > limit:
+        names = ", ".join(document.name for document in documents) or f"session {options.session}"
+        raise ContextLengthError(
+            f"{names}: {sum(counts):,} tokens do not fit into the context of {limit:,} with {MIN_ROOM} for a question. "
+            + _advice(options, trained, sum(counts))
+        )
+    return options.ctx_size or min(trained, max(MIN_CONTEXT, 2 * sum(counts)))
+
+
+def _advice(options: ChatOptions, trained: int, n_tokens: int) -> str:
+    if options.ctx_size is not None and n_tokens + MIN_ROOM <= trained:
+        return f"Use a larger --ctx-size, the model was trained for {trained:,} tokens"
+    return f"The model was trained for {trained:,} tokens: use a model with a longer context, or a shorter text"
+
+
+#
+# who asks
+#
+
+
+def _mode(options: ChatOptions) -> Callable[[ChatOptions, Chat], int]:
+    """What asks the questions: the command line, lines of standard input, or a user at a terminal."""
+    if options.json:
+        if not options.questions and sys.stdin.isatty():
+            raise ConfigError("--json without a question: give one with -q, or pipe questions in, one a line")
+        return _answer_json
+    if options.questions:
+        return _answer_questions
+    has_terminal = sys.stdout.isatty() and (sys.stdin.isatty() or "-" in options.files)
+    return _converse if has_terminal else _answer_lines
+
+
+def _converse(options: ChatOptions, talk: Chat) -> int:
+    from .terminal import converse
+
+    converse(talk)
+    return 0
+
+
+def _answer_questions(options: ChatOptions, talk: Chat) -> int:
+    for i, question in enumerate(options.questions):
+        if i:
+            talk.screen.gap()
+        if talk.ask(question).end == "stopped":
+            raise Stopped("stopped by Ctrl-C")
+    return 0
+
+
+def _answer_lines(options: ChatOptions, talk: Chat) -> int:
+    """Questions and commands from standard input, one a line; the exit code says whether one has failed."""
+    for line in sys.stdin:
+        if not talk.handle(line):
+            break
+    return int(talk.has_failed)
+
+
+def _answer_json(options: ChatOptions, talk: Chat) -> int:
+    from .machine import answer_json, chat_json
+
+    answers = []
+    for question in options.questions or tuple(line.strip() for line in sys.stdin if line.strip()):
+        answer, pieces = talk.conversation.ask(question)
+        with contextlib.closing(pieces):
+            for _ in pieces:
+                pass
+        answers.append(answer_json(answer, talk.conversation.memory))
+    print(chat_json(talk.conversation, answers))
+    return 0

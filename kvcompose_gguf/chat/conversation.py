@@ -13,6 +13,7 @@ from ..errors import ConfigError, ContextLengthError, StateError
 from ..server.slots import has_grown
 from . import prompts
 from .answers import Answer, Piece, Writer
+from .command import MIN_ROOM
 from .documents import Document, join_documents
 from .prompts import PlainFormat, Turn
 from .tokens import Tokens
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[["Progress"], None]
 
-#: cells that a question and its answer need at least
-MIN_ROOM = 64
 _VERSION = 1  # of what is saved beside the cache
 
 
@@ -122,8 +121,8 @@ class Conversation:
         names = [document.name for document in documents]
         if len(tokens) + MIN_ROOM > self.llm.n_ctx():
             raise ContextLengthError(
-                f"{', '.join(names)}: the conversation would have {len(tokens):,} tokens with this text, but the context "
-                f"holds {self.llm.n_ctx():,} and a question needs {MIN_ROOM}: {self._advice()}"
+                f"{', '.join(names)}: the conversation would have {len(tokens):,} tokens with this text, "
+                f"but the context holds {self.llm.n_ctx():,} and a question needs {MIN_ROOM}: {self._advice()}"
             )
         self._compress(tokens, on_progress)
         self._waiting = waiting
@@ -182,7 +181,7 @@ class Conversation:
         return answer, self._pieces(answer, turn, text, prompt)
 
     def _keep_small(self, prompt: Sequence[int], on_progress: OnProgress | None) -> None:
-        """Compress what comes before the question, if the cache has something else or more has been said than is there."""
+        """Compress all before the question if the cache holds another text, or more was said than it has compressed."""
         n_context, method = self.llm.n_context, self.method
         known = list(self.llm.eval_tokens)[:n_context]
         if list(prompt[:n_context]) == known and not has_grown(len(prompt), n_context, method):
