@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..server.reasoning import Thoughts
 from ..server.text import TextStream
@@ -69,13 +69,18 @@ class Writer:
         self.tokens: list[int] = []
 
     @property
+    def text(self) -> str:
+        """Everything that was written, thoughts too."""
+        return self._stream.text
+
+    @property
     def is_cut(self) -> bool:
         """Whether the tokens say more than the answer, because a stop text ended it."""
         return self._stream.stop is not None
 
-    def pieces(self, prompt: Sequence[int], n_most: int, temperature: float) -> Iterator[Piece]:
-        """Yield the answer to a prompt as it is written, at most ``n_most`` tokens."""
-        for token in self._generated(prompt, n_most, temperature):
+    def pieces(self, prompt: Sequence[int], n_most: int, **sampling: float) -> Iterator[Piece]:
+        """Yield the answer to a prompt as it is written, at most ``n_most`` tokens; ``sampling`` is for generate()."""
+        for token in self._generated(prompt, n_most, sampling):
             self.tokens.append(token)
             yield from self._add(self._stream.add(self._llm.piece(token)))
             if self.is_cut:
@@ -87,10 +92,10 @@ class Writer:
         """Add what was held back to the answer, now that it has ended."""
         return [*self._add(self._stream.end()), *self._grow(*self._thoughts.end())]
 
-    def _generated(self, prompt: Sequence[int], n_most: int, temperature: float) -> Iterator[int]:
+    def _generated(self, prompt: Sequence[int], n_most: int, sampling: Mapping[str, Any]) -> Iterator[int]:
         answer = self._answer
         start = first = time.perf_counter()
-        with contextlib.closing(self._llm.generate(prompt, temp=temperature)) as generated:
+        with contextlib.closing(self._llm.generate(prompt, **sampling)) as generated:
             for token in generated:
                 now = time.perf_counter()
                 if self._llm.is_end(token):

@@ -49,6 +49,8 @@ class ChatOptions:
             length.
         max_tokens: longest answer in tokens.
         temperature: 0: always the most probable token.
+        repeat_penalty: divides the logits of the answer's latest tokens, so that small models do not run in circles;
+            1: off.
         seed: seed of the sampler; None: another one each time.
         system: system prompt, or None.
         flash_attn: use flash attention for everything but the scoring.
@@ -69,6 +71,7 @@ class ChatOptions:
     ctx_size: int | None = None
     max_tokens: int = 1024
     temperature: float = 0.0
+    repeat_penalty: float = 1.1
     seed: int | None = None
     system: str | None = None
     flash_attn: bool = True
@@ -81,6 +84,8 @@ class ChatOptions:
         for name in ("ctx_size", "threads", "max_kv_bytes"):
             check_integer(name, getattr(self, name), optional=True)
             check_positive(name, getattr(self, name))
+        check_number("repeat_penalty", self.repeat_penalty)
+        check_positive("repeat_penalty", self.repeat_penalty)
         check_integer("max_tokens", self.max_tokens)
         check_positive("max_tokens", self.max_tokens)
         if self.compression_ratio is not None and self.max_kv_bytes is not None:
@@ -143,7 +148,11 @@ def open_conversation(options: ChatOptions, documents: Sequence[Document] = ()) 
     )  # fmt: skip
     with contextlib.closing(llm):
         yield Conversation(
-            llm, system=options.system or "", max_tokens=options.max_tokens, temperature=options.temperature
+            llm,
+            system=options.system or "",
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            repeat_penalty=options.repeat_penalty,
         )
 
 

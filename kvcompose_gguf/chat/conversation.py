@@ -60,6 +60,7 @@ class Conversation:
         system: system prompt; empty: the template's own, or none.
         max_tokens: longest answer.
         temperature: 0: always the most probable token.
+        repeat_penalty: divides the logits of the answer's latest tokens, so that small models do not run in circles.
         began: what the template takes for the present time.
     """
 
@@ -70,6 +71,7 @@ class Conversation:
         system: str = "",
         max_tokens: int = 1024,
         temperature: float = 0.0,
+        repeat_penalty: float = 1.1,
         began: datetime | None = None,
     ) -> None:
         if llm.kv_compressor is None:
@@ -80,7 +82,7 @@ class Conversation:
         self.documents: list[str] = []
         self._waiting = ""  # text of documents that the next question is about
         self._system, self._began = system, began or datetime.now(timezone.utc).astimezone()
-        self._max_tokens, self._temperature = max_tokens, temperature
+        self._max_tokens, self._temperature, self._repeat_penalty = max_tokens, temperature, repeat_penalty
         self._format = prompts.make_format(llm, system, self._began)
         self._tokens = Tokens(llm)
 
@@ -196,16 +198,16 @@ class Conversation:
         writer = Writer(self.llm, answer, text, self._format.stops)
         n_most = min(self._max_tokens, self.llm.n_ctx() - len(prompt))
         try:
-            yield from writer.pieces(prompt, n_most, self._temperature)
+            yield from writer.pieces(prompt, n_most, temp=self._temperature, repeat_penalty=self._repeat_penalty)
             if answer.end == "max_tokens" and n_most < self._max_tokens:
                 answer.end = "context"
         finally:
             writer.finish()
-            if answer.text.strip():
+            if answer.text.strip() or answer.end != "stopped":
                 self.turns.append(replace(turn, answer=answer.text))
                 self._waiting = ""
             if not writer.is_cut:
-                self._tokens.continued(text, prompt, writer.tokens)
+                self._tokens.continued(text + writer.text, [*prompt, *writer.tokens])
 
     def _advice(self) -> str:
         trained = self.llm.n_ctx_train
@@ -266,4 +268,4 @@ class Conversation:
         """Take a cache of unknown origin for a document: questions follow it as plain text."""
         self._system, self._format = "", PlainFormat()
         self.turns, self.documents = [], [name]
-        self._waiting = self._tokens.text(list(self.llm.eval_tokens)).decode("utf-8", "replace")
+        self._waiting = self._tokens.text(list(self.llm.eval_tokens))

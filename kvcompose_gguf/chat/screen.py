@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from markdown_it import MarkdownIt
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.progress import (
@@ -21,7 +22,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.segment import Segment
-from rich.spinner import Spinner
 from rich.text import Text
 
 from ..tables import layer_bars
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .. import progress
     from ..report import KVReport
 
+_DRAW_SECONDS = 0.05  # least time between two drawings of an answer
 _STEPS = {"reading": "Reading", "scoring": "Scoring"}
 
 
@@ -100,6 +101,8 @@ class Screen:
         ]
         if answer.tokens_per_second:
             parts.append(f"{answer.tokens_per_second:.1f} tokens/s")
+        if answer.end == "finished" and not answer.text.strip():
+            parts.append("the model gave no answer")
         parts += {
             "stopped": ["stopped"],
             "max_tokens": [f"cut after {answer.n_tokens:,} tokens (--max-tokens)"],
@@ -132,8 +135,9 @@ class Screen:
             yield lambda progress: None
             return
         columns = (
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"),
-            _Speed(), TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
+            TextColumn("{task.completed:,}/{task.total:,}"), _Speed(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )  # fmt: skip
         bars = Progress(*columns, console=self._err, transient=True)
         tasks: dict[str, TaskID] = {}
@@ -172,17 +176,17 @@ class MarkdownStream:
         self._text = ""
         self._is_thought = False
         self._is_first = True
-        self._live = Live(
-            Spinner("dots", style="dim"), console=console, refresh_per_second=10, vertical_overflow="crop"
-        )
+        # drawn by this thread alone: rich's own thread may draw while a block is printed, and then counts lines wrongly
+        self._live = Live(Text("…", style="dim"), console=console, auto_refresh=False, vertical_overflow="crop")
+        self._drawn = 0.0
 
     def __enter__(self) -> MarkdownStream:
-        self._live.start()
+        self._live.start(refresh=True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.update(Text(""))
         self._live.transient = True
+        self._live.update(Group())
         self._live.stop()
         self._print(self._text)
 
@@ -195,6 +199,9 @@ class MarkdownStream:
         whole, self._text = self._divided()
         self._print(whole)
         self._live.update(_LastLines(self._rendered(self._text)))
+        if time.monotonic() - self._drawn > _DRAW_SECONDS:
+            self._live.refresh()
+            self._drawn = time.monotonic()
 
     def _divided(self) -> tuple[str, str]:
         """The blocks that are whole, and the last one, which may go on."""
@@ -210,6 +217,7 @@ class MarkdownStream:
     def _print(self, text: str) -> None:
         if not text.strip():
             return
+        self._live.update(Group())  # what is printed was drawn there
         if not self._is_first and not self._is_thought:
             self._console.print()
         self._is_first = False

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Anchor:
     """Tokens that the cache holds, and the text that they stand for, without BOS."""
 
-    raw: bytes
+    text: str
     tokens: tuple[int, ...]
 
 
@@ -32,28 +32,26 @@ class Tokens:
 
     def of(self, text: str) -> list[int]:
         """Tokens of a prompt, with BOS if the model wants one."""
-        raw = text.encode("utf-8", "replace")
         for anchor in (self._all, self._context):
-            if anchor is not None and raw.startswith(anchor.raw):
-                rest = self._rest(raw[len(anchor.raw) :])
+            if anchor is not None and text.startswith(anchor.text):
+                rest = self._rest(text[len(anchor.text) :].encode("utf-8", "replace"))
                 if rest is not None:
                     return [*anchor.tokens, *rest]
-        return list(self._llm.tokenize(raw, add_bos=self._llm.adds_bos, special=True))
+        return list(self._llm.tokenize(text.encode("utf-8", "replace"), add_bos=self._llm.adds_bos, special=True))
 
-    def text(self, tokens: Sequence[int]) -> bytes:
+    def text(self, tokens: Sequence[int]) -> str:
         """The text of a prompt's tokens, without BOS."""
         if self._llm.adds_bos and tokens and tokens[0] == self._llm.token_bos():
             tokens = tokens[1:]
-        return b"".join(self._llm.piece(token, special=True) for token in tokens)
+        return b"".join(self._llm.piece(token, special=True) for token in tokens).decode("utf-8", "replace")
 
     def compressed(self, tokens: Sequence[int]) -> None:
         """Remember the compressed context: later prompts begin with exactly these tokens."""
         self._context, self._all = Anchor(self.text(tokens), tuple(tokens)), None
 
-    def continued(self, prompt_text: str, prompt: Sequence[int], answer: Sequence[int]) -> None:
-        """Remember a prompt and the answer's tokens as the model wrote them."""
-        written = b"".join(self._llm.piece(token) for token in answer)
-        self._all = Anchor(prompt_text.encode("utf-8", "replace") + written, (*prompt, *answer))
+    def continued(self, text: str, tokens: Sequence[int]) -> None:
+        """Remember a prompt and its answer, with the answer's tokens as the model wrote them."""
+        self._all = Anchor(text, tuple(tokens))
 
     def loaded(self) -> None:
         """Remember what a session has brought into the cache."""
