@@ -125,7 +125,7 @@ def test_save_and_load_bring_a_conversation_back(talk: Recorded, tmp_path: Path)
     talk("And now?")
     said = talk("/load rooms")
     assert re.match(
-        r"Loaded rooms in [\d.]+ s: \d+ tokens, \d+ of them compressed, about rooms\.txt, with 1 answers?\.", said
+        r"Loaded rooms in [\d.]+ s: \d+ tokens, \d+ of them compressed, about rooms\.txt, with 1 answer\.", said
     )
     assert talk.conversation.turns == turns
 

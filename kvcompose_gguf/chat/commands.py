@@ -164,7 +164,7 @@ class Chat:
         from ..sessions import session_path
 
         info = self.conversation.save(session_path(name))
-        self.screen.note(f"Saved {info.path} ({megabytes(info.n_bytes)}). Go on from it with --session {name}.")
+        self.screen.note(f"Saved {info.path} ({megabytes(info.n_bytes)}). Go on from it with --session {name}.", True)
 
     def load(self, name: str) -> None:
         """Go on with a saved conversation, and say what is in it.
@@ -177,10 +177,10 @@ class Chat:
         start = time.perf_counter()
         info = self.conversation.load(session_path(name))
         seconds = time.perf_counter() - start
-        names = ", ".join(self.conversation.documents) or "no document"
+        names, n_answers = ", ".join(self.conversation.documents) or "no document", len(self.conversation.turns)
         self.screen.note(
             f"Loaded {name} in {seconds:.2f} s: {info.n_tokens:,} tokens, {info.n_context:,} of them compressed, about "
-            f"{names}, with {len(self.conversation.turns)} answers."
+            f"{names}, with {n_answers} answer{'' if n_answers == 1 else 's'}."
         )
 
     def _clear(self, _: str) -> None:

@@ -100,6 +100,8 @@ def _bytes_of(source: str, name: str) -> bytes:
             raise ConfigError(f"{name} is a folder: name the files in it, e.g. {path / '*.md'}")
         with path.open("rb") as stream:
             return _read(name, stream)
+    except ConfigError:  # a ValueError too
+        raise
     except FileNotFoundError as error:
         raise ConfigError(f"{name} does not exist: check the name and the folder") from error
     except (OSError, ValueError, RuntimeError) as error:  # a NUL in the name; ~nobody has no home

@@ -67,9 +67,9 @@ class Screen:
         """Whether answers are shown as Markdown while they come."""
         return self._out.is_terminal
 
-    def note(self, text: str) -> None:
-        """Say something quietly."""
-        self._err.print(Text(visible(text), style="dim"), soft_wrap=not self._err.is_terminal)
+    def note(self, text: str, has_path: bool = False) -> None:
+        """Say something quietly; a path in it is not divided into lines, so that it can be copied."""
+        self._err.print(Text(visible(text), style="dim"), soft_wrap=has_path or not self._err.is_terminal)
 
     def error(self, error: BaseException | str) -> None:
         """Say what went wrong."""
