@@ -94,7 +94,9 @@ class EvalOptions:
             raise ConfigError(f"tasks={','.join(self.tasks)}: allowed are {', '.join(TASKS)}")
         wrong = [ratio for ratio in self.ratios if not 0 < ratio < 1]
         if wrong or (self.methods and not self.ratios):
-            raise ConfigError(f"ratios={wrong} are not in (0, 1), or there is none; 0, the full cache, is always there")
+            raise ConfigError(
+                f"compression_ratio={wrong} are not in (0, 1), or there is none; 0, the full cache, is always there"
+            )
         if not self.types_kv:
             raise ConfigError("types_kv is empty")
         for type_kv in self.types_kv:
