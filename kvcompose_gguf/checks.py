@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 from types import NoneType
-
-import numpy as np
 
 from .errors import ConfigError
 
@@ -62,7 +61,7 @@ def check_flag(name: str, value: object) -> None:
 
 def check_positive(name: str, value: float | None) -> None:
     """ConfigError unless ``value`` is positive and finite, or None."""
-    if value is not None and not 0 < value < np.inf:
+    if value is not None and not 0 < value < math.inf:
         raise ConfigError(f"{name}={value} is not positive and finite")
 
 

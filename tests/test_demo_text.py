@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcompose_gguf import KVCompose, KVReport, demo, run
+from kvcompose_gguf import KVCompose, KVReport, demo
 from kvcompose_gguf.demo import QUESTIONS, Answers, Question, document
 
 
@@ -99,21 +99,4 @@ def test_the_full_cache_is_asked_before_it_is_compressed(monkeypatch: pytest.Mon
     assert result.compressed.right(questions) == [False]
     assert (result.full.n_bytes_kv, result.compressed.n_bytes_kv) == (1000, 100)
     assert llm.prompts == ["Text.", "Text.\n\nThe answer is", "Text.\n\nThe answer is"]
-    assert llm.closed
-
-
-def test_a_run_keeps_the_question_whole_and_makes_room_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm, seen = FakeLlama(template=True), {}
-
-    def load_model(path: Path, n_ctx: int, method: KVCompose, **options: Any) -> FakeLlama:
-        seen.update(n_ctx=n_ctx, keep_last=method.keep_last)
-        return llm
-
-    monkeypatch.setattr(run, "load_model", load_model)
-    monkeypatch.setattr(run, "token_counts", lambda path, texts: [1000, 40])
-    result = run.answer_question(Path("m.gguf"), "Text.", "Why?", KVCompose(compression_ratio=0.5))
-    assert result.answer == "in chat"
-    assert seen["n_ctx"] == result.n_ctx == 1536  # 1000 + 40 + 64 for the template + 256, rounded up
-    assert seen["keep_last"] > 40
-    assert llm.prompts == [[{"role": "user", "content": "Text.\n\nWhy?"}]]
     assert llm.closed

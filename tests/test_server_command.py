@@ -67,21 +67,56 @@ def test_options_are_called_as_llama_servers(options_of, tmp_path):
     assert (host, port) == ("127.0.0.1,::1", 0)
 
 
-def test_the_cache_has_options_of_its_own(options_of):
-    method = options_of("--kv-compress", "0.75", "--kv-scoring", "window", "--kv-min-tokens", "99")[0].method
+def test_the_compression_is_called_as_in_every_command(options_of):
+    method = options_of("--compression-ratio", "0.75", "--scoring", "window", "--min-tokens", "99")[0].method
     assert type(method) is KVCompose
     assert (method.compression_ratio, method.scoring, method.min_tokens) == (0.75, "window", 99)
-    method = options_of("--kv-bytes", "100000", "--kv-method", "snapkv,window=8")[0].method
-    assert (type(method), method.max_kv_bytes, method.window) == (SnapKV, 100_000, 8)
+    method = options_of("--max-kv-bytes", "1.5MiB", "--method", "snapkv,window=8")[0].method
+    assert (type(method), method.max_kv_bytes, method.window) == (SnapKV, 1_572_864, 8)
+
+
+def test_sizes_have_units(options_of, tmp_path):
+    options = options_of("--kv-budget", "2GiB", "--kv-save-idle", "512 MB", "--slot-save-path", str(tmp_path))[0]
+    assert (options.kv_budget, options.idle_bytes) == (2 << 30, 512_000_000)
+
+
+OLD_NAMES = [
+    ("--kv-compress", "--compression-ratio", "0.75"), ("--kv-bytes", "--max-kv-bytes", "100000"),
+    ("--kv-method", "--method", "snapkv"), ("--kv-scoring", "--scoring", "window"), ("--kv-min-tokens", "--min-tokens", "99"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "value"), OLD_NAMES)
+def test_an_old_name_means_the_new_one_and_says_so(tiny_model, monkeypatch, old, new, value):
+    seen = []
+    monkeypatch.setattr(command, "serve", lambda *args: seen.append(args[0]))
+    more = [] if "ratio" in new or "bytes" in new else ["--compression-ratio", "0.5"]
+    start = ["serve", "-m", str(tiny_model(CONFIG)), *more]
+    before, after = (CliRunner().invoke(app, [*start, name, value]) for name in (old, new))
+    assert seen[0] == seen[1]
+    assert seen[0].method is not None
+    assert before.stderr == f"hint: {old} is now called {new}, the old name will be removed in the next version\n"
+    assert after.stderr == ""
+    both = CliRunner().invoke(app, [*start, old, value, new, value])
+    assert both.exit_code == 1
+    assert f"{old} is the old name of {new}: give {new} only" in both.stderr
+
+
+def test_old_names_are_not_in_the_help():
+    text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
+    assert "--compression-ratio" in text
+    assert not [old for old, _, _ in OLD_NAMES if old in text]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--kv-compress", "0.5", "--kv-bytes", "9"], "exactly one"), (["-ctk", "q9"], "is no type of a cache"),
+        (["--compression-ratio", "0.5", "--max-kv-bytes", "9"], "exactly one"), (["-ctk", "q9"], "is not a type of a KV cache"),
         (["--api-key-file", "none"], "cannot be read"), (["--chat-template-file", "none"], "cannot be read"),
         (["--kv-save-idle", "9"], "slot_save_path"), (["--slot-save-path", "none"], "is no folder"),
-        (["--reasoning-format", "loud"], "is none of"), (["--kv-compress", "0.5", "--kv-method", "magic"], "magic"),
+        (["--reasoning-format", "loud"], "is none of"), (["--compression-ratio", "0.5", "--method", "magic"], "magic"),
+        (["--max-kv-bytes", "9 bytes"], "max_kv_bytes='9 bytes' is not a size"), (["--kv-budget", "0"], "kv_budget='0' is less than 1 byte"),
+        (["--kv-save-idle", "1XB"], "kv_save_idle='1XB' is not a size"), (["--compression-ratio", "1"], "compression_ratio=1.0"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused_in_a_line(options_of, arguments, words):
