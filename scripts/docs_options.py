@@ -23,15 +23,13 @@ from typing import Any
 
 import typer
 
-ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "options.md"
-sys.path.insert(0, str(ROOT))
-
 from kvcompose_gguf.cli import app
 from kvcompose_gguf.methods import METHODS
 from kvcompose_gguf.methods.allocation import ByEvictionError, GlobalRanking, Pyramid, Uniform
 from kvcompose_gguf.methods.base import Method
 
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "options.md"
 _BLOCK = re.compile(r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
 _ATTRIBUTE = re.compile(r"(\w+(?:, \w+)*): (.*)")
 #: not for users: what evaluation/variants.py tries
