@@ -140,7 +140,8 @@ def test_commands_and_their_options_exist(document: Path, options: ModuleType) -
         if name is None:
             wrong.append(line)
             continue
-        accepted = {opt for param in known[name].params for opt in (*param.opts, *param.secondary_opts)} | {"--help"}
+        shown = [param for param in known[name].params if not getattr(param, "hidden", False)]  # no old names
+        accepted = {option for param in shown for option in (*param.opts, *param.secondary_opts)} | {"--help"}
         given = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]
         wrong += [f"{word}: {line}" for word in given if word not in accepted]
     assert not wrong
