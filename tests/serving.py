@@ -118,12 +118,13 @@ class Gate:
 
 
 @contextlib.contextmanager
-def gate_before(owner: type, name: str) -> Iterator[Gate]:
-    """A gate before every call of ``owner``'s method; it is open again at the end."""
+def gate_before(owner: type, name: str, thread: str = "") -> Iterator[Gate]:
+    """A gate before every call of ``owner``'s method, of threads with this in their names; it is open at the end."""
     gate, original = Gate(), getattr(owner, name)
 
     def method(*args: Any, **kwargs: Any) -> Any:
-        gate.arrive()
+        if thread in threading.current_thread().name:
+            gate.arrive()
         return original(*args, **kwargs)
 
     setattr(owner, name, method)
@@ -134,9 +135,9 @@ def gate_before(owner: type, name: str) -> Iterator[Gate]:
         setattr(owner, name, original)
 
 
-def decodes() -> contextlib.AbstractContextManager[Gate]:
-    """A gate before every decode, in the thread that wants it: a held slot does not hold the others."""
-    return gate_before(Turns, "run")
+def decodes(thread: str = "slot-") -> contextlib.AbstractContextManager[Gate]:
+    """A gate before every decode, in the thread that wants it: a slot that is held does not hold the others."""
+    return gate_before(Turns, "run", thread)
 
 
 class Asking:

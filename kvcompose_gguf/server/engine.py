@@ -23,6 +23,9 @@ from .slots import Busy, Cancelled, Slot, TimedOut, Turns
 #: share of a prompt that has to be in a slot's cache already for the slot to be chosen for it
 MIN_SIMILARITY = 0.1
 
+#: seconds, for deadlines
+now = time.monotonic
+
 #: cells beside a prompt's own: those of an empty cache, or of a chunk that scores it
 N_SCRATCH = 768
 
@@ -39,7 +42,7 @@ class Job:
         method: that compresses the prompt, which decides what can be continued.
         reuse: what a cache has of the prompt need not be evaluated.
         id: its number among all.
-        deadline: on ``time.monotonic``'s clock, after which it ends.
+        deadline: on ``now``'s clock, after which it ends.
         future: of the result.
     """
 
@@ -67,7 +70,7 @@ class Job:
     @property
     def is_late(self) -> bool:
         """Whether its time is over."""
-        return time.monotonic() > self.deadline
+        return now() > self.deadline
 
     def check(self) -> None:
         """Raise if its result is of no use.
@@ -175,7 +178,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise Busy("the server is about to end")
-            job.id, job.deadline = next(self._numbers), time.monotonic() + self._timeout
+            job.id, job.deadline = next(self._numbers), now() + self._timeout
             self._waiting.append(job)
             self._start_waiting()
             if len(self._waiting) > self._n_queue:
