@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 import uvicorn
 from fastapi.testclient import TestClient
@@ -19,6 +20,7 @@ from fastapi.testclient import TestClient
 from kvcompose_gguf import KVCompose
 from kvcompose_gguf.server.app import create_app
 from kvcompose_gguf.server.command import make_engine
+from kvcompose_gguf.server.engine import Job
 from kvcompose_gguf.server.options import ServeOptions
 from kvcompose_gguf.server.slots import Turns
 
@@ -67,10 +69,12 @@ def running(options: ServeOptions) -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(create_app(options, lambda: make_engine(options)), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        until(lambda: server.started)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(TIMEOUT)
+        try:
+            until(lambda: server.started)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(TIMEOUT)
         assert not thread.is_alive()
 
 
@@ -138,6 +142,20 @@ def gate_before(owner: type, name: str, thread: str = "") -> Iterator[Gate]:
 def decodes(thread: str = "slot-") -> contextlib.AbstractContextManager[Gate]:
     """A gate before every decode, in the thread that wants it: a slot that is held does not hold the others."""
     return gate_before(Turns, "run", thread)
+
+
+@contextlib.contextmanager
+def cancelling() -> Iterator[threading.Event]:
+    """An event that is set when the server cancels a request: its client has gone, or it has been answered."""
+    cancelled, cancel = threading.Event(), Job.cancel
+
+    def told(self: Job) -> None:
+        cancel(self)
+        cancelled.set()
+
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(Job, "cancel", told)
+        yield cancelled
 
 
 class Asking:

@@ -12,9 +12,8 @@ from typing import Any
 import openai
 import pytest
 import tiny
-from serving import TIMEOUT, decodes, running, until
+from serving import TIMEOUT, cancelling, decodes, running, until
 
-from kvcompose_gguf.server.engine import Job
 from kvcompose_gguf.server.options import ServeOptions
 
 CONFIG = tiny.GQA
@@ -90,14 +89,7 @@ def test_the_openai_package_understands_errors(client, address):
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "at once"])
 def test_a_client_that_goes_stops_its_work(address, stream):
     host, port = address.removeprefix("http://").split(":")
-    cancelled, cancel = threading.Event(), Job.cancel
-
-    def told(self: Job) -> None:
-        cancel(self)
-        cancelled.set()
-
-    with decodes() as held, pytest.MonkeyPatch.context() as patches:
-        patches.setattr(Job, "cancel", told)
+    with decodes() as held, cancelling() as cancelled:
         held.let(3)
         asking = http.client.HTTPConnection(host, int(port))
         body = {"prompt": "Once", "n_predict": 900, "ignore_eos": True, "stream": stream}
@@ -152,8 +144,8 @@ def test_a_short_answer_does_not_wait_for_a_long_prompt(client):
     assert held.n_passed == 15 + 3
 
 
-def test_a_slot_that_works_says_what_it_does(client, address):
-    with decodes() as held:
+def test_a_slot_that_works_says_what_it_does_until_the_stream_is_closed(client, address):
+    with decodes() as held, cancelling() as cancelled:
         held.let(6)
         stream = client.completions.create(
             model="tiny", prompt="Once", max_tokens=800, stream=True, extra_body={"ignore_eos": True, "top_k": 9}
@@ -163,12 +155,13 @@ def test_a_slot_that_works_says_what_it_does(client, address):
         held.wait_held()
         (slot,) = busy(address)
         stream.close()
+        assert cancelled.wait(TIMEOUT)
+        held.open()
+        until(lambda: not busy(address))
     (step,) = slot["next_token"]
-    assert step["has_next_token"]
-    assert step["n_decoded"] >= 5
-    assert step["n_remain"] == 800 - step["n_decoded"]
+    assert step == {"has_next_token": True, "has_new_line": step["has_new_line"], "n_remain": 794, "n_decoded": 6}
     assert (slot["params"]["top_k"], slot["n_prompt_tokens_processed"] + slot["n_prompt_tokens_cache"] > 0) == (9, True)
-    until(lambda: not busy(address))
+    assert held.n_passed == 7
 
 
 def test_langchains_chat_model(address):
