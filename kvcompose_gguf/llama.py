@@ -5,61 +5,92 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGMLQuantizationType
 
-from . import kernels, seam, states
+from . import __version__, kernels, seam, sessions, states
+from .access import Access, changes_cache, inherits, reads_cache, reads_model, seal
+from .composed import Composed
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
 from .geometry import KVCells, LayerGeometry
-from .methods.base import Method
-from .native import library
+from .identity import Identity, model_id
+from .methods.base import Method, choice_of
+from .native import bindings, library
 from .native.session import KVSession, start_small
 from .plan import CompositionPlan
+from .progress import Meter, Progress
 from .queries import AttentionRequest, Evidence, QueryStates
 from .report import KVReport
 from .rows import cached_rows, write_values
 from .scoring import Attention, Decoder, collect_attention, collect_queries
+from .sessions import SessionInfo, Snapshot
 
 llama_cpp = library.load()
 
 T = TypeVar("T")
 
+#: options of a context that change the rotation of its keys
+_ROPE_SETTINGS = (
+    "rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast",
+    "yarn_beta_slow", "yarn_orig_ctx",
+)  # fmt: skip
+
 #: cells of an empty elastic cache, and those that are kept free behind a prompt
 START_CELLS = 256
 
 
+@inherits(
+    {
+        changes_cache: (
+            "__call__", "create_completion", "create_chat_completion", "create_chat_completion_openai_v1",
+            "create_embedding", "embed", "sample",
+        ),
+        reads_model: (
+            "__getstate__", "detokenize", "n_ctx", "n_embd", "n_vocab", "pooling_type", "token_bos", "token_eos",
+            "token_nl", "tokenize", "tokenizer",
+        ),
+    }
+)  # fmt: skip
 class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     """llama-cpp-python's ``Llama`` with KV-cache compression.
 
     A prompt is prefilled, scored and composed before its first token is sampled; prompts that begin with the
     compressed context continue on it. With ``kv_compressor=None`` this is the original class.
 
+    Several threads may share one object: a call waits for those of other threads. While a stream is open, calls that
+    change the cache raise ``StateError``; exhaust the stream or ``close()`` it first. After ``close()``, or after the
+    end of a ``with`` block, everything raises ``StateError``.
+
     Args:
         kv_compressor: the method and its options, or ``None``.
-        elastic: the cache has memory for what it holds and not for all of ``n_ctx``: it grows in steps, shrinks when
-            composed and is small again after ``reset()``. False: all of it from the start, as in the original.
+        elastic: allocate memory only for the tokens that the cache holds. The cache then grows in steps, shrinks when
+            it is composed and is small again after ``reset()``. False: allocate all of ``n_ctx``, as the original does.
         **kwargs: as for ``llama_cpp.Llama``.
     Raises:
         UnsupportedError: this model, its cache or the other arguments cannot be combined with compression.
     """
 
     n_tokens: int  # of llama_cpp.Llama: tokens in the cache
+    _kv_session: KVSession | None = None
 
     def __init__(
         self, model_path: str, *, kv_compressor: Method | None = None, elastic: bool = True, **kwargs: Any
     ) -> None:
+        self._access = Access()
         self._stack = contextlib.ExitStack()  # what the original's close() closes, should this not get further
         self._method: Method | None = None
         _check_method(kv_compressor)
-        #: figures of the latest compression, None before the first
+        #: figures of the cache's compression, None while it is a full one that nobody asked to compress
         self.kv_report: KVReport | None = None
-        self._compressed: list[int] = []  # tokens of the compressed context, empty: the cache is a full one
-        self._kv_session: KVSession | None = None
-        self._swa_state: Any = None  # of the sliding-window layers at the end of the compressed context
+        self._composed: Composed | None = None  # None: the cache is a full one
+        self._meter = Meter()
+        self._own_identity: Identity | None = None
         # embed() empties the cache before every batch: it would shrink and grow each time
         self._elastic = elastic and not kwargs.get("embedding", False)
         self._n_seen = 0  # tokens that came through eval(): image handlers decode past it
@@ -71,19 +102,45 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self.close()
             raise
 
+    def close(self) -> None:
+        """Free the context and the model, once running calls have ended; everything else then raises StateError."""
+        with self._access.closing() as first:
+            if not first:
+                return
+            if self._kv_session is not None:
+                self._kv_session.close()
+            super().close()
+            for name in ("_ctx", "_model", "_batch"):  # tokenizers, generators and others may hold them
+                if name in self.__dict__:
+                    seal(self.__dict__[name])
+        seal(self)
+
+    def __enter__(self) -> Llama:
+        with self._access.look():
+            return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     @property
     def kv_compressor(self) -> Method | None:
-        """The method that the next prompt is compressed with; it may be changed at any time."""
+        """The method that the next prompt is compressed with.
+
+        It may be changed at any time: a prompt that another method has compressed is read again for the new one, and
+        for ``None`` into a full cache.
+        """
         return self._method
 
     @kv_compressor.setter
+    @changes_cache
     def kv_compressor(self, method: Method | None) -> None:
         _check_method(method)
         if method is not None:
             if method.simulated:
                 raise UnsupportedError(f"{type(method).__name__} is only simulated: kvcompose eval")
             method = method.for_model(Path(self.model_path))
-            self._session.set_fast_attention(True)  # raises if this context cannot be compressed
+            method.check_budget(self._session.layers)  # raises if this context cannot be compressed
+            self._session.set_fast_attention(True)
             kernels.warm_up()
         elif self._kv_session is not None:
             self._session.set_fast_attention(False)
@@ -99,11 +156,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     # compression
     #
 
-    def compress(self, context: str | bytes | Sequence[int]) -> KVReport:
+    @changes_cache
+    def compress(
+        self, context: str | bytes | Sequence[int], on_progress: Callable[[Progress], None] | None = None
+    ) -> KVReport:
         """Prefill and compress a context now, without generating; prompts that begin with it continue on it.
 
         Args:
             context: text, tokenized as ``create_completion`` does, or token ids.
+            on_progress: called after every batch of tokens that is read or scored.
         Returns:
             The figures, also kept as ``kv_report``.
         Raises:
@@ -114,28 +175,37 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise ConfigError("compress() needs Llama(..., kv_compressor=KVCompose(...))")
         tokens = self._prompt_tokens(context)
         if not tokens:
-            raise ConfigError("the context is empty")
-        return self._compress(tokens, self.kv_compressor)
+            raise ConfigError("the context is empty: it has no token")
+        self._meter = Meter(on_progress)
+        try:
+            return self._compress(tokens, self.kv_compressor)
+        finally:
+            self._meter = Meter()
 
     @property
+    @reads_cache
     def session(self) -> KVSession:
-        """The context as numpy sees it: rows, scores, probes."""
+        """The context as numpy sees it: rows, scores, probes. Not for use while another thread decodes."""
         return self._session
 
+    @reads_cache
     def decoder(self) -> Decoder:
         """What scoring needs of this model."""
         return _Decoder(self)
 
     @property
+    @reads_model
     def n_ctx_train(self) -> int:
         """Tokens that the model was made for."""
         return int(self._model.n_ctx_train())
 
     @property
+    @reads_cache
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
         """The layers that are compressed, in order."""
         return self._session.layers
 
+    @changes_cache
     def prefill(self, context: str | bytes | Sequence[int]) -> int:
         """Bring exactly ``context`` into a full cache; returns how many tokens had to be evaluated.
 
@@ -144,6 +214,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """
         return self._prefill(self._prompt_tokens(context))
 
+    @changes_cache
     def write_values(self, values: Sequence[npt.NDArray[np.float32]]) -> None:
         """Replace the values of first rows, for each layer float32 ``(n_head_kv, n_rows, n_embd_head_v)``."""
         if len(values) > len(self.kv_layers):
@@ -151,6 +222,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         for ikv, rows in enumerate(values):
             write_values(self._session, ikv, rows)
 
+    @changes_cache
     def observe(self, context: str | bytes | Sequence[int], method: Method, suffix: Sequence[int] = ()) -> Evidence:
         """Prefill a context and collect what ``method`` asks to see, for ``method.plan()``; the cache stays full.
 
@@ -164,6 +236,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         tokens = self._prompt_tokens(context)
         return self._evidence(tokens, self._attention(tokens, method.attention_request, suffix, method), method)
 
+    @changes_cache
     def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
         """Apply ``plan`` to the cache; prompts that begin with its tokens continue on it.
 
@@ -173,21 +246,33 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             ConfigError: the plan does not fit this cache.
             StateError: the cache is not exactly the plan's tokens, or is composed already.
         """
-        if self._compressed:
-            raise StateError(f"the cache is compressed already, from {len(self._compressed)} tokens: reset() first")
-        tokens = self._input_ids[: plan.n_tokens].tolist()
-        swa_state = states.save_windows(self.ctx, self._session.state())
+        if self._composed is not None:
+            raise StateError(f"the cache is compressed already, from {self.n_context} tokens: reset() first")
+        tokens = tuple(self._input_ids[: plan.n_tokens].tolist())
+        windows = states.save_windows(self.ctx, self._session.state())
+        composed = Composed(tokens, choice_of(self._method), plan.bits(), windows)
         try:
             self._session.compose(plan, n_room)
         finally:  # Ctrl-C may arrive after the cache has changed
-            self._compressed = tokens if self._session.state().n_composed else []
-            self._swa_state = swa_state
+            self._composed = composed if self._session.state().n_composed else None
 
+    @property
+    def n_context(self) -> int:
+        """Tokens of the compressed context, which cannot be cut; 0: the cache is a full one."""
+        return 0 if self._composed is None else len(self._composed.tokens)
+
+    @property
+    def _compressed(self) -> list[int]:
+        """Tokens of the compressed context; empty: the cache is a full one."""
+        return [] if self._composed is None else list(self._composed.tokens)
+
+    @reads_cache
     def kv_cells(self, il: int) -> KVCells:
         """Rows of the ``il``-th cached layer: allocated, and used by a composite or a token."""
         return self._session.cells(il)
 
     @property
+    @reads_cache
     def kv_bytes(self) -> int:
         """Bytes of all K and V buffers, now; sliding-window layers, which stay as they are, do not count."""
         return self._session.state().n_bytes
@@ -200,22 +285,23 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
         session = self._session
         compressing = n_tokens >= method.min_tokens
-        if compressing:
-            method.check_budget(session.layers, n_tokens)
         attention = self._attention(tokens, method.attention_request if compressing else None, suffix, method)
         kv_bytes_before = session.state().n_bytes
         n_kept = np.full(len(session.layers), n_tokens)
+        forced = (0, 0)
         state_seconds = score_seconds = plan_seconds = compose_seconds = 0.0
         if compressing:
             evidence, state_seconds = _timed(lambda: self._evidence(tokens, attention, method))
             scores, score_seconds = _timed(lambda: method.scores(evidence))
             plan, plan_seconds = _timed(lambda: method.plan(evidence, scores))
             _, compose_seconds = _timed(lambda: self.compose(plan, method.n_room))
-            n_kept = plan.n_kept
+            n_kept, forced = plan.n_kept, method.forced(session.layers, n_tokens)
 
         self.kv_report = KVReport(
             n_tokens=n_tokens,
             n_kept=n_kept,
+            n_sink=forced[0],
+            n_recent=forced[1],
             kv_bytes_full=n_tokens * sum(layer.n_bytes_row for layer in session.layers),
             kv_bytes_kept=int(sum(n * layer.n_bytes_row for n, layer in zip(n_kept, session.layers, strict=True))),
             kv_bytes_before=kv_bytes_before,
@@ -245,10 +331,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _evidence(self, tokens: list[int], attention: Attention, method: Method) -> Evidence:
         """What ``method`` may look at, now that ``tokens`` are in a full cache."""
-        session, n_tokens, states = self._session, len(tokens), None
+        session, n_tokens, query_states = self._session, len(tokens), None
         if method.state_request is not None:
             queries = collect_queries(session, self.decoder(), method.state_request, tokens)
-            states = lambda l: QueryStates(queries[l], lambda rows, pos: session.rope(l, rows, pos))  # noqa: E731
+            query_states = lambda l: QueryStates(queries[l], lambda rows, pos: session.rope(l, rows, pos))  # noqa: E731
         return Evidence(
             n_tokens,
             session.layers,
@@ -256,7 +342,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             attention.n_window,
             keys=lambda l: cached_rows(session, l, "k", n_tokens),
             values=lambda l: cached_rows(session, l, "v", n_tokens),
-            states=states,
+            states=query_states,
             unrotate=lambda l: lambda rows, pos: session.rope(l, rows, pos, inverse=True),
         )
 
@@ -264,7 +350,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         """Bring exactly ``tokens`` into a full cache; returns how many had to be evaluated."""
         if len(tokens) > self._n_ctx:
             raise ContextLengthError(f"{len(tokens)} tokens do not fit into n_ctx={self._n_ctx}")
-        n_reused = 0 if self._compressed or not keep_prefix else seam.common_prefix(self._input_ids.tolist(), tokens)
+        n_reused = 0 if self._composed or not keep_prefix else seam.common_prefix(self._input_ids.tolist(), tokens)
         if n_reused < self.n_tokens and self._session.state().n_cells_swa:
             n_reused = 0  # sliding windows forget: going back needs tokens that they do not have any more
         if n_reused == 0 or not self._ctx.kv_cache_seq_rm(-1, n_reused, -1):
@@ -272,27 +358,30 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             n_reused = 0
         self.n_tokens = n_reused
         self._requires_eval = True
+        self._meter.begin("reading", len(tokens) - n_reused)
         if n_reused < len(tokens):
             self.eval(tokens[n_reused:])
         return len(tokens) - n_reused
 
     def _back_to_context(self) -> None:
         """Forget what follows the compressed context, with the sliding windows as they were at its end."""
-        n_context, self.n_tokens = len(self._compressed), 0  # if this does not get to its end, all is forgotten
+        assert self._composed is not None
+        assert self._composed.windows is not None
+        n_context, self.n_tokens = self.n_context, 0  # if this does not get to its end, all is forgotten
         self._ctx.kv_cache_seq_rm(-1, n_context, -1)
-        states.load_windows(self.ctx, self._swa_state)
+        states.load_windows(self.ctx, self._composed.windows)
         self.n_tokens = n_context
 
     @contextlib.contextmanager
     def _on_top(self, pos: int) -> Iterator[None]:
-        swa_state = states.save_windows(self.ctx, self._session.state())
+        windows = states.save_windows(self.ctx, self._session.state())
         n_tokens, self.n_tokens = self.n_tokens, 0  # as above
         try:
             yield
         finally:
             self._ctx.kv_cache_seq_rm(-1, pos, -1)
-            if swa_state is not None:
-                states.load_windows(self.ctx, swa_state)
+            if windows is not None:
+                states.load_windows(self.ctx, windows)
             self.n_tokens = n_tokens
 
     #
@@ -311,6 +400,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         bos = [self.token_bos()] if self.adds_bos else []
         return bos + self._tokens(prompt)
 
+    @reads_model
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes of a token; of a control token none, or with ``special`` its name."""
         size = 64
@@ -337,22 +427,37 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def generate(
         self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
     ) -> Generator[int, Any, None]:
-        """As ``llama_cpp.Llama.generate``; a long prompt is compressed before its first token is sampled."""
-        if reset and (self.kv_compressor is not None or self._compressed):
-            self._prepare(list(tokens), self.kv_compressor)
+        """As ``llama_cpp.Llama.generate``; a long prompt is compressed before its first token is sampled.
+
+        Raises:
+            ConfigError: from the first ``next()``: there is no token to go on from.
+        """
+        with self._access.look():
+            return self._access.stream(self._generate(list(tokens), *args, reset=reset, **kwargs))
+
+    def _generate(self, tokens: list[int], *args: Any, reset: bool, **kwargs: Any) -> Generator[int, Any, None]:
+        if not tokens and (reset or not self.n_tokens):
+            raise ConfigError("the prompt is empty: it has no token to go on from")
+        if reset and (self._method is not None or self._composed is not None):
+            self._prepare(tokens, self._method)
         yield from super().generate(tokens, *args, reset=reset, **kwargs)
 
     def _prepare(self, tokens: list[int], method: Method | None) -> None:
         """Leave a cache that holds the compressed beginning of ``tokens``, for generate() to go on from."""
-        if self._compressed:
+        if self._composed is not None:
+            n_context = self.n_context
             # the last token's logits are needed, so at least one has to be left to evaluate
-            if len(tokens) > len(self._compressed) and tokens[: len(self._compressed)] == self._compressed:
-                if self._swa_state is not None and seam.common_prefix(self._input_ids.tolist(), tokens) < self.n_tokens:
-                    self._back_to_context()
+            continues = len(tokens) > n_context and tuple(tokens[:n_context]) == self._composed.tokens
+            if continues and self._composed.choice == choice_of(method):
+                if self._composed.windows is not None:
+                    n_same = seam.common_prefix(self._input_ids.tolist(), tokens)
+                    if n_same < self.n_tokens:
+                        self._back_to_context()
                 return
             self.reset()
         if self.n_tokens > self._n_seen:
             return  # part of the prompt is no text: its tokens cannot be evaluated again
+        self.kv_report = None
         if method is None:
             return
         n_context = len(tokens) - max(1, method.keep_last)
@@ -361,29 +466,33 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _create_completion(self, prompt: Any, suffix: str | None = None, echo: bool = False, **kwargs: Any) -> Any:
         # only here are a prompt's tokens still unknown to the caller, whose offsets have to agree with them
-        if self._compressed and suffix is None and not (echo and isinstance(prompt, str)):
+        if self._composed is not None and suffix is None and not (echo and isinstance(prompt, str)):
             tokens = self._prompt_tokens(prompt)
             joined = self._at_seam(tokens)
             if joined is not None and joined != tokens:
                 prompt = joined
-        return super()._create_completion(prompt=prompt, suffix=suffix, echo=echo, **kwargs)
+        return self._access.stream(super()._create_completion(prompt=prompt, suffix=suffix, echo=echo, **kwargs))
 
+    @changes_cache
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``llama_cpp.Llama.eval``; never compresses."""
         self._begin_eval(len(tokens))
-        super().eval(tokens)
-        self._n_seen = self.n_tokens
+        for first in range(0, len(tokens), self.n_batch):
+            part = tokens[first : first + self.n_batch]
+            super().eval(part)
+            self._n_seen = self.n_tokens
+            self._meter.add(len(part))
 
     def _begin_eval(self, n: int) -> None:
-        if 0 < self.n_tokens < len(self._compressed):
-            raise StateError(
-                f"position {self.n_tokens} lies inside of {len(self._compressed)} compressed tokens: reset() first"
-            )
-        if self._compressed and self.n_tokens == 0:
+        if 0 < self.n_tokens < self.n_context:
+            where = f"position {self.n_tokens} lies inside of {self.n_context} compressed tokens"
+            raise StateError(f"{where}: reset() first")
+        if self._composed is not None and self.n_tokens == 0:
             self.reset()
-        if self._elastic and n > START_CELLS and not self._compressed:
+        if self._elastic and n > START_CELLS and self._composed is None:
             self._reserve(self.n_tokens + n + START_CELLS)
 
+    @changes_cache
     def eval_logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Evaluate ``tokens`` behind what is in the cache, all at once: the logits after each, ``(n, n_vocab)``.
 
@@ -407,6 +516,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._n_seen = self.n_tokens
         return rows
 
+    @changes_cache
     def truncate(self, n_tokens: int) -> None:
         """Forget what follows the first ``n_tokens`` tokens.
 
@@ -414,23 +524,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             StateError: these are not in the cache, lie inside of a compressed context, or the model has sliding
                 windows, which do not have what came before them any more (``can_truncate``).
         """
-        if not len(self._compressed) <= n_tokens <= self.n_tokens:
-            raise StateError(f"n_tokens={n_tokens} is not in [{len(self._compressed)}, {self.n_tokens}]")
+        if not self.n_context <= n_tokens <= self.n_tokens:
+            raise StateError(f"n_tokens={n_tokens} is not in [{self.n_context}, {self.n_tokens}]")
         if n_tokens < self.n_tokens and (not self.can_truncate or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1)):
             raise StateError(f"what follows token {n_tokens} of {self.n_tokens} cannot be forgotten alone")
         self.n_tokens = n_tokens
         self._requires_eval = True
 
     @property
+    @reads_model
     def adds_bos(self) -> bool:
         """Whether a text's tokens begin with BOS."""
         return bool(self._model.add_bos_token()) and self.token_bos() != -1
 
     @property
+    @reads_cache
     def can_truncate(self) -> bool:
         """Whether any number of last tokens can be forgotten: sliding windows do not have what came before them."""
         return not self._session.state().n_cells_swa
 
+    @reads_model
     def is_end(self, token: int) -> bool:
         """Whether ``token`` ends a generation: end of text, of turn, …"""
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
@@ -440,58 +553,159 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         with contextlib.suppress(UnsupportedError, NativeError):
             self._session.reserve(min(n_cells, self._session.state().n_cells))
 
+    @changes_cache
     def reset(self) -> None:
         """Forget everything; a compressed cache becomes a full one again, and an elastic one small."""
         super().reset()
         self._n_seen = 0
-        if self._compressed or self._elastic:
-            self._compressed = []
-            self._swa_state = None
+        self.kv_report = None
+        if self._composed is not None or self._elastic:
+            self._composed = None
             self._ctx.kv_cache_clear()
         if self._elastic:
             self._reserve(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickling: the arguments that make the same object, as in the original; without its cache."""
-        return {**super().__getstate__(), "kv_compressor": self.kv_compressor, "elastic": self._elastic}
+        """Return the constructor's arguments, as the original does: a pickled Llama has an empty cache."""
+        return {**super().__getstate__(), "kv_compressor": self._method, "elastic": self._elastic}
 
+    @reads_cache
     def save_state(self) -> Any:
         """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is, logits with ``logits_all`` only."""
+        data = states.save(self.ctx).tobytes()
         state: Any = llama_cpp.LlamaState(
             input_ids=self.input_ids.copy(),
             scores=self._scores[: self.n_tokens if self._logits_all else 0].copy(),
             n_tokens=self.n_tokens,
-            llama_state=(data := states.save(self.ctx)),
+            llama_state=data,
             llama_state_size=len(data),
             seed=self._seed,
         )
-        state.kv_compressed = list(self._compressed)
-        state.kv_swa = self._swa_state
+        state.kv_composed, state.kv_report = self._composed, self.kv_report
         return state
 
+    @changes_cache
     def load_state(self, state: Any) -> None:
         """As ``llama_cpp.Llama.load_state``; full and compressed states may follow each other.
 
         Raises:
             StateError: the state is of another model, or its cache does not fit into this one.
         """
-        if state.n_tokens >= self._n_ctx:
-            raise StateError(f"the state has {state.n_tokens} tokens, too many for a context of n_ctx={self._n_ctx}")
-        self.reset()
-        states.load(self.ctx, state.llama_state)
+        self._restore(
+            state.input_ids[: state.n_tokens],
+            state.llama_state,
+            getattr(state, "kv_composed", None),
+            getattr(state, "kv_report", None),
+            choice_of(self._method),
+        )
         if self._logits_all:
             self.scores[: len(state.scores)] = state.scores
-        self.input_ids[: state.n_tokens] = state.input_ids[: state.n_tokens]
-        self.n_tokens = self._n_seen = state.n_tokens
         self._seed = state.seed
+
+    def _restore(
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer],
+        data: bytes | npt.NDArray[np.uint8],
+        composed: Composed | None,
+        report: KVReport | None,
+        choice: str | None,
+    ) -> None:
+        """Fill the cache from saved bytes.
+
+        Args:
+            choice: under which a compressed context is continued; None: the one that it has.
+        """
+        if len(tokens) >= self._n_ctx:
+            raise StateError(f"the state has {len(tokens)} tokens, too many for a context of n_ctx={self._n_ctx}")
+        self.reset()
+        states.load(self.ctx, data)
+        self.input_ids[: len(tokens)] = tokens
+        self.n_tokens = self._n_seen = len(tokens)
         self._requires_eval = True
-        self._compressed = list(getattr(state, "kv_compressed", []))
-        self._swa_state = getattr(state, "kv_swa", None)
+        if composed is not None and choice is not None:
+            composed = replace(composed, choice=choice)
+        self._composed = composed
+        self.kv_report = report
+
+    @reads_cache
+    def save_session(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> SessionInfo:
+        """Write the cache and all that is needed to go on from it to a file, which is replaced when it is whole.
+
+        Args:
+            extra: what the caller wants to find again, JSON values.
+        Raises:
+            StateError: the file cannot be written.
+            ConfigError: ``extra`` is not JSON, or the cache is empty.
+        """
+        return sessions.save(self._snapshot(extra or {}), Path(path))
+
+    @changes_cache
+    def load_session(self, path: str | Path) -> SessionInfo:
+        """Go on from a file of ``save_session``; its context is continued under the present ``kv_compressor``.
+
+        Raises:
+            StateError: the file is missing or damaged, or was made with another model, cache type, setting or version.
+                The cache is as it was.
+        """
+        return self._load_session(Path(path), choice_of(self._method))
+
+    @changes_cache
+    def _load_session(self, path: Path, choice: str | None, name: str = "") -> SessionInfo:
+        """As ``load_session``; the context is continued under ``choice``, or None: only under the one that it has."""
+        name = name or str(path)
+        with sessions.opened(path, name) as (saved, info):
+            self.identity.check_loads(saved.identity, name)
+            if len(saved.tokens) >= self._n_ctx:
+                raise StateError(f"{name} has {len(saved.tokens)} tokens, this context has room for {self._n_ctx}")
+            if not 0 <= saved.tokens.min(initial=0) <= saved.tokens.max(initial=0) < self.n_vocab():
+                raise StateError(f"{name} has tokens that this model does not know")
+            self._restore(saved.tokens, saved.state, saved.composed, saved.report, choice)
+            return info
+
+    def _snapshot(self, extra: Mapping[str, Any], allow_empty: bool = False) -> Snapshot:
+        """The cache and what belongs to it."""
+        if not self.n_tokens and not allow_empty:
+            raise ConfigError("the cache is empty: read something before you save it")
+        kv_bytes = 0
+        with contextlib.suppress(UnsupportedError):  # the cache of such a model can be saved, not compressed
+            kv_bytes = self._session.state().n_bytes
+        tokens = self._input_ids.astype(np.int32)
+        data = states.save(self.ctx)
+        return Snapshot(self.identity, tokens, data, self._composed, self.kv_report, kv_bytes, dict(extra))
+
+    @property
+    @reads_model
+    def identity(self) -> Identity:
+        """What the cached rows depend on: model, options of the context, versions."""
+        if self._own_identity is None:
+            self._own_identity = identity_of(self)
+        return self._own_identity
 
 
 def _check_method(method: Any) -> None:
     if method is not None and not isinstance(method, Method):
         raise ConfigError(f"kv_compressor={method!r} is not a method, e.g. KVCompose(compression_ratio=0.75)")
+
+
+def identity_of(llama: Llama) -> Identity:
+    """What the cached rows of ``llama`` depend on: its model, options of its context, versions."""
+    params, kinds = llama.context_params, GGMLQuantizationType
+    settings = {
+        "type_k": kinds(params.type_k).name.lower(),
+        "type_v": kinds(params.type_v).name.lower(),
+        "flash_attn": params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+        "swa_full": bool(params.swa_full),
+        "lora_path": llama.lora_path,
+        "lora_scale": llama.lora_scale if llama.lora_path else None,
+        "kv_overrides": repr(llama.kv_overrides) if llama.kv_overrides else None,
+        **{name: getattr(params, name) for name in _ROPE_SETTINGS},
+    }
+    versions = {
+        "kvcompose-gguf": __version__,
+        "llama.cpp": bindings.declare(llama_cpp.llama_cpp._lib).llama_kvc_commit().decode(),
+        "llama-cpp-python": llama_cpp.__version__,
+    }
+    return Identity(Path(llama.model_path).name, model_id(Path(llama.model_path)), settings, versions)
 
 
 class _Decoder:
@@ -500,6 +714,7 @@ class _Decoder:
     def __init__(self, llama: Llama) -> None:
         self._llama = llama
         self.n_batch = llama.n_batch
+        self.meter = llama._meter
         self.n_ubatch = int(llama_cpp.llama_n_ubatch(llama.ctx))
 
     def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
@@ -510,6 +725,7 @@ class _Decoder:
         llama._batch.set_batch(batch=tokens, n_past=pos, logits_all=False)
         llama._batch.batch.logits[len(tokens) - 1] = False  # no output: the model's head is not computed
         llama._ctx.decode(llama._batch)
+        self.meter.add(len(tokens))
 
     def on_top(self, pos: int) -> contextlib.AbstractContextManager[None]:
         return self._llama._on_top(pos)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,36 @@ class CompositionPlan:
     def n_kept(self) -> npt.NDArray[np.int64]:
         """Returns how many composite tokens every layer keeps, int64 ``(n_layer,)``."""
         return np.array([cells.shape[1] for cells in self.cells], dtype=np.int64)
+
+    def bits(self) -> npt.NDArray[np.uint8]:
+        """The plan with one bit a token: uint8 ``(sum of n_head_kv, ceil(N / 8))``, KV heads of all layers in order."""
+        rows = []
+        for cells in self.cells:
+            kept = np.zeros((cells.shape[0], self.n_tokens), dtype=np.bool_)
+            np.put_along_axis(kept, cells, True, axis=1)
+            rows.append(np.packbits(kept, axis=1))
+        return np.concatenate(rows)
+
+    @classmethod
+    def from_bits(cls, n_tokens: int, n_head_kv: Sequence[int], bits: npt.NDArray[np.uint8]) -> CompositionPlan:
+        """The plan that ``bits()`` was made from.
+
+        Args:
+            n_head_kv: KV heads of every layer.
+        Raises:
+            ConfigError: another shape, or heads of one layer that keep different numbers of tokens.
+        """
+        shape = (sum(n_head_kv), -(-n_tokens // 8))
+        if bits.shape != shape or bits.dtype != np.uint8:
+            raise ConfigError(f"bits are {bits.dtype} {bits.shape}, uint8 {shape} is needed")
+        kept = np.unpackbits(bits, axis=1, count=n_tokens)
+        cells = []
+        for l, rows in enumerate(np.split(kept, np.cumsum(n_head_kv)[:-1])):
+            n_kept = rows.sum(axis=1, dtype=np.int64)
+            if (n_kept != n_kept[0]).any():
+                raise ConfigError(f"the KV heads of layer {l} keep different numbers of tokens, {n_kept.tolist()}")
+            cells.append(np.nonzero(rows)[1].reshape(len(rows), n_kept[0]).astype(np.int32))
+        return cls(n_tokens, tuple(cells))
 
     @classmethod
     def keep_all(cls, n_tokens: int, n_head_kv: list[int]) -> CompositionPlan:

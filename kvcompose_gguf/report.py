@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ class KVReport:
         prefill_seconds, score_seconds, plan_seconds, compose_seconds: wall time of the steps.
         n_prefilled: tokens evaluated by the prefill; less than ``n_tokens`` if a prefix was in the cache.
         scoring_chunk: query tokens at a time, as it was possible; 0 if they were the prefill's own.
+        n_sink, n_recent: first and last tokens of the context that every head keeps; fewer than the method asks for
+            where its budget does not buy them.
     """
 
     n_tokens: int
@@ -35,6 +38,26 @@ class KVReport:
     compose_seconds: float
     n_prefilled: int
     scoring_chunk: int
+    n_sink: int = 0
+    n_recent: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, for ``from_json``."""
+        return {**vars(self), "n_kept": self.n_kept.tolist()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> KVReport:
+        """The report that ``to_json`` was called on.
+
+        Raises:
+            TypeError, ValueError: other fields, or values that are not a report's.
+        """
+        kinds = {field.name: int if field.type == "int" else float for field in fields(cls)}
+        numbers = {name: kinds[name](value) for name, value in values.items() if name != "n_kept"}
+        report = cls(**numbers, n_kept=np.array(values["n_kept"], dtype=np.int64))  # type: ignore[arg-type]
+        if report.n_tokens < 1 or report.n_kept.ndim != 1 or not report.n_kept.size:
+            raise ValueError("a report of no context")
+        return report
 
     @property
     def compression_ratio(self) -> float:

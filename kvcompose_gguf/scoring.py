@@ -13,6 +13,7 @@ import numpy as np
 from .errors import ConfigError, ContextLengthError
 from .kernels.types import FloatArray
 from .native.session import KVSession
+from .progress import Meter
 from .queries import AttentionRequest, Prefill, Prompts, Queries, StateRequest, Window
 
 #: tokens of the pieces that ``scoring_fraction`` takes: long enough for each to be text
@@ -27,6 +28,8 @@ class Decoder(Protocol):
 
     n_batch: int
     n_ubatch: int
+    #: counts the tokens of ``decode``
+    meter: Meter
 
     def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
         """Bring exactly ``tokens`` into the cache; returns how many were evaluated.
@@ -204,6 +207,7 @@ class _Collector:
         n_prefilled = self.decoder.prefill(tokens, True)
         prefilled = time.perf_counter()
         self.session.reserve(n_tokens + n_words + chunk)
+        self.decoder.meter.begin("scoring", sum(map(len, chunks)))
         scores: list[list[FloatArray]] = []
         for judges in [[query] for query in chunks] if own else [chunks]:
             with self.scoring(n_tokens):

@@ -139,8 +139,8 @@ def test_a_loaded_state_brings_the_windows_with_it(make_llama, method):
     next(llama.generate(context + second, temp=0.0))
     want = last_logits(llama)
     llama.reset()
+    llama.kv_compressor = method  # what is loaded is continued under the method of now
     llama.load_state(state)
-    llama.kv_compressor = method
     for question in (first, second):
         next(llama.generate(context + question, temp=0.0))
     assert np.abs(last_logits(llama) - want).max() <= 1e-3

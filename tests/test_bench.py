@@ -165,11 +165,15 @@ def test_a_waiting_worker_takes_no_cpu_time_and_a_dead_one_is_noticed(
         worker.read()
         assert worker.decode() > 0
         process = psutil.Process(worker.pid)
-        time.sleep(0.2)  # OpenMP's threads spin for some milliseconds
-        before = process.cpu_times()
-        time.sleep(0.5)
-        after = process.cpu_times()
-        assert after.user + after.system - before.user - before.system < 0.05
+
+        def seconds_used() -> float:
+            before = process.cpu_times()
+            time.sleep(0.5)
+            after = process.cpu_times()
+            return after.user + after.system - before.user - before.system
+
+        # OpenMP's threads spin for a while first, on a machine with other work for longer
+        assert any(seconds_used() < 0.05 for _ in range(120))
         process.kill()
         with pytest.raises(NativeError, match=r"full f16 at n_tokens=32: the process ended with exit code"):
             worker.decode()

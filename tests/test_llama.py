@@ -258,7 +258,7 @@ def test_the_state_of_a_compressed_cache_round_trips(make_llama, flash_attn):
     other.load_state(state)
     assert [other.kv_cells(il) for il in range(3)] == cells
     assert greedy(other, prompt, 20) == want
-    assert other.kv_report is None  # nothing was compressed anew
+    assert other.kv_report is state.kv_report  # the state's, nothing was compressed anew
     # decoding goes on, beyond the room that was saved
     for start in range(0, 400, 50):
         other.eval(tiny.tokens(tiny.GQA, 50, seed=start))
@@ -288,8 +288,9 @@ def test_a_prompt_cache_holds_compressed_states(make_llama):
     llama.set_cache(llama_cpp.LlamaRAMCache())
     text = "The keeper of the tower writes the weather down every morning and every evening. " * 3
     first = llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"]
-    llama.create_completion("Something else entirely.", max_tokens=6)
     report = llama.kv_report
+    llama.create_completion("Something else entirely.", max_tokens=6)
+    assert llama.kv_report is None  # of a prompt that is too short
     assert llama._session.state().n_composed == 0
     assert llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"] == first
     assert llama.kv_report is report  # the compressed state came back, the prompt was not prefilled again
@@ -498,11 +499,32 @@ def test_logits_after_a_reset_are_those_of_an_empty_cache(make_llama):
         assert np.abs(llama.eval_logits(AFTER) - want).max() < 1e-4
 
 
-def test_a_budget_below_what_has_to_be_kept_is_found_before_anything_is_evaluated(make_llama):
-    llama = make_llama(method=KVCompose(n_kept=8, n_sink=10, min_tokens=100, keep_last=0))
-    with pytest.raises(ConfigError, match="24 composites cannot be kept"):
-        llama.compress(CONTEXT)
-    assert llama.n_tokens == 0
+def test_a_small_budget_keeps_fewer_sinks_and_says_so(make_llama):
+    llama = make_llama(method=KVCompose(n_kept=8, n_sink=10, n_recent=3, min_tokens=100, keep_last=0))
+    report = llama.compress(CONTEXT)
+    assert (report.n_sink, report.n_recent, report.n_kept.sum()) == (8, 0, 24)
+    assert len(greedy(llama, [*CONTEXT, *AFTER], 5)) == 5
+    llama.kv_compressor = KVCompose(n_kept=20, n_sink=10, n_recent=3, min_tokens=100, keep_last=0)
+    report = llama.compress(CONTEXT)
+    assert (report.n_sink, report.n_recent) == (10, 3)
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.99, 0.999])
+def test_a_high_ratio_never_raises_in_the_middle_of_a_chat(make_llama, ratio):
+    llama = make_llama(method=KVCompose(compression_ratio=ratio, min_tokens=1, keep_last=1))
+    for n_tokens in (2, 3, 14, 60, 292):
+        llama.reset()
+        assert len(greedy(llama, CONTEXT[:n_tokens], 3)) == 3
+        assert llama.kv_report.n_tokens == n_tokens - 1
+
+
+def test_a_budget_that_buys_no_row_in_every_layer_is_refused_when_it_is_set(make_llama):
+    with pytest.raises(ConfigError, match="max_kv_bytes=10 is less than one row"):
+        make_llama(method=KVCompose(max_kv_bytes=10))
+    llama = make_llama()
+    with pytest.raises(ConfigError, match="max_kv_bytes=10 is less than one row"):
+        llama.kv_compressor = KVCompose(max_kv_bytes=10)
+    assert llama.kv_compressor is None
 
 
 @pytest.mark.parametrize("spec", ["unstructured", "variant,fold=1.0", "variant,correct=0.5"])

@@ -369,8 +369,21 @@ def test_every_method_keeps_the_sinks_that_it_is_asked_for(name: str) -> None:
     plan = built_in(name, evidence, compression_ratio=0.7, n_sink=7).plan(evidence)
     for cells in plan.cells:
         assert (cells[:, :7] == np.arange(7)).all()
-    with pytest.raises(ConfigError, match="composites cannot be kept"):
-        built_in(name, evidence, compression_ratio=0.9, n_sink=7).plan(evidence)
+    plan = built_in(name, evidence, compression_ratio=0.9, n_sink=7).plan(evidence)  # 17 tokens, at least 5 a layer
+    for cells in plan.cells:
+        assert (cells[:, :5] == np.arange(5)).all()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("n_tokens", [1, 2, 5, 14, 40])
+def test_no_length_of_a_context_makes_a_valid_budget_raise(name: str, n_tokens: int) -> None:
+    evidence = make_evidence("layers that differ", n_tokens, n_window=min(2, n_tokens))
+    row = max(layer.n_bytes_row for layer in evidence.layers)
+    budgets = [{"compression_ratio": ratio} for ratio in (0.5, 0.9, 0.99, 0.999)]
+    for bought in [*budgets, {"n_kept": 0.5}, {"n_kept": 4}, {"max_kv_bytes": 3 * row}]:
+        method = built_in(name, evidence, n_sink=9, n_recent=9, **bought)
+        n_kept = method.plan(evidence).n_kept
+        assert n_kept.sum() == method.n_composites(evidence.layers, n_tokens) >= 1
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

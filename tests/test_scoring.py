@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvcompose_gguf import KVCompose, seam
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, StateError
 from kvcompose_gguf.geometry import CacheState, LayerGeometry
+from kvcompose_gguf.progress import Meter
 from kvcompose_gguf.scoring import PIECE, Attention, chunk_size, collect_attention, spread
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
@@ -149,6 +150,7 @@ class Cache:
         self.peak = len(self.held)
         self.is_composed = is_composed
         self.is_scoring = self.is_on_top = False
+        self.meter = Meter()
         self.events: list[tuple[Any, ...]] = []
         self.evaluated: list[tuple[list[int], int, bool]] = []
         self.collected: list[np.ndarray] = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import pytest
 import tiny
 from serving import CONFIG, METHOD, post
 
-from kvcompose_gguf.report import KVReport
 from kvcompose_gguf.server.errors import ApiError
 from kvcompose_gguf.server.routes.slots import slot_filename
 
@@ -160,42 +156,15 @@ def full_size(start: Any, folder: Path, prompt: list[int]) -> int:
     return post(client, "/slots/0?action=save", filename="full.bin")["n_written"]
 
 
-def told_tokens(raw: bytes) -> int:
-    return int(struct.unpack_from("<I", raw, 20)[0])
-
-
 def test_files_that_are_no_slots_are_refused_and_the_slot_keeps_what_it_has(start, tmp_path):
     client = start(slot_save_path=tmp_path)
     prompt = tiny.tokens(CONFIG, 60)
     post(client, "/completion", prompt=prompt, id_slot=0, n_predict=2)
     post(client, "/slots/0?action=save", filename="good.bin")
     good = (tmp_path / "good.bin").read_bytes()
-    damaged = {
-        "empty": b"", "short": good[:200], "cut": good[:-5], "flipped": good[:-50] + b"x" + good[-49:], "magic": b"x" + good[1:],
-        "count": good[:8] + b"\xff\xff\xff\x7f" + good[12:], "tokens": good[:20] + b"\xff\xff\xff\x7f" + good[24:],
-    }  # fmt: skip
-    head = good.index(b"{")
-    size = int.from_bytes(good[head - 4 : head], "little")
-    told = json.loads(good[head : head + size])
-
-    def with_told(**changes: Any) -> bytes:
-        text = json.dumps(told | changes).encode()
-        return good[: head - 4] + len(text).to_bytes(4, "little") + text + good[head + size :]
-
-    report = dict.fromkeys(KVReport.__dataclass_fields__, 1) | {"n_kept": [1]}
-    assert with_told() == good
-    damaged |= {
-        "infinite": with_told(report=report | {"kv_bytes": 1e999}), "huge": with_told(report=report | {"n_kept": [2**70]}),
-        "no context": with_told(report=report | {"n_tokens": 0}), "no layers": with_told(report=report | {"n_kept": []}),
-        "shares": with_told(kept_shares=[[0.5]]), "nan": with_told(kept_shares=[float("nan")]), "kind": with_told(is_document=3),
-    }  # fmt: skip
-    other = 4 * CONFIG.n_vocab
-    first = good[:24] + other.to_bytes(4, "little") + good[28:]
-    data = good[head + size :]
-    tokens = [other, *struct.unpack_from(f"<{told_tokens(good) - 1}i", good, 28)]
-    digest = hashlib.sha256(struct.pack(f"<{len(tokens)}i", *tokens) + data).hexdigest()
-    text = json.dumps(told | {"sha256": digest}).encode()
-    damaged["no token"] = first[: head - 4] + len(text).to_bytes(4, "little") + text + data
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 4
+    damaged = {"empty": b"", "short": good[:200], "cut": good[:-5], "flipped": bytes(flipped), "longer": good + b"x"}
     for name, raw in damaged.items():
         (tmp_path / name).write_bytes(raw)
         error = post(client, "/slots/0?action=restore", 400, filename=name)["error"]

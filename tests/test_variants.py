@@ -201,13 +201,21 @@ def test_first_and_last_tokens_are_kept_by_every_head_of_every_method(spec, n_si
 
 
 @pytest.mark.parametrize("spec", FORCED)
-def test_more_forced_tokens_than_the_budget_has_are_refused(spec):
+def test_more_forced_tokens_than_the_budget_has_are_sinks_first_and_as_many_as_it_buys(spec):
     evidence = make_evidence("layers that differ", 60, n_window=4)
     exact = make_method(spec, n_kept=10, n_sink=3, n_recent=7)
     for cells in itertools.chain.from_iterable(exact.plan(evidence).cells):
         assert cells.tolist() == [*range(3), *range(53, 60)]
-    with pytest.raises(ConfigError, match="composites cannot be kept"):
-        make_method(spec, n_kept=9.9, n_sink=3, n_recent=7).plan(evidence)
+    method = make_method(spec, n_kept=9.9, n_sink=3, n_recent=7)
+    assert method.forced(evidence.layers, 60) == (3, 6)
+    plan = method.plan(evidence)
+    assert plan.n_kept.sum() == 29
+    for cells in itertools.chain.from_iterable(plan.cells):
+        assert {*range(3), *range(54, 60)} <= set(cells.tolist())
+    method = make_method(spec, n_kept=2, n_sink=3, n_recent=7)
+    assert method.forced(evidence.layers, 60) == (2, 0)
+    for cells in itertools.chain.from_iterable(method.plan(evidence).cells):
+        assert cells.tolist() == [0, 1]
 
 
 def test_last_tokens_are_kept_before_the_rest_of_a_window_that_the_budget_has_no_room_for():
@@ -220,8 +228,9 @@ def test_last_tokens_are_kept_before_the_rest_of_a_window_that_the_budget_has_no
 def test_forced_tokens_that_are_all_there_is_are_everything(n_sink, n_recent):
     evidence = make_evidence("layers that differ", 60)
     assert KVCompose(compression_ratio=0, n_sink=n_sink, n_recent=n_recent).plan(evidence).n_kept.tolist() == [60] * 3
-    with pytest.raises(ConfigError, match="composites cannot be kept"):
-        KVCompose(compression_ratio=0.01, n_sink=n_sink, n_recent=n_recent).plan(evidence)
+    plan = KVCompose(compression_ratio=0.01, n_sink=n_sink, n_recent=n_recent).plan(evidence)
+    assert plan.n_kept.sum() == 178
+    assert plan.n_kept.min() == 59
 
 
 def test_the_unstructured_upper_bound_also_keeps_the_first_and_last_tokens():

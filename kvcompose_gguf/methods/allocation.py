@@ -80,7 +80,8 @@ class GlobalRanking(Allocation):
         composites = ranked.composites(self.agg_head)
         if self.first_layer_rule:
             composites[0] = composites.max(axis=0)
-        return aggregate.allocate_budget(composites, n_total, max(floor, min(self.lower_bound, ranked.n_tokens)))
+        bound = min(self.lower_bound, ranked.n_tokens, n_total // ranked.n_layer)  # as far as the budget buys it
+        return aggregate.allocate_budget(composites, n_total, max(floor, bound))
 
 
 def check_budget(ranked: Ranked, n_total: int, floor: int) -> None:

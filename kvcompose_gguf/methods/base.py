@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +36,8 @@ class Method:
         compression_ratio: fraction of the context's KV entries that is REMOVED, in [0, 1).
         max_kv_bytes: bytes that the kept rows may take, all layers; the room for new tokens comes on top.
         n_kept: tokens kept per layer, on average over layers.
-        n_sink, n_recent: first and last tokens of the context that every head keeps.
+        n_sink, n_recent: first and last tokens of the context that every head keeps; less, sinks before recent ones,
+            where the budget does not buy them in every layer (``KVReport`` says how many).
         keep_last: last prompt tokens that are not compressed but evaluated on top of the compressed context. The
             papers have no prompt after the context; a chat's last tokens are the question, so they stay whole.
         min_tokens: contexts shorter than this are left as they are.
@@ -132,27 +133,18 @@ class Method:
             return ALLOCATIONS[self.allocation]()
         return self.allocation or self.default_allocation()
 
-    def n_forced(self, n_tokens: int) -> int:
-        """Tokens that every head keeps; they rank first, so keeping them is a layer's floor as well."""
-        return min(self.n_sink + self.n_recent, n_tokens)
+    def forced(self, layers: Sequence[LayerGeometry], n_tokens: int) -> tuple[int, int]:
+        """Numbers of first and of last tokens that every head keeps: what is asked for, as far as the budget buys it.
 
-    def check_budget(self, layers: Sequence[LayerGeometry], n_tokens: int) -> None:
-        """ConfigError if the budget is smaller than what every layer has to keep, before anything is evaluated."""
-        n_total, n_least = self.n_composites(layers, n_tokens), len(layers) * self.n_forced(n_tokens)
-        if n_total < n_least:
-            raise ConfigError(
-                f"{n_total} composites cannot be kept: {len(layers)} layers of {n_tokens} tokens, "
-                f"at least {self.n_forced(n_tokens)} in each"
-            )
+        They rank first, so their sum is a layer's floor as well.
+        """
+        most = min(self.n_composites(layers, n_tokens) // len(layers), n_tokens)
+        n_sink = min(self.n_sink, most)
+        return n_sink, min(self.n_recent, most - n_sink)
 
-    def with_forced(self, scores: FloatArray) -> FloatArray:
-        """``scores`` ``(n_head_kv, N)`` with infinity for the first and last tokens that every head keeps, alone."""
-        if not self.n_sink and not self.n_recent:
-            return scores
-        out: FloatArray = np.minimum(scores, np.finfo(np.float32).max)
-        out[:, : self.n_sink] = np.inf
-        out[:, scores.shape[1] - min(self.n_recent, scores.shape[1]) :] = np.inf
-        return out
+    def check_budget(self, layers: Sequence[LayerGeometry]) -> None:
+        """Raise ConfigError if the budget is too small for a context of any length."""
+        self.n_composites(layers, 1)
 
     def n_composites(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
         """Composites that the budget buys for a context of ``n_tokens``, over all layers."""
@@ -169,22 +161,38 @@ class Method:
         Args:
             scores: those of an earlier call with the same evidence, which are the same for every budget.
         Raises:
-            ConfigError: scores that are not finite, layers of different N, or a budget below the floors.
+            ConfigError: scores that are not finite, or layers of different N.
         """
         n_tokens, layers = evidence.n_tokens, evidence.layers
         if scores is None:
             scores = self.scores(evidence)
         check_layers("scores", scores, [(layer.n_head_kv, n_tokens) for layer in layers], infinite=True)
+        n_sink, n_recent = self.forced(layers, n_tokens)
 
         def rank(l: int) -> tuple[FloatArray, np.ndarray]:
-            forced = self.with_forced(scores[l])
+            forced = with_forced(scores[l], n_sink, n_recent)
             return forced, aggregate.rank_tokens(forced)
 
         ranked = map_layers(rank, len(layers))
         ranks = Ranked([s for s, _ in ranked], [r for _, r in ranked])
-        n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), self.n_forced(n_tokens))
+        n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), n_sink + n_recent)
         cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
         return CompositionPlan(n_tokens, tuple(cells))
+
+
+def with_forced(scores: FloatArray, n_sink: int, n_recent: int) -> FloatArray:
+    """``scores`` ``(n_head_kv, N)`` with infinity for the first and last tokens that every head keeps, alone."""
+    if not n_sink and not n_recent:
+        return scores
+    out: FloatArray = np.minimum(scores, np.finfo(np.float32).max)
+    out[:, :n_sink] = np.inf
+    out[:, scores.shape[1] - n_recent :] = np.inf
+    return out
+
+
+def choice_of(method: Method | None) -> str:
+    """What a method keeps of a context, as text: the method without what decides how much of a prompt is one."""
+    return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1))
 
 
 def map_layers(function: Callable[[int], T], n_layer: int, n_threads: int | None = None) -> list[T]:

@@ -12,6 +12,7 @@ from ..errors import UnsupportedError
 from ..kernels.types import FloatArray
 from ..plan import TokenMask
 from ..queries import Evidence
+from .base import with_forced
 from .kvcompose import KVCompose
 
 
@@ -30,10 +31,10 @@ class Unstructured(KVCompose):
         """Returns the mask of the largest scores of all heads; ties go to the lowest layer, head and index."""
         scores = self.scores(evidence) if scores is None else scores
         n_tokens = evidence.n_tokens
-        self.check_budget(evidence.layers, n_tokens)
         n_rows = self.n_composites(evidence.layers, n_tokens)
         n_head_kv = evidence.layers[0].n_head_kv  # a composite is a row of this many heads
-        forced = [self.with_forced(s) for s in scores]
+        n_sink, n_recent = self.forced(evidence.layers, n_tokens)
+        forced = [with_forced(s, n_sink, n_recent) for s in scores]
         everything = np.concatenate([s.ravel() for s in forced])
         visible = np.zeros(everything.size, dtype=bool)
         visible[np.argsort(-everything, kind="stable")[: n_rows * n_head_kv]] = True

@@ -50,6 +50,7 @@ class KVSession:
         self._lib = bindings.declare(library.load().llama_cpp._lib)
         self._ctx = ctypes.cast(ctx, ctypes.c_void_p)
         self._one_at_a_time = threading.Lock()  # llama.cpp allows one call at a time, but several threads plan layers
+        self._closed = False
         self._call("llama_kvc_supported")
         self._biased = False
         #: the cached layers in order, a tuple of LayerGeometry
@@ -57,10 +58,17 @@ class KVSession:
 
     def _call(self, name: str, *args: Any) -> None:
         with self._one_at_a_time:
+            if self._closed:
+                raise StateError("the context of this session is closed")
             status = getattr(self._lib, name)(self._ctx, *args)
             message = "" if status == bindings.OK else self._lib.llama_kvc_last_error().decode()
         if status != bindings.OK:
             raise _EXCEPTIONS.get(status, NativeError)(message)
+
+    def close(self) -> None:
+        """Refuse all later calls with StateError, because the context is about to be freed."""
+        with self._one_at_a_time:
+            self._closed = True
 
     def _cache(self) -> bindings.CacheInfo:
         info = bindings.CacheInfo()

@@ -8,35 +8,16 @@ import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import StateError
 from ..methods import Method
-from .saved import describe, model_of, restore, save
-from .slots import SlotLlama, choice_of, has_grown
+from ..methods.base import choice_of
+from .saved import SlotFile, describe, restore, save
+from .slots import SlotLlama, has_grown
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file.
-
-    Attributes:
-        context: tokens of the compressed context.
-        composed_by: how it was compressed.
-        is_document: it was compressed for itself.
-        n_tokens: of the conversation, the context's included.
-        n_bytes: of the file.
-    """
-
-    context: tuple[int, ...]
-    composed_by: str
-    is_document: bool
-    n_tokens: int
-    n_bytes: int
 
 
 class Asked(Protocol):
@@ -65,21 +46,17 @@ class IdleCaches:
     """
 
     def __init__(self, folder: Path, max_bytes: int, llama: SlotLlama) -> None:
-        self._folder, self._max_bytes = folder / hashlib.sha256(model_of(llama).encode()).hexdigest()[:16], max_bytes
+        self._folder, self._max_bytes = folder / llama.identity.key, max_bytes
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Path, Entry] = OrderedDict()  # whose was used last is last
+        self._entries: OrderedDict[Path, SlotFile] = OrderedDict()  # whose was used last is last
         for private in (folder, self._folder):
             private.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in sorted(self._folder.glob("*.kvc"), key=lambda file: file.stat().st_mtime):
             try:
-                tokens, about = describe(llama, file)
+                self._entries[file] = describe(llama, file)
             except StateError as error:
                 log.warning("%s: %s", file, error)
                 file.unlink(missing_ok=True)
-                continue
-            context = tuple(tokens[: about["n_compressed"]])
-            is_document = about["is_document"]
-            self._entries[file] = Entry(context, about["composed_by"], is_document, len(tokens), file.stat().st_size)
         self._trim()
 
     def n_context(self, llama: SlotLlama, asked: Asked) -> int:
@@ -124,7 +101,7 @@ class IdleCaches:
             return
         with self._lock:
             self._entries.pop(file, None)
-            self._entries[file] = Entry(context, composed_by, llama.is_document, saved.n_tokens, saved.n_bytes)
+            self._entries[file] = SlotFile(context, composed_by, llama.is_document, saved.n_tokens, saved.n_bytes)
             self._trim()
 
     def _trim(self) -> None:
@@ -132,11 +109,11 @@ class IdleCaches:
             oldest, _ = self._entries.popitem(last=False)
             oldest.unlink(missing_ok=True)
 
-    def _find(self, llama: SlotLlama, asked: Asked, n_most: int | None) -> tuple[Path, Entry] | None:
+    def _find(self, llama: SlotLlama, asked: Asked, n_most: int | None) -> tuple[Path, SlotFile] | None:
         choice, n_tokens = choice_of(asked.method), len(asked.tokens)
         most = llama.n_ctx() - 1 if n_most is None else n_most
 
-        def suits(entry: Entry) -> bool:
+        def suits(entry: SlotFile) -> bool:
             n_context = len(entry.context)
             return (
                 entry.composed_by == choice and entry.n_tokens <= most and n_context < n_tokens

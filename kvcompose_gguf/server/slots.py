@@ -6,19 +6,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from .. import seam
+from .. import seam, sessions
 from ..errors import KVComposeError, UnsupportedError
+from ..kernels.types import FloatArray
 from ..llama import Llama
 from ..methods import Method
+from ..methods.base import choice_of
 from ..native import library
-from ..plan import CompositionPlan
 from ..report import KVReport
+from ..sessions import SessionInfo
 
 T = TypeVar("T")
 
@@ -66,13 +68,10 @@ class SlotLlama(Llama):
         weights_of: Llama | None = None,
         **kwargs: Any,
     ) -> None:
-        self.kept_shares = np.zeros(0, dtype=np.float32)
         with _borrowed_weights(weights_of):
             super().__init__(model_path, **kwargs)
         decode = self._ctx.decode
         self._ctx.decode = lambda batch: decode_through(lambda: decode(batch), batch.n_tokens())
-        #: how the context that is compressed was, for humans and for comparison; empty: it is not, or nobody knows
-        self.composed_by = ""
         #: the context is a document that was compressed for itself, and stays however much follows it
         self.is_document = False
 
@@ -81,20 +80,32 @@ class SlotLlama(Llama):
         """Tokens of the compressed context."""
         return list(self._compressed)
 
-    def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
-        """As ``Llama.compose``; what is kept of which token is remembered in ``kept_shares``."""
-        super().compose(plan, n_room)
-        kept = np.zeros(plan.n_tokens, dtype=np.int64)
-        for cells in plan.cells:
-            kept += np.bincount(cells.ravel(), minlength=plan.n_tokens)
-        #: of every token of the context, the share of all layers' KV heads that keeps it, float32
-        self.kept_shares = (kept / sum(len(cells) for cells in plan.cells)).astype(np.float32)
+    @property
+    def composed_by(self) -> str:
+        """How the context was compressed (``choice_of``); empty: the cache is a full one."""
+        return "" if self._composed is None else self._composed.choice
+
+    @property
+    def kept_shares(self) -> FloatArray:
+        """For each token of the context the share of all layers' KV heads that keep it, float32; else empty."""
+        return np.zeros(0, dtype=np.float32) if self._composed is None else self._composed.shares()
 
     def reset(self) -> None:
         """As ``Llama.reset``."""
         super().reset()
-        self.kept_shares = np.zeros(0, dtype=np.float32)
         self.is_document = False
+
+    def save_slot(self, file: Path, max_bytes: int | None = None) -> SessionInfo:
+        """As ``save_session``; a file of more than ``max_bytes`` is refused."""
+        with self._access.turn():
+            snapshot = self._snapshot({"is_document": self.is_document}, allow_empty=True)
+            return sessions.save(snapshot, file, max_bytes, file.name)
+
+    def load_slot(self, file: Path) -> SessionInfo:
+        """As ``load_session``; the context is continued only under the method that compressed it."""
+        info = self._load_session(file, choice=None, name=file.name)
+        self.is_document = info.extra.get("is_document") is True
+        return info
 
     def cached_tokens(self) -> list[int]:
         """Tokens that a prompt may begin with to be continued, those of a compressed context included."""
@@ -106,7 +117,7 @@ class SlotLlama(Llama):
 
     def joined(self, tokens: Sequence[int]) -> list[int]:
         """A prompt's tokens so that they begin with the compressed context, if its text does."""
-        return (self._at_seam(list(tokens)) if self._compressed else None) or list(tokens)
+        return (self._at_seam(list(tokens)) if self._composed is not None else None) or list(tokens)
 
     def n_reusable(self, tokens: Sequence[int]) -> int:
         """Tokens of a prompt that need not be evaluated, however the context was compressed."""
@@ -121,11 +132,6 @@ class SlotLlama(Llama):
             if not self.is_document and has_grown(len(tokens), self.n_context, method):
                 return 0
         return self.n_reusable(tokens)
-
-    @property
-    def n_context(self) -> int:
-        """Tokens of the compressed context, which cannot be cut; 0: the cache is a full one."""
-        return len(self._compressed)
 
     def read(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> int:
         """Bring a prompt into the cache, compressed by ``method``, up to the logits of its last token.
@@ -144,9 +150,8 @@ class SlotLlama(Llama):
         self._prepare(list(tokens), method)
         if self.kv_report is not before and self.kv_report is not None:
             n_before = self.n_context - self.kv_report.n_prefilled
-        self.composed_by = choice_of(method) if self.n_context else ""
         n_same = self.n_reusable(tokens)
-        if self.n_context and n_same < self.n_tokens and self._swa_state is not None:
+        if self._composed is not None and self._composed.windows is not None and n_same < self.n_tokens:
             self._back_to_context()  # sliding windows can go back to the context's end, and nowhere else
             n_same = self.n_context
         if not n_same or not self._forget_after(n_same):
@@ -161,7 +166,6 @@ class SlotLlama(Llama):
             self.kv_compressor = method
         if self._compressed != list(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
             self.compress(tokens)
-            self.composed_by = choice_of(method)
         self.is_document = True
         assert self.kv_report is not None
         return self.kv_report
@@ -227,6 +231,7 @@ class Slot:
         self.last_used = 0.0
         self.reserved = 0
         self.task: Task | None = None
+        self.forgets: Future[None] | None = None
         self._turns = turns
         self._thread = ThreadPoolExecutor(1, f"slot-{number}")
         self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
@@ -248,15 +253,20 @@ class Slot:
             self.check()
             decode()
             self.n_decodes += 1
-            self.look()
 
         self._turns.run(turn)
+        self.look()
         self.on_decode(n_tokens)
 
     @property
     def is_idle(self) -> bool:
         """Whether it can take a request."""
         return self.busy_since is None
+
+    def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
+        """Tokens of a prompt that the idle slot need not evaluate: 0 while its own thread empties the cache."""
+        is_forgetting = self.forgets is not None and not self.forgets.done()
+        return 0 if is_forgetting else self.llama.n_continued(tokens, method)
 
     def look(self) -> None:
         """Count the cache's bytes, while nothing changes it; 0 of models that cannot be compressed."""
@@ -285,11 +295,6 @@ def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
     So a conversation that grows is read three times at most, and less than about half of it is there in full.
     """
     return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
-
-
-def choice_of(method: Method | None) -> str:
-    """What a method keeps of a context: the method without what decides how much of a prompt is one."""
-    return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1))
 
 
 @contextlib.contextmanager

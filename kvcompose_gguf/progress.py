@@ -1,0 +1,46 @@
+"""How far a prompt has been read and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Step = Literal["reading", "scoring"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``n_done`` of ``n_total`` tokens of a step have been evaluated."""
+
+    step: Step
+    n_done: int
+    n_total: int
+
+
+class Meter:
+    """Counts evaluated tokens and reports each batch.
+
+    Args:
+        report: called after every batch, in the thread that decodes; None: nothing is reported.
+    """
+
+    def __init__(self, report: Callable[[Progress], None] | None = None) -> None:
+        self._report = report
+        self._progress: Progress | None = None
+
+    def begin(self, step: Step, n_total: int) -> None:
+        """Start to count a step of ``n_total`` tokens."""
+        self._progress = Progress(step, 0, n_total)
+        self._tell()
+
+    def add(self, n_tokens: int) -> None:
+        """Count evaluated tokens, of the step that has begun."""
+        if self._progress is not None:
+            n_done = min(self._progress.n_done + n_tokens, self._progress.n_total)
+            self._progress = Progress(self._progress.step, n_done, self._progress.n_total)
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._report is not None and self._progress is not None:
+            self._report(self._progress)

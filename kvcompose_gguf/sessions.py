@@ -1,0 +1,285 @@
+"""Session files: a context, compressed or not, from which any later process goes on without reading it again.
+
+Layout, little-endian: MAGIC, uint32 format version, uint32 bytes of the header, the header (JSON), then its sections,
+each at a multiple of ALIGN bytes, and the SHA-256 of everything before. Sections: ``tokens`` int32; ``kept`` the plan,
+a bit a token (``CompositionPlan.bits``), zlib; ``windows``; ``state`` llama.cpp's own bytes, which are loaded straight
+from the mapped file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+
+from .composed import Composed
+from .errors import ConfigError, StateError
+from .files import replaced, write_parts
+from .identity import Identity
+from .report import KVReport
+
+MAGIC, FORMAT = b"KVCSESS\n", 1
+ALIGN = 64
+ENDING = ".kvc"
+
+_PREFIX = struct.Struct("<8sII")
+_DIGEST_BYTES = 32
+#: what a damaged or foreign header makes the code below raise
+_MALFORMED = (struct.error, ValueError, LookupError, TypeError, OverflowError, RecursionError, zlib.error)
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What a session file says about itself.
+
+    Attributes:
+        path, n_bytes: of the file.
+        created: seconds since 1970.
+        n_tokens: tokens in the cache, those of the compressed context included.
+        n_context: tokens of the compressed context; 0: the cache is a full one.
+        model_name, model_id: of the model's file (``identity.model_id``).
+        method: that compressed the context, with its options; empty if none did.
+        report: figures of the compression, if it is known.
+        kv_bytes: bytes of the cached rows when they were saved.
+        extra: the caller's own values.
+        versions: of the programs that wrote it.
+    """
+
+    path: Path
+    n_bytes: int
+    created: float
+    n_tokens: int
+    n_context: int
+    model_name: str
+    model_id: str
+    method: str
+    report: KVReport | None
+    kv_bytes: int
+    extra: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A context's cache and what belongs to it.
+
+    Attributes:
+        identity: of the model, settings and versions.
+        tokens: int32 ``(n_tokens,)``, all that the cache has.
+        state: uint8 ``(n_bytes,)``, ``states.save``.
+        composed: the compressed context, if there is one.
+        report, kv_bytes, extra: as in ``SessionInfo``.
+    """
+
+    identity: Identity
+    tokens: npt.NDArray[np.int32]
+    state: npt.NDArray[np.uint8]
+    composed: Composed | None
+    report: KVReport | None
+    kv_bytes: int
+    extra: dict[str, Any]
+
+
+def sessions_dir() -> Path:
+    """The folder of sessions that were saved by name."""
+    return Path(platformdirs.user_data_dir("kvcompose-gguf")) / "sessions"
+
+
+def session_path(name: str) -> Path:
+    """The file of a session: a path if ``name`` has a separator or ends in .kvc, else that name in ``sessions_dir()``.
+
+    Raises:
+        ConfigError: the name is empty or begins with a dot.
+    """
+    if name.endswith(ENDING) or "/" in name or "\\" in name:
+        return Path(name)
+    if not name or name.startswith("."):
+        raise ConfigError(f"session={name!r} is neither a name nor a path that ends in {ENDING}")
+    return sessions_dir() / f"{name}{ENDING}"
+
+
+def list_sessions(folder: Path | None = None) -> list[Path]:
+    """The session files of a folder, ``sessions_dir()`` by default, newest first."""
+    files = list((sessions_dir() if folder is None else folder).glob(f"*{ENDING}"))
+    return sorted(files, key=lambda file: (-file.stat().st_mtime, file.name))
+
+
+def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str = "") -> SessionInfo:
+    """Write a session file, for this user alone; ``file`` is the old one until the new one is whole and on the disk.
+
+    Raises:
+        ConfigError: ``extra`` is not JSON.
+        StateError: the file cannot be written, or would have more than ``max_bytes``.
+    """
+    composed = snapshot.composed
+    sections: list[tuple[str, Any]] = [("tokens", snapshot.tokens.astype("<i4"))]
+    if composed is not None:
+        sections.append(("kept", zlib.compress(composed.kept.tobytes())))
+        if composed.windows is not None:
+            sections.append(("windows", composed.windows))
+    sections.append(("state", snapshot.state))
+    created = time.time()
+    header: dict[str, Any] = {
+        "created": created,
+        "model": {"name": snapshot.identity.model_name, "id": snapshot.identity.model_id},
+        "settings": snapshot.identity.settings,
+        "versions": snapshot.identity.versions,
+        "n_context": 0 if composed is None else len(composed.tokens),
+        "n_heads": 0 if composed is None else len(composed.kept),
+        "method": "" if composed is None else composed.choice,
+        "report": None if snapshot.report is None else snapshot.report.to_json(),
+        "kv_bytes": snapshot.kv_bytes,
+        "extra": snapshot.extra,
+        "sections": [[name, memoryview(data).nbytes] for name, data in sections],
+    }
+    try:
+        head = json.dumps(header).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"extra={snapshot.extra!r} cannot be saved: {error}") from error
+
+    parts: list[Any] = [_PREFIX.pack(MAGIC, FORMAT, len(head)), head]
+    at = _PREFIX.size + len(head)
+    for _, data in sections:
+        parts += [bytes(-at % ALIGN), data]
+        at += -at % ALIGN + memoryview(data).nbytes
+    n_bytes = at + _DIGEST_BYTES
+    if max_bytes is not None and n_bytes > max_bytes:
+        raise StateError(f"{name or file} is not saved: {n_bytes} bytes are more than {max_bytes}")
+
+    def hashed() -> Iterator[Any]:
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+            yield part
+        yield digest.digest()
+
+    try:
+        with replaced(file) as unfinished:
+            write_parts(unfinished, hashed(), mode=0o600)
+    except OSError as error:
+        raise StateError(f"{name or file} cannot be written: {error.strerror or error}") from error
+    return SessionInfo(
+        file, n_bytes, created, len(snapshot.tokens), header["n_context"], snapshot.identity.model_name,
+        snapshot.identity.model_id, header["method"], snapshot.report, snapshot.kv_bytes, snapshot.extra,
+        snapshot.identity.versions,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def opened(file: Path, name: str = "") -> Iterator[tuple[Snapshot, SessionInfo]]:
+    """A session file, wholly checked; its arrays are views of the mapped file, valid inside of the ``with``.
+
+    Args:
+        name: of the file in messages, its path by default.
+    Raises:
+        StateError: there is no such file, it is damaged, or it has another format.
+    """
+    name = name or str(file)
+    raw = _mapped(file, name)
+    header, sections = _header(name, raw)
+    _check_digest(name, raw)
+    try:
+        found = _snapshot(file, header, sections, raw.nbytes)
+    except _MALFORMED as error:
+        raise StateError(f"{name} is damaged: {error}") from error
+    yield found
+
+
+def describe(file: Path, check: bool = True, name: str = "") -> SessionInfo:
+    """What a session file says about itself.
+
+    Args:
+        name: of the file in messages, its path by default.
+        check: verify the checksum, which reads the whole file.
+    Raises:
+        StateError: as ``opened``.
+    """
+    name = name or str(file)
+    raw = _mapped(file, name)
+    header, sections = _header(name, raw)
+    if check:
+        _check_digest(name, raw)
+    try:
+        return _info(file, header, sections, raw.nbytes)
+    except _MALFORMED as error:
+        raise StateError(f"{name} is damaged: {error}") from error
+
+
+def _mapped(file: Path, name: str) -> npt.NDArray[np.uint8]:
+    try:
+        return np.memmap(file, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise StateError(f"{name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # an empty file cannot be mapped
+        raise StateError(f"{name} is damaged: it is empty") from error
+
+
+def _header(name: str, raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, npt.NDArray[np.uint8]]]:
+    """The header and views of the sections; nothing is verified but that they fit the file."""
+    try:
+        magic, version, n_head = _PREFIX.unpack(raw[: _PREFIX.size].tobytes())
+        if magic != MAGIC:
+            raise StateError(f"{name} is no session file of kvcompose")
+        if version != FORMAT:
+            raise StateError(f"{name} has session format {version}, this version reads format {FORMAT}: make it again")
+        header = json.loads(raw[_PREFIX.size : _PREFIX.size + n_head].tobytes())
+        at, sections = _PREFIX.size + n_head, {}
+        for name, n_bytes in header["sections"]:
+            if type(n_bytes) is not int or n_bytes < 0:
+                raise ValueError(f"section {name!r} has {n_bytes!r} bytes")
+            at += -at % ALIGN
+            sections[str(name)] = raw[at : at + n_bytes]
+            at += n_bytes
+    except StateError:
+        raise
+    except _MALFORMED as error:
+        raise StateError(f"{name} is damaged: {error}") from error
+    if at + _DIGEST_BYTES != raw.nbytes:
+        raise StateError(f"{name} is damaged: it has {raw.nbytes} bytes instead of {at + _DIGEST_BYTES}")
+    return header, sections
+
+
+def _check_digest(name: str, raw: npt.NDArray[np.uint8]) -> None:
+    if hashlib.sha256(raw[:-_DIGEST_BYTES].data).digest() != raw[-_DIGEST_BYTES:].tobytes():
+        raise StateError(f"{name} is damaged: its checksum is wrong")
+
+
+def _info(file: Path, header: dict[str, Any], sections: dict[str, npt.NDArray[np.uint8]], n_bytes: int) -> SessionInfo:
+    report, extra = header["report"], header["extra"]
+    report = None if report is None else KVReport.from_json(report)
+    if not isinstance(extra, dict):
+        raise ValueError("extra is not a table")
+    return SessionInfo(
+        file, n_bytes, float(header["created"]), len(sections["tokens"]) // 4, int(header["n_context"]),
+        str(header["model"]["name"]), str(header["model"]["id"]), str(header["method"]),
+        report, int(header["kv_bytes"]), extra, dict(header["versions"]),
+    )  # fmt: skip
+
+
+def _snapshot(
+    file: Path, header: dict[str, Any], sections: dict[str, npt.NDArray[np.uint8]], n_bytes: int
+) -> tuple[Snapshot, SessionInfo]:
+    info = _info(file, header, sections, n_bytes)
+    tokens = sections["tokens"].view("<i4")
+    composed = None
+    if info.n_context:
+        if not 0 < info.n_context <= len(tokens):
+            raise ValueError(f"a context of {info.n_context} tokens in a cache of {len(tokens)}")
+        n_heads, n_row = int(header["n_heads"]), -(-info.n_context // 8)
+        bits = zlib.decompressobj().decompress(sections["kept"].tobytes(), n_heads * n_row)
+        kept = np.frombuffer(bits, dtype=np.uint8).reshape(n_heads, n_row)
+        windows = sections["windows"].tobytes() if "windows" in sections else None
+        composed = Composed(tuple(tokens[: info.n_context].tolist()), info.method, kept, windows)
+    identity = Identity(info.model_name, info.model_id, dict(header["settings"]), info.versions)
+    return Snapshot(identity, tokens, sections["state"], composed, info.report, info.kv_bytes, info.extra), info

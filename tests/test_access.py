@@ -1,0 +1,420 @@
+"""Llama objects that are closed, shared by threads, or streamed from."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import pickle
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import tiny
+from conftest import greedy
+
+from kvcompose_gguf import KVCompose, KVComposeError, StateError
+from kvcompose_gguf.access import Access
+from kvcompose_gguf.methods import KNorm, SnapKV
+
+CONFIG = tiny.GQA
+CONTEXT = tiny.tokens(CONFIG, 292, seed=5)
+QUESTION = tiny.tokens(CONFIG, 9, seed=6)
+HALF = KVCompose(compression_ratio=0.5, scoring="repeat", min_tokens=100, keep_last=0)
+
+
+def public_names(cls: type) -> list[str]:
+    return [name for name in dir(cls) if not name.startswith("_") and name != "close"]
+
+
+#
+# closed
+#
+
+
+def test_every_public_attribute_of_a_closed_llama_raises(make_llama):
+    llama = make_llama(method=HALF)
+    llama.compress(CONTEXT)
+    instance = [name for name in vars(llama) if not name.startswith("_")]
+    llama.close()
+    names = sorted({*public_names(type(llama)), *instance})
+    assert {"kv_bytes", "kv_cells", "compress", "save_state", "n_tokens", "ctx", "tokenize", "metadata"} <= set(names)
+    for name in names:
+        with pytest.raises(StateError, match="closed"):
+            getattr(llama, name)
+    for call in (lambda: llama("x"), lambda: pickle.dumps(llama), llama.__enter__):
+        with pytest.raises(StateError, match="closed"):
+            call()
+    assert repr(llama) == "<closed Llama>"
+    llama.close()
+
+
+def test_methods_that_were_taken_before_the_end_raise_after_it(make_llama):
+    llama = make_llama(method=HALF)
+    taken = {name: getattr(llama, name) for name in public_names(type(llama)) if callable(getattr(llama, name))}
+    llama.close()
+    arguments: dict[str, tuple[Any, ...]] = {
+        "kv_cells": (0,), "compress": (CONTEXT,), "tokenize": (b"x",), "detokenize": ([1],), "piece": (1,), "eval": ([1],),
+        "create_completion": ([1],), "create_chat_completion": ([],), "embed": ("x",), "create_embedding": ("x",),
+        "prefill": ([1],), "load_state": (None,), "load_session": ("x",), "save_session": ("x",), "truncate": (0,),
+        "eval_logits": ([1],), "is_end": (1,), "observe": ([1], HALF), "compose": (None,), "write_values": ([],),
+        "create_chat_completion_openai_v1": ([],), "generate": ([1],),
+    }  # fmt: skip
+    harmless = {"set_cache", "set_seed", "from_pretrained", "logits_to_logprobs", "longest_token_prefix"}
+    for name in taken.keys() - harmless:
+        with pytest.raises(StateError, match="closed"):
+            taken[name](*arguments.get(name, ()))
+
+
+def test_what_outlives_a_llama_raises_too(make_llama):
+    llama = make_llama(method=HALF)
+    tokens, stream = llama.generate([*CONTEXT, *QUESTION]), llama.create_completion(QUESTION, stream=True, max_tokens=9)
+    evidence = llama.observe(CONTEXT, HALF)
+    next(tokens)
+    session, tokenizer, decoder = llama.session, llama.tokenizer(), llama.decoder()
+    llama.close()
+    calls: list[Callable[[], Any]] = [
+        lambda: next(tokens), lambda: next(stream), session.state, lambda: session.cells(0), lambda: session.stored(0, "k"),
+        lambda: tokenizer.encode("x"), lambda: decoder.prefill(CONTEXT, True), lambda: evidence.read("keys", 0),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(StateError, match="closed"):
+            call()
+    tokens.close()
+
+
+def test_what_outlives_a_deleted_llama_raises(tiny_model):
+    program = """
+import sys
+from kvcompose_gguf import KVCompose, Llama, StateError
+llama = Llama(sys.argv[1], n_ctx=512, verbose=False, kv_compressor=KVCompose(compression_ratio=0.5))
+session = llama.session
+del llama
+try:
+    session.state()
+except StateError as error:
+    print("StateError:", error)
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(tiny_model(CONFIG))], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.split(":")[0]) == (0, "StateError"), run.stderr
+
+
+def test_a_with_block_closes_at_its_end(make_llama):
+    with make_llama() as llama:
+        assert len(greedy(llama, QUESTION, 2)) == 2
+    with pytest.raises(StateError, match="closed"):
+        llama.n_ctx()
+
+
+def test_a_generator_keeps_its_deleted_llama_alive(make_llama, tiny_model):
+    from kvcompose_gguf import Llama
+
+    llama = Llama(str(tiny_model(CONFIG)), n_ctx=512, n_threads=1, verbose=False)
+    want = greedy(llama, QUESTION, 6)
+    llama.reset()
+    tokens = llama.generate(QUESTION, temp=0.0)
+    del llama
+    gc.collect()
+    assert [next(tokens) for _ in range(6)] == want
+
+
+#
+# streams
+#
+
+
+def test_a_call_that_changes_the_cache_waits_for_no_stream_but_says_so(make_llama):
+    llama = make_llama(method=HALF)
+    want = greedy(llama, QUESTION, 6)
+    llama.reset()
+    stream = llama.generate(QUESTION, temp=0.0)
+    first = [next(stream), next(stream)]
+    changes: list[Callable[[], Any]] = [
+        lambda: llama.compress(CONTEXT), llama.reset, lambda: llama.eval([1]), lambda: llama(QUESTION),
+        lambda: next(llama.generate(QUESTION)), lambda: setattr(llama, "kv_compressor", None),
+        lambda: llama.create_completion(QUESTION, stream=True), lambda: llama.load_state(None), lambda: llama.truncate(0),
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises(StateError, match="stream"):
+            change()
+    assert llama.kv_bytes > 0  # looking is allowed
+    assert llama.save_state().n_tokens == llama.n_tokens
+    assert llama.tokenize(b"a", add_bos=False) is not None
+    assert first + [next(stream) for _ in range(4)] == want
+    stream.close()
+    llama.reset()
+
+
+def test_a_stream_that_ends_or_is_dropped_gives_the_cache_back(make_llama):
+    llama = make_llama()
+    for _ in llama.create_completion(QUESTION, stream=True, max_tokens=3):
+        pass
+    llama.reset()
+    next(llama.create_completion(QUESTION, stream=True, max_tokens=3))  # dropped at once
+    llama.reset()
+    broken = llama.create_completion(QUESTION, stream=True, max_tokens=3, stopping_criteria=_fails)
+    with pytest.raises(ZeroDivisionError):
+        list(broken)
+    llama.reset()
+
+
+def _fails(*_: Any) -> bool:
+    raise ZeroDivisionError
+
+
+def test_a_stream_in_one_thread_refuses_another_threads_completion(make_llama):
+    llama = make_llama()
+    stream = llama.create_completion(QUESTION, stream=True, max_tokens=5, temperature=0)
+    chunks = [next(stream)]
+    with ThreadPoolExecutor(1) as pool, pytest.raises(StateError, match="a stream of this Llama is open"):
+        pool.submit(llama.create_completion, QUESTION).result()
+    assert len(chunks + list(stream)) >= 2
+
+
+def test_a_processor_that_asks_its_own_llama_is_inside_of_the_stream(make_llama):
+    llama = make_llama()
+    seen = []
+
+    def criterion(*_: Any) -> bool:
+        seen.append((llama.kv_bytes, llama.n_ctx(), llama.save_state().n_tokens))
+        return False
+
+    llama.create_completion(QUESTION, max_tokens=2, stopping_criteria=criterion)
+    assert len(seen) >= 2
+
+
+#
+# threads
+#
+
+
+def test_a_call_waits_for_the_one_before(make_llama):
+    llama = make_llama()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def gate(*_: Any) -> bool:
+        inside.set()
+        assert go_on.wait(60)
+        return False
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(llama.create_completion, QUESTION, max_tokens=1, stopping_criteria=gate)
+        assert inside.wait(60)
+        second = pool.submit(lambda: llama.kv_bytes)
+        assert llama.tokenize(b"a", add_bos=False) is not None  # the vocabulary waits for nobody
+        assert not second.done()
+        go_on.set()
+        assert first.result()["object"] == "text_completion"
+        assert second.result() > 0
+
+
+def test_closing_waits_for_what_runs(make_llama):
+    llama = make_llama()
+    inside, go_on = threading.Event(), threading.Event()
+
+    def gate(*_: Any) -> bool:
+        inside.set()
+        assert go_on.wait(60)
+        return False
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(llama.create_completion, QUESTION, max_tokens=1, stopping_criteria=gate)
+        assert inside.wait(60)
+        closing = pool.submit(llama.close)
+        assert not closing.done()
+        go_on.set()
+        assert first.result()["object"] == "text_completion"
+        closing.result()
+    with pytest.raises(StateError, match="closed"):
+        llama.n_ctx()
+
+
+def share(llama: Any, n_threads: int, n_calls: int, seed: int) -> dict[str, int]:
+    """Random calls of several threads on one Llama; counts of right answers and of the package's errors."""
+    texts = [tiny.tokens(CONFIG, n, seed=s) for s, n in enumerate((9, 30, 150, 292))]
+    llama.kv_compressor = None
+    want = {}
+    for text in texts:
+        llama.reset()
+        want[tuple(text)] = greedy(llama, text, 4)
+    methods = [None, HALF, KNorm(compression_ratio=0.5, min_tokens=100)]
+    compressed = {}
+    for method in methods[1:]:
+        llama.kv_compressor = method
+        for text in texts:
+            llama.reset()
+            compressed[method, tuple(text)] = greedy(llama, text, 4)
+    llama.kv_compressor = None
+    counts: dict[str, int] = {"right": 0, "refused": 0}
+    lock = threading.Lock()
+
+    def count(name: str) -> None:
+        with lock:
+            counts[name] += 1
+
+    def work(number: int) -> None:
+        chosen = random.Random(seed * 100 + number)
+        for _ in range(n_calls):
+            text, call = chosen.choice(texts), chosen.randrange(8)
+            allowed = [want[tuple(text)], *(compressed[method, tuple(text)] for method in methods[1:])]
+            try:
+                if call <= 2:
+                    stream = llama.generate(text, temp=0.0)
+                    got = [next(stream) for _ in range(4)]
+                    stream.close()
+                    assert got in allowed, (text, got, allowed)
+                elif call == 3:
+                    made = llama.create_completion(list(text), max_tokens=2, temperature=0)
+                    assert made["usage"]["prompt_tokens"] == len(text)
+                elif call == 4:
+                    llama.reset()
+                elif call == 5:
+                    assert llama.kv_bytes > 0
+                    assert llama.kv_cells(0).n_bytes > 0
+                elif call == 6:
+                    llama.kv_compressor = chosen.choice(methods)
+                else:
+                    llama.compress(text)
+                count("right")
+            except KVComposeError:
+                count("refused")
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        for done in [pool.submit(work, number) for number in range(n_threads)]:
+            done.result()
+    return counts
+
+
+def test_threads_that_share_a_llama_get_right_answers_or_errors_of_ours(make_llama):
+    counts = share(make_llama(n_threads=1, n_threads_batch=1), n_threads=8, n_calls=25, seed=1)
+    assert counts["right"] + counts["refused"] == 8 * 25
+    assert counts["right"] > 20
+
+
+def test_threads_that_close_a_llama_beside_others_end_well(make_llama):
+    llama = make_llama(n_threads=1, n_threads_batch=1)
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            try:
+                if number == 0 and llama.n_tokens:
+                    llama.close()
+                greedy(llama, QUESTION, 3)
+                llama.tokenize(b"abc", add_bos=False)
+            except StateError:
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(work, number) for number in range(8)]:
+            done.result()
+
+
+def test_turns_are_reentrant_and_streams_nest():
+    access = Access()
+
+    def inner():
+        with access.turn("inner"):
+            pass
+        yield 1
+        yield 2
+
+    def outer():
+        yield from access.stream(inner())
+        with access.turn("outer"):
+            pass
+        yield 3
+
+    stream = access.stream(outer())
+    assert next(stream) == 1
+    with pytest.raises(StateError, match="reset"), access.turn("reset"):
+        pass
+    assert list(stream) == [2, 3]
+    with access.turn("reset"):
+        pass
+
+
+def test_every_public_method_of_llama_is_guarded():
+    from kvcompose_gguf import Llama
+
+    free = {"set_cache", "set_seed", "from_pretrained", "logits_to_logprobs", "longest_token_prefix", "close"}
+    for name in public_names(Llama):
+        member = inspect.getattr_static(Llama, name)
+        function = member.fget if isinstance(member, property) else member
+        if name in free or not inspect.isfunction(function):
+            continue
+        is_plain = name in {"ctx", "model", "eval_tokens", "kv_compressor", "n_context", "generate"}
+        assert is_plain or hasattr(function, "__wrapped__"), f"{name} is not guarded"
+
+
+#
+# another method
+#
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SnapKV(compression_ratio=0.5, min_tokens=100),
+        KVCompose(compression_ratio=0.75, scoring="repeat", min_tokens=100, keep_last=0),
+        None,
+    ],
+)
+def test_another_method_reads_the_same_prompt_anew(make_llama, other):
+    llama = make_llama(method=HALF)
+    prompt = [*CONTEXT, *QUESTION]
+    greedy(llama, prompt, 3)
+    before = llama.kv_report
+    llama.kv_compressor = other
+    got = greedy(llama, prompt, 3)
+    fresh = make_llama(method=other)
+    assert got == greedy(fresh, prompt, 3)
+    if other is None:
+        assert (llama.kv_report, llama.n_context) == (None, 0)
+    else:
+        assert llama.kv_report is not before
+        assert llama.kv_report.n_kept.tolist() == fresh.kv_report.n_kept.tolist()
+    assert llama.kv_bytes == fresh.kv_bytes
+
+
+def test_the_same_method_again_or_other_thresholds_read_nothing_anew(make_llama):
+    llama = make_llama(method=HALF)
+    llama.compress(CONTEXT)
+    report = llama.kv_report
+    llama.kv_compressor = KVCompose(compression_ratio=0.5, scoring="repeat", min_tokens=50, keep_last=8)
+    greedy(llama, [*CONTEXT, *QUESTION], 2)
+    assert llama.kv_report is report
+
+
+def test_a_plan_applied_by_hand_is_kept_until_the_method_changes(make_llama):
+    llama = make_llama()
+    evidence = llama.observe(CONTEXT, HALF)
+    llama.compose(HALF.plan(evidence))
+    greedy(llama, [*CONTEXT, *QUESTION], 2)
+    assert llama.n_context == 292
+    llama.kv_compressor = SnapKV(compression_ratio=0.5, min_tokens=100)
+    greedy(llama, [*CONTEXT, *QUESTION], 2)
+    assert llama.kv_report is not None
+
+
+#
+# empty prompts
+#
+
+
+def test_an_empty_prompt_is_refused_and_loses_nothing(make_llama):
+    from kvcompose_gguf import ConfigError
+
+    llama = make_llama()
+    greedy(llama, QUESTION, 2)
+    held = llama._input_ids.tolist()
+    for call in (lambda: llama([]), lambda: next(llama.generate([])), lambda: list(llama([], stream=True))):
+        with pytest.raises(ConfigError, match="the prompt is empty"):
+            call()
+    llama.kv_compressor = HALF
+    with pytest.raises(ConfigError, match="empty"):
+        llama.compress([])
+    assert llama._input_ids.tolist() == held
