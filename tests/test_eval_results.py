@@ -323,7 +323,7 @@ def test_tasks_that_the_full_cache_cannot_solve_are_left_out() -> None:
     assert summary.not_done == (("c", 0.05),)
     assert summary.types == summarise(flat(SMALL)).types
     assert summarise(flat(SMALL) + undone, min_full=0.05).types[0].tasks == ("a", "b", "c")
-    assert "left out of the means: c (5.0); the full cache scores below 10." in markdown(summary, CONFIG, [])
+    assert "Left out of the means, because the full cache scores below 10: c (5.0)." in markdown(summary, CONFIG, [])
 
 
 def test_a_task_counts_for_every_type_of_cache_if_it_does_for_one() -> None:
