@@ -86,9 +86,9 @@ class CalibrateOptions:
             ("shortest", 200, self.longest), ("n_errors", 1, 10_000), ("n_random", 0, 1 << 18),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}={getattr(self, name)}, allowed are {low} to {high}")
+                raise ConfigError(f"{name}={getattr(self, name)}; allowed: {low} to {high}")
         if 0 < self.n_random < N_KEPT:
-            raise ConfigError(f"n_random={self.n_random}, allowed are 0, and {N_KEPT} and more")
+            raise ConfigError(f"n_random={self.n_random}; allowed: 0, or {N_KEPT} and more")
 
     @property
     def n_trials(self) -> int:

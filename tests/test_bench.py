@@ -1,4 +1,4 @@
-"""The benchmark, as it is, on a tiny model; what is compared with numbers is exact, times only have to be there."""
+"""Runs the real benchmark on a tiny model. Numbers are compared exactly; times must only be present."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEASURED = ["full f16", "full q8_0", "KVCompose 0.5 f16", "KVCompose 0.75 f16", 
 
 @pytest.fixture(scope="module")
 def document(tiny_model: Callable[[tiny.TinyConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON file of a real run."""
+    """Returns the JSON file of a real run."""
     file = tmp_path_factory.mktemp("bench") / "out.json"
     arguments = [
         "bench", str(tiny_model(tiny.GQA)), "--n-tokens", str(N_TOKENS), "--ratios", "0.5,0.75",
@@ -52,7 +52,7 @@ def measured(result: BenchResult) -> dict[str, Measurement]:
 
 
 def made_up(sizes: Sequence[int] = (1000, 2000), variants: int = 9) -> BenchResult:
-    """A result without a run, with more variants than there are colours."""
+    """Returns a result without a run, with more variants than colours."""
     environment = Environment(
         "2026-01-01T00:00:00+00:00", "0.1.0", "0" * 40, "CPU", "a CPU", 2, "Linux", "3.11", 2, 2, "m.gguf", 10**8, "random"
     )
@@ -78,7 +78,7 @@ def test_every_variant_is_measured_with_equally_many_cells(result: BenchResult) 
     assert result.complete
 
 
-def test_every_sample_is_there_and_positive(result: BenchResult) -> None:
+def test_every_sample_is_present_and_positive(result: BenchResult) -> None:
     for m in result.measurements:
         assert len(m.decode_seconds) == REPEATS
         assert all(0 < seconds < math.inf for seconds in (*m.decode_seconds, m.prefill_seconds))
@@ -105,7 +105,7 @@ def test_less_is_allocated_for_fewer_rows_and_smaller_types(measured: dict[str, 
     assert all(m.kv_bytes > m.kv_bytes_rows for m in measured.values())
 
 
-def test_memory_is_that_of_each_variants_own_process(measured: dict[str, Measurement]) -> None:
+def test_memory_is_measured_in_each_variants_own_process(measured: dict[str, Measurement]) -> None:
     for m in measured.values():
         assert m.baseline_bytes > 10_000_000  # an interpreter with numpy
         if sys.platform == "linux":
@@ -180,7 +180,7 @@ def test_a_waiting_worker_takes_no_cpu_time_and_a_dead_one_is_noticed(
     assert not psutil.pid_exists(process.pid)
 
 
-def test_a_workers_error_says_whose_it_is(tmp_path: Path) -> None:
+def test_a_workers_error_names_its_variant(tmp_path: Path) -> None:
     file = tmp_path / "no.gguf"
     file.write_bytes(b"not a model")
     with (

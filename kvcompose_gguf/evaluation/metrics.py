@@ -56,7 +56,7 @@ def _normalised(text: str) -> str:
 
 def _checked(references: Sequence[str]) -> Sequence[str]:
     if isinstance(references, str) or not references:
-        raise ConfigError(f"references={references!r}, allowed is a sequence of at least one string")
+        raise ConfigError(f"references={references!r}; allowed: a sequence of at least one string")
     return references
 
 
@@ -82,7 +82,7 @@ def bootstrap_interval(
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not array.size or len(strata) not in (0, array.size):
         raise ConfigError(
-            f"values of shape {array.shape}, {len(strata)} strata, allowed is one dimension with at least one value,"
+            f"values of shape {array.shape}, {len(strata)} strata; allowed: one dimension with at least one value,"
             " and none or as many strata"
         )
     low, high = np.quantile(_weights(tuple(strata) or ("",) * array.size) @ array, [0.025, 0.975])
@@ -110,7 +110,7 @@ def area_under_curve(ratios: Sequence[float], scores: Sequence[float]) -> float:
     """
     x, y = _curve(ratios, scores)
     if x.size < 2:
-        raise ConfigError(f"ratios={list(ratios)}, allowed are at least two")
+        raise ConfigError(f"ratios={list(ratios)}; allowed: at least two")
     return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum() / x[-1])
 
 
@@ -126,7 +126,7 @@ def largest_ratio_within(ratios: Sequence[float], scores: Sequence[float], loss:
     """
     x, y = _curve(ratios, scores)
     if not 0 <= loss <= 1:
-        raise ConfigError(f"loss={loss}, allowed are 0 to 1")
+        raise ConfigError(f"loss={loss}; allowed: 0 to 1")
     if y[0] <= 0:
         return float("nan")
     least = y[0] * (1 - loss)
@@ -140,11 +140,11 @@ def largest_ratio_within(ratios: Sequence[float], scores: Sequence[float], loss:
 def _curve(ratios: Sequence[float], scores: Sequence[float]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     x, y = np.asarray(ratios, np.float64), np.asarray(scores, np.float64)
     if x.ndim != 1 or x.shape != y.shape or not x.size:
-        raise ConfigError(f"ratios of shape {x.shape}, scores of {y.shape}, allowed is one dimension, the same length")
+        raise ConfigError(f"ratios of shape {x.shape}, scores of {y.shape}; allowed: one dimension, the same length")
     order = np.argsort(x)
     x, y = x[order], y[order]
     if x[0] != 0 or x[-1] > 1 or not (np.diff(x) > 0).all():
-        raise ConfigError(f"ratios={list(ratios)}, allowed are 0 and others up to 1, each once")
+        raise ConfigError(f"ratios={list(ratios)}; allowed: 0 and others up to 1, each once")
     return x, y
 
 
@@ -179,7 +179,7 @@ def same_top(logits_p: NDArray[np.float32], logits_q: NDArray[np.float32]) -> ND
 
 def _same_shape(logits_p: NDArray[np.float32], logits_q: NDArray[np.float32]) -> tuple[int, int]:
     if logits_p.shape != logits_q.shape or logits_p.ndim != 2 or not logits_p.shape[1]:
-        raise ConfigError(f"logits of shapes {logits_p.shape} and {logits_q.shape}, allowed is (n, n_vocab) for both")
+        raise ConfigError(f"logits of shapes {logits_p.shape} and {logits_q.shape}; allowed: (n, n_vocab) for both")
     return logits_p.shape[0], logits_p.shape[1]
 
 

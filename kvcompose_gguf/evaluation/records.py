@@ -54,9 +54,9 @@ class Answer:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1 or (self.method == FULL) != (self.ratio == 0):
-            raise ConfigError(f"ratio={self.ratio} of {self.method!r}, allowed are 0 for {FULL!r}, (0, 1) for others")
+            raise ConfigError(f"ratio={self.ratio} of {self.method!r}; allowed: 0 for {FULL!r}, (0, 1) for others")
         if not 0 <= self.score <= 1 or not 0 <= self.exact <= 1:
-            raise ConfigError(f"score={self.score}, exact={self.exact}, allowed are 0 to 1")
+            raise ConfigError(f"score={self.score}, exact={self.exact}; allowed: 0 to 1")
 
 
 @dataclass(frozen=True)

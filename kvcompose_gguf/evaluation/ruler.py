@@ -100,10 +100,10 @@ class Needles(Task):
         kinds = ("words", "numbers", "uuids")
         for name, allowed in (("haystack", ("noise", "essay", "needle")), ("key", kinds), ("value", kinds)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}, allowed are {', '.join(allowed)}")
+                raise ConfigError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not 1 <= self.n_queries <= self.n_keys or not 1 <= self.n_keys * self.n_values <= len(DEPTHS):
             raise ConfigError(
-                f"n_keys={self.n_keys}, n_values={self.n_values}, n_queries={self.n_queries}, allowed are 1 to n_keys"
+                f"n_keys={self.n_keys}, n_values={self.n_values}, n_queries={self.n_queries}; allowed: 1 to n_keys"
                 f" queries and up to {len(DEPTHS)} needles"
             )
 
@@ -338,15 +338,15 @@ def make_sample(
         ConfigError: the task does not exist, an argument is out of range, or ``n_tokens`` is too small for the task.
     """
     if task not in TASKS:
-        raise ConfigError(f"task={task!r}, allowed are {', '.join(TASKS)}")
+        raise ConfigError(f"task={task!r}; allowed: {', '.join(TASKS)}")
     if index < 0:
-        raise ConfigError(f"index={index}, allowed are 0 and more")
+        raise ConfigError(f"index={index}; allowed: 0 or more")
     kind = TASKS[task]
     if depth is not None and not kind.takes_depth:
         able = ", ".join(name for name, other in TASKS.items() if other.takes_depth)
-        raise ConfigError(f"depth={depth} with task={task!r}, allowed with {able}")
+        raise ConfigError(f"depth={depth} with task={task!r}; allowed only with {able}")
     if depth is not None and not 0 <= depth <= 1:
-        raise ConfigError(f"depth={depth}, allowed are 0 to 1")
+        raise ConfigError(f"depth={depth}; allowed: 0 to 1")
     recipe = kind.recipe(f"{seed}/{task}/{index}", n_tokens, texts, depth)
 
     def size(n: int) -> int:

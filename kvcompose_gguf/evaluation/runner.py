@@ -91,7 +91,7 @@ class EvalOptions:
             check_positive(name, getattr(self, name))
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
-            raise ConfigError(f"tasks={','.join(self.tasks)}: allowed are {', '.join(TASKS)}")
+            raise ConfigError(f"tasks={','.join(self.tasks)}; allowed: {', '.join(TASKS)}")
         wrong = [ratio for ratio in self.ratios if not 0 < ratio < 1]
         if wrong or (self.methods and not self.ratios):
             raise ConfigError(f"ratios={wrong}: give one or more in (0, 1); the full cache is always included")

