@@ -165,11 +165,15 @@ def test_a_waiting_worker_takes_no_cpu_time_and_a_dead_one_is_noticed(
         worker.read()
         assert worker.decode() > 0
         process = psutil.Process(worker.pid)
-        time.sleep(0.2)  # OpenMP's threads spin for some milliseconds
-        before = process.cpu_times()
-        time.sleep(0.5)
-        after = process.cpu_times()
-        assert after.user + after.system - before.user - before.system < 0.05
+
+        def seconds_used() -> float:
+            before = process.cpu_times()
+            time.sleep(0.5)
+            after = process.cpu_times()
+            return after.user + after.system - before.user - before.system
+
+        # OpenMP's threads spin for a while first, on a machine with other work for longer
+        assert any(seconds_used() < 0.05 for _ in range(120))
         process.kill()
         with pytest.raises(NativeError, match=r"full f16 at n_tokens=32: the process ended with exit code"):
             worker.decode()
@@ -280,14 +284,14 @@ def test_without_matplotlib_only_the_picture_is_refused(monkeypatch: pytest.Monk
     [
         ([], "model is missing"),
         (["no.gguf"], "model='no.gguf' is neither a file nor one of gemma-3-270m, smollm2"),
-        (["m.gguf", "--n-tokens", ""], "n_tokens=[] has to be"),
-        (["m.gguf", "--n-tokens", "1k"], "n_tokens='1k' is not a list of integers"),
-        (["m.gguf", "--n-tokens", "100,100"], "n_tokens=[100, 100] has to be a list of different values"),
-        (["m.gguf", "--n-tokens", "100,1"], "n_tokens=1 is too few"),
+        (["m.gguf", "--n-tokens", ""], "n_tokens=[] must be"),
+        (["m.gguf", "--n-tokens", "1k"], "n_tokens='1k' is not a comma-separated list of integers"),
+        (["m.gguf", "--n-tokens", "100,100"], "n_tokens=[100, 100] must be a list of different values"),
+        (["m.gguf", "--n-tokens", "100,1"], "n_tokens=1 is too small"),
         (["m.gguf", "--n-tokens", "4096"], "n_tokens=4096 is too large"),
-        (["m.gguf", "--ratios", " "], "ratios=[] has to be"),
-        (["m.gguf", "--ratios", "0.5,"], "ratios='0.5,' is not a list of numbers"),
-        (["m.gguf", "--ratios", "0.5,1"], "ratios=1.0, the fraction removed, is not in [0, 1)"),
+        (["m.gguf", "--ratios", " "], "ratios=[] must be"),
+        (["m.gguf", "--ratios", "0.5,"], "ratios='0.5,' is not a comma-separated list of numbers"),
+        (["m.gguf", "--ratios", "0.5,1"], "ratios=1.0: the fraction removed must be in [0, 1)"),
         (["m.gguf", "--ratios", "-0.1"], "ratios=-0.1"),
         (["m.gguf", "--ratios", "nan"], "ratios=nan"),
         (["m.gguf", "--kv-types", "f16,q9"], "kv_types='q9' is not one of f32, f16"),
@@ -300,10 +304,10 @@ def test_without_matplotlib_only_the_picture_is_refused(monkeypatch: pytest.Monk
         (["m.gguf", "--plot", "out.gif"], "plot='out.gif' does not end in one of .svg, .png, .pdf"),
         (["m.gguf", "--text", "no.txt"], "text='no.txt' cannot be read"),
         (["m.gguf", "--text", "empty.txt"], "text='empty.txt' is empty"),
-        (["m.gguf", "--from", "out.json"], "exclude each other"),
+        (["m.gguf", "--from", "out.json"], "cannot be combined"),
         (["--from", "no.json"], "from='no.json' is not a JSON file of"),
         (["--from", "empty.txt"], "from='empty.txt' is not a JSON file of"),
-        (["--from", "newer.json"], "schema=2, this version reads 1"),
+        (["--from", "newer.json"], "schema=2; this version reads 1"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_run(

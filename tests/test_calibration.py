@@ -79,8 +79,8 @@ def test_a_calibration_comes_back_from_its_file(folder):
     [
         ({"version": 2}, "version=2"), ({"version": None}, "version"), ({"heads": []}, "0 layers"),
         ({"heads": [[1.0, 2.0]]}, "1 layers and 2 errors"), ({"heads": [[1.0], []]}, "layers"),
-        ({"heads": [1.0, 2.0]}, "not lists"), ({"heads": None}, "not lists"), ({"errors": 1.0}, "not lists"),
-        ({"heads": [[1.0], [math.nan]]}, "nan"), ({"heads": [[1.0], [-1e-9]]}, "number from 0"),
+        ({"heads": [1.0, 2.0]}, "list of lists"), ({"heads": None}, "list of lists"), ({"errors": 1.0}, "list of lists"),
+        ({"heads": [[1.0], [math.nan]]}, "nan"), ({"heads": [[1.0], [-1e-9]]}, "number of at least 0"),
         ({"heads": [[1.0], ["1"]]}, "'1'"), ({"heads": [[1.0], [True]]}, "True"), ({"errors": [0.5, 0.6]}, "sum"),
         ({"errors": [1.5, -0.5]}, "-0.5"), ({"errors": [math.inf, 0]}, "inf"), ({"model_sha256": 5}, "model_sha256"),
         ({"settings": [1]}, "settings"), ({"unknown": 1}, "unknown"),
@@ -377,7 +377,7 @@ def test_a_cache_folder_that_cannot_be_written_is_refused_before_anything_is_mea
     folder.parent.mkdir()
     folder.write_text("a file in its place")
     monkeypatch.setattr(calibrate, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match=f"{folder}, where calibrations are kept, cannot be written"):
+    with pytest.raises(ConfigError, match=f"cannot write to {folder}, the folder of the calibrations"):
         calibrate.calibrate(str(tiny_model(tiny.GQA)), SMALL, threads=1)
 
 

@@ -229,13 +229,13 @@ def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
     [
         ({"tasks": "passkey,niah"}, "tasks=passkey,niah: allowed are niah_single_1, "),
         ({"tasks": ""}, "tasks="),
-        ({"ratios": "0.5,1"}, "ratios=[1.0] are not in (0, 1)"),
-        ({"ratios": "0"}, "ratios=[0.0] are not in (0, 1)"),
-        ({"ratios": "nan"}, "ratios=[nan] are not in (0, 1)"),
-        ({"ratios": "half"}, "ratios='half' is not a list of numbers"),
-        ({"kv_types": "f17"}, "types_kv='f17' is no ggml type"),
+        ({"ratios": "0.5,1"}, "ratios=[1.0]: give one or more in (0, 1)"),
+        ({"ratios": "0"}, "ratios=[0.0]: give one or more in (0, 1)"),
+        ({"ratios": "nan"}, "ratios=[nan]: give one or more in (0, 1)"),
+        ({"ratios": "half"}, "ratios='half' is not a comma-separated list of numbers"),
+        ({"kv_types": "f17"}, "types_kv='f17' is not a ggml type"),
         ({"methods": ("kvcompos",)}, "method='kvcompos' is none of kvcompose, "),
-        ({"methods": ("@best",)}, "method='@best' is no suite, there are @none, "),
+        ({"methods": ("@best",)}, "method='@best' is not a suite: @none, "),
         ({"methods": ("snapkv,windw=3",)}, "method='snapkv,windw=3'"),
         ({"methods": ("kvcompose,window",)}, "'window' is not option=value"),
         ({"methods": ("variant,own=True,scoring=window",)}, "own=True needs scoring='repeat'"),
@@ -278,10 +278,10 @@ def test_a_model_that_there_is_not_is_found_before_a_folder_is_made(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": "1"}, "seed=0 there, 1 now"),
-        ({"ratios": "0.5"}, "ratios=[0.5, 0.9] there, [0.5] now"),
+        ({"seed": "1"}, "seed=0 in the run, 1 now"),
+        ({"ratios": "0.5"}, "ratios=[0.5, 0.9] in the run, [0.5] now"),
         ({"methods": METHODS[:1]}, "methods=["),
-        ({"n_tokens": "780"}, "n_tokens=760 there, 780 now"),
+        ({"n_tokens": "780"}, "n_tokens=760 in the run, 780 now"),
     ],
     ids=str,
 )
@@ -290,7 +290,7 @@ def test_a_folder_with_other_settings_stays_as_it_is(
 ) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     line = failure(arguments(model_path, folder, **changes))
-    assert "has a run with other settings" in line
+    assert "contains a run with other settings" in line
     assert message in line
     assert done == []
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -303,7 +303,7 @@ def test_another_model_is_another_run(tiny_model: Any, folder: Path, done: list[
 
 def test_a_report_of_no_run_is_one_line(model_path: Path, tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "nothing"):
-        assert "is not that of a run" in failure(["eval", "--report-only", "--out", str(out)])
+        assert "does not contain a run" in failure(["eval", "--report-only", "--out", str(out)])
     assert list(tmp_path.iterdir()) == []
 
 

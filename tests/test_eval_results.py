@@ -137,9 +137,9 @@ def test_a_whole_run_is_not_written_anew_on_resume(folder: RunFolder) -> None:
 
 
 def test_other_settings_are_refused_and_named(folder: RunFolder) -> None:
-    with pytest.raises(ConfigError, match=r"other settings: seed=0 there, 1 now; n_tokens=None there, 64 now$"):
+    with pytest.raises(ConfigError, match=r"other settings: seed=0 in the run, 1 now; n_tokens=None in the run, 64 now$"):
         RunFolder.open(folder.path, SETTINGS | {"seed": 1, "n_tokens": 64}, ENVIRONMENT)
-    with pytest.raises(ConfigError, match=r"settings: tasks=\['a', 'b'\] there, None now$"):
+    with pytest.raises(ConfigError, match=r"settings: tasks=\['a', 'b'\] in the run, None now$"):
         RunFolder.open(folder.path, {name: SETTINGS[name] for name in ("ratios", "seed")}, ENVIRONMENT)
     assert RunFolder(folder.path).answers() == flat(SMALL)
 
@@ -154,7 +154,7 @@ def test_another_environment_is_noted_when_a_run_goes_on(folder: RunFolder) -> N
 
 
 def test_a_folder_that_is_not_that_of_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not that of a run"):
+    with pytest.raises(ConfigError, match="does not contain a run"):
         RunFolder(tmp_path)
     (tmp_path / "answers.jsonl").touch()
     with pytest.raises(ConfigError, match=r"has answers\.jsonl, but no config\.json"):
@@ -162,7 +162,7 @@ def test_a_folder_that_is_not_that_of_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         RunFolder.open(tmp_path / "answers.jsonl" / "run", SETTINGS, ENVIRONMENT)
     (tmp_path / "config.json").write_text("{", "utf-8")
-    with pytest.raises(ConfigError, match="is not that of a run"):
+    with pytest.raises(ConfigError, match="does not contain a run"):
         RunFolder.open(tmp_path, SETTINGS, ENVIRONMENT)
 
 
@@ -171,19 +171,19 @@ def test_a_line_that_is_no_record_is_named(folder: RunFolder) -> None:
     lines = file.read_bytes().splitlines(keepends=True)
     for wrong in (b"{\n", b"[]\n", b'{"task": "a"}\n', lines[1].replace(b'"score": 1.0', b'"score": 1.5')):
         file.write_bytes(lines[0] + wrong + lines[2])
-        with pytest.raises(ConfigError, match=r"answers\.jsonl', line 2, is not one of a run"):
+        with pytest.raises(ConfigError, match=r"answers\.jsonl', line 2, is not a record of a run"):
             folder.answers()
 
 
 def test_samples_that_cannot_be_are_refused_before_anything_is_written(folder: RunFolder) -> None:
     sample = answers_of([1, 1, 1, 1, 1], "b", 1)
     before = [file.read_bytes() for file in sorted(folder.path.iterdir())]
-    with pytest.raises(ConfigError, match=r"sample=\('a', 0, 'f16'\) is there already"):
+    with pytest.raises(ConfigError, match=r"sample=\('a', 0, 'f16'\) is already in the run"):
         folder.add(cost_of(SMALL[0]), SMALL[0])
     for wrong in ([], [*sample, SMALL[0][0]]):
-        with pytest.raises(ConfigError, match="no answers, or some of another sample"):
+        with pytest.raises(ConfigError, match="no answers, or answers of another sample"):
             folder.add(cost_of(sample), wrong)
-    with pytest.raises(ConfigError, match="two answers of one method and ratio"):
+    with pytest.raises(ConfigError, match="two answers with the same method and ratio"):
         folder.add(cost_of(sample), [*sample, sample[0]])
     with pytest.raises(TypeError):
         folder.add(replace(cost_of(sample), prefill_seconds=np.float32(1)), sample)  # type: ignore[arg-type]
@@ -457,7 +457,7 @@ def test_the_report_says_what_a_sample_costs() -> None:
     seconds = {"full": 0.4, "KVCompose": 0.75, "SnapKV": 0.25}
     text = report_of([[replace(one, seconds=seconds[one.method]) for one in sample] for sample in SMALL])
     costs = table(text, "What a sample costs")
-    assert costs["cache"][2:] == ["prefill", "scoring: repeat", "scoring: window", "rest per answer", "all of it"]
+    assert costs["cache"][2:] == ["prefill", "scoring: repeat", "scoring: window", "rest per answer", "whole sample"]
     assert costs["f16"] == ["3", "100", "4.00", "3.00", "0.25", "0.50", "9.00"]  # the full cache's answers do not compare
     assert "restore, compose and answer, checked against the full cache's answer" in text
     assert "whole prefill" not in text
@@ -473,7 +473,7 @@ def test_the_report_says_which_scoring_contains_a_prefill() -> None:
 def test_the_report_says_which_layers_keep_least_and_most() -> None:
     kept = {"full": None, "KVCompose": (1200, 30, 60), "SnapKV": (40, 40, 40)}
     text = report_of([[replace(one, n_kept=kept[one.method]) for one in sample] for sample in SMALL])
-    layers = table(text, "Tokens kept, in the layers with least and most")
+    layers = table(text, "Tokens kept, in the layers with the fewest and the most")
     assert layers["KVCompose"] == ["–", *["30 (layer 1) to 1,200 (0)"] * 2]
     assert layers["SnapKV"] == ["–", *["all 40"] * 2]
 

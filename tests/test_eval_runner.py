@@ -384,7 +384,7 @@ def test_a_missing_calibration_is_found_before_a_folder_is_made(model_path, tmp_
 
 
 def test_samples_longer_than_the_model_was_made_for_are_refused(model_path, tmp_path):
-    with pytest.raises(ConfigError, match=r"n_tokens=1000000, but .* is for at most"):
+    with pytest.raises(ConfigError, match=r"n_tokens=1000000, but .* was trained for at most"):
         evaluate(str(model_path), options(n_tokens=1_000_000), tmp_path / "run", jobs=1)
     assert not (tmp_path / "run").exists()
 

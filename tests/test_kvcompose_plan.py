@@ -440,14 +440,14 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         ({"scoring_fraction": 0.5, "scoring": "prompts", "prompts": ["What?"]}, "needs scoring='repeat'"),
         ({"window": 0}, "window=0 is not positive"),
         ({"window": -1, "scoring": "window"}, "window=-1 is not positive"),
-        ({"scoring": "prompts"}, r"prompts=\(\) is needed"),
-        ({"scoring": "prompts", "prompts": []}, r"prompts=\[\] is needed"),
-        ({"scoring": "prompts", "prompts": "What?"}, "prompts='What\\?' is needed, as a list"),
-        ({"scoring": "prompts", "prompts": ""}, "prompts='' is needed"),
-        ({"prompts": ["What?"]}, "with scoring='prompts' only"),
-        ({"scoring": "window", "prompts": ["What?"]}, "with scoring='prompts' only"),
-        ({"scoring": "prefill", "prompts": ["What?"]}, "with scoring='prompts' only"),
-        ({"scoring": "repeat", "prompts": "What?"}, "as a list of texts"),
+        ({"scoring": "prompts"}, r"prompts=\(\): scoring='prompts' needs at least one text"),
+        ({"scoring": "prompts", "prompts": []}, r"prompts=\[\]: scoring='prompts' needs at least one text"),
+        ({"scoring": "prompts", "prompts": "What?"}, "prompts='What\\?' must be a list of texts"),
+        ({"scoring": "prompts", "prompts": ""}, "prompts='' must be a list of texts"),
+        ({"prompts": ["What?"]}, "scoring='prompts' needs at least one text, others none"),
+        ({"scoring": "window", "prompts": ["What?"]}, "scoring='prompts' needs at least one text, others none"),
+        ({"scoring": "prefill", "prompts": ["What?"]}, "scoring='prompts' needs at least one text, others none"),
+        ({"scoring": "repeat", "prompts": "What?"}, "prompts='What\\?' must be a list of texts"),
     ],
     ids=str,
 )
@@ -498,7 +498,7 @@ def test_paper_gives_the_papers_settings_and_refuses_others() -> None:
     assert (method.scoring, method.n_sink) == ("repeat", 0)
     ours = dataclasses.replace(method, scoring="auto", scoring_chunk=512, n_sink=4, keep_last=32, allocation=None)
     assert ours == KVCompose(compression_ratio=0.5)
-    with pytest.raises(ConfigError, match="agg_head, n_sink: decided by the paper"):
+    with pytest.raises(ConfigError, match="agg_head, n_sink: the paper's settings decide this"):
         KVCompose.paper(compression_ratio=0.5, n_sink=4, agg_head="max")
 
 

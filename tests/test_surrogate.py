@@ -260,7 +260,7 @@ def test_a_surrogate_of_another_shape_is_refused():
     evidence = make_evidence(10)
     one, two = random_weights(evidence, 1)
     for weights in ((one,), (two, one), (one, two[:1]), (one, two[:, 1:]), (one, two, two)):
-        with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .* the model needs \[\(2, 41\), \(3, 46\)\]"):
+        with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
             Surrogate("tiny.gguf", "abc", weights).predict(evidence)
     with pytest.raises(ConfigError, match="the evidence has no unrotate"):
         Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, unrotate=None))
@@ -326,7 +326,7 @@ def test_the_users_own_surrogate_comes_before_the_packages(folder, tmp_path, mon
     shipped.mkdir(parents=True)
     monkeypatch.setattr(calibration, "__file__", str(tmp_path / "package" / "calibration.py"))
     assert find_surrogate(model) is None
-    with pytest.raises(ConfigError, match=f"has no surrogate yet, make one: kvcompose calibrate {model}"):
+    with pytest.raises(ConfigError, match=f"has no surrogate yet; make one with: kvcompose calibrate {model}"):
         load_surrogate(model)
     sha256 = calibration.model_sha256(model)
     of_package = replace(GOOD, model_name="shipped", model_sha256=sha256)

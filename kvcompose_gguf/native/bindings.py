@@ -1,4 +1,4 @@
-"""Declarations of llama-kvc.h (patches/src): one function or struct each, the C declaration above it."""
+"""Declarations of llama-kvc.h (patches/src): functions and structs, each below its C declaration."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Give every llama_kvc_* function of ``lib`` its C types; returns ``lib``."""
+    """Sets the C types of every llama_kvc_* function of ``lib``; returns ``lib``."""
     for name, (restype, argtypes) in _FUNCTIONS.items():
         function = getattr(lib, name)
         function.restype = restype

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastapi.responses import Response
 from . import chat, formats, reasoning, tools
 from .errors import invalid
 from .formats import About
-from .generation import Generation, Progress, Token
+from .generation import End, Generation, Progress, Token
 from .grammars import grammar_of
 from .messages import MessageStream
 from .options import REASONING_FORMATS
@@ -170,35 +171,40 @@ def _chat_grammar(request: ChatRequest) -> str | None:
 
 async def _chat_chunks(
     server: Server, request: ChatRequest, asked: _Asked, about: About, reader: MessageStream
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     has_role = False
     held = reader.add(asked.begun)
     if not asked.echoes:
         held = []
-    async for _, step in server.events(about.what, request.id_slot):
-        if isinstance(step, Progress):
-            if request.return_progress:
+    async with aclosing(server.events(about.what, request.id_slot)) as told:
+        async for _, step in told:
+            if isinstance(step, Progress):
+                if request.return_progress:
+                    has_role = True
+                    more = formats.extras(step, request.timings_per_token)
+                    yield formats.chat_part(about, {"role": "assistant", "content": None}, **more)
+                continue
+            if not has_role:
                 has_role = True
-                more = formats.extras(step, request.timings_per_token)
-                yield formats.chat_part(about, {"role": "assistant", "content": None}, **more)
-            continue
-        if not has_role:
-            has_role = True
-            yield formats.chat_part(about, {"role": "assistant", "content": None})
-        deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
-        held = []
-        for delta in deltas:
-            chunk = formats.chat_part(about, delta)
-            if isinstance(step, Token) and delta is deltas[-1]:  # they go with the last
-                chunk |= formats.extras(step, request.timings_per_token)
-                if about.logprobs:
-                    chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
-            yield chunk
-        if isinstance(step, Token):
-            continue
-        timings = {"timings": formats.timings(step.timings, step.report)}
-        wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        last = formats.chat_part(about, {}, formats.chat_finish(step, reader.n_calls > 0))
-        yield last if wants_usage else last | timings
-        if wants_usage:
-            yield formats.chat_usage(about, step) | timings
+                yield formats.chat_part(about, {"role": "assistant", "content": None})
+            deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
+            held = []
+            for delta in deltas:
+                chunk = formats.chat_part(about, delta)
+                if isinstance(step, Token) and delta is deltas[-1]:  # they belong to the token, so they go once
+                    chunk |= formats.extras(step, request.timings_per_token)
+                    if about.logprobs:
+                        chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
+                yield chunk
+            if isinstance(step, End):
+                for chunk in _last_chunks(request, about, reader, step):
+                    yield chunk
+
+
+def _last_chunks(request: ChatRequest, about: About, reader: MessageStream, end: End) -> Iterator[dict[str, Any]]:
+    timings = {"timings": formats.timings(end.timings, end.report)}
+    wants_usage = request.stream_options is not None and request.stream_options.include_usage
+    last = formats.chat_part(about, {}, formats.chat_finish(end, reader.n_calls > 0))
+    yield last if wants_usage else last | timings
+    if wants_usage:
+        yield formats.chat_usage(about, end) | timings

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -57,9 +58,10 @@ def _answer(whole: Whole, placed: Sequence[tuple[About, End]]) -> JSONResponse:
 
 async def _completion_chunks(
     server: Server, request: GenerationRequest, about: About, whole: Whole, part: Whole
-) -> AsyncIterator[dict[str, Any]]:
-    async for slot, step in server.events(about.what, request.id_slot):
-        if isinstance(step, End):
-            yield await server.aside(partial(whole, replace(about, id_slot=slot), step, streamed=True))
-        elif isinstance(step, Token) or request.return_progress:
-            yield part(about, step, request.timings_per_token)
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(server.events(about.what, request.id_slot)) as told:
+        async for slot, step in told:
+            if isinstance(step, End):
+                yield await server.aside(partial(whole, replace(about, id_slot=slot), step, streamed=True))
+            elif isinstance(step, Token) or request.return_progress:
+                yield part(about, step, request.timings_per_token)

@@ -23,6 +23,9 @@ from .slots import Busy, Cancelled, Slot, TimedOut, Turns
 #: share of a prompt that has to be in a slot's cache already for the slot to be chosen for it
 MIN_SIMILARITY = 0.1
 
+#: seconds, for deadlines
+now = time.monotonic
+
 #: cells beside a prompt's own: those of an empty cache, or of a chunk that scores it
 N_SCRATCH = 768
 
@@ -39,7 +42,7 @@ class Job:
         method: that compresses the prompt, which decides what can be continued.
         reuse: what a cache has of the prompt need not be evaluated.
         id: its number among all.
-        deadline: on ``time.monotonic``'s clock, after which it ends.
+        deadline: on ``now``'s clock, after which it ends.
         future: of the result.
     """
 
@@ -67,7 +70,7 @@ class Job:
     @property
     def is_late(self) -> bool:
         """Whether its time is over."""
-        return time.monotonic() > self.deadline
+        return now() > self.deadline
 
     def check(self) -> None:
         """Raise if its result is of no use.
@@ -121,6 +124,7 @@ class Engine:
         self._kv_budget = kv_budget
         self._timeout = math.inf if timeout is None else timeout
         self._numbers = itertools.count()
+        self._swaps: list[Future[None]] = []  # caches on their way to disk, or back: what starts later waits for them
         self.idle: IdleCaches | None = None
         self._closed = False
         self.slots: list[Slot] = []
@@ -149,8 +153,8 @@ class Engine:
 
     @property
     def n_waiting(self) -> int:
-        """Jobs in the queue."""
-        return len(self._waiting)
+        """Jobs in the queue, without those that somebody has cancelled."""
+        return sum(not job.is_cancelled for job in list(self._waiting))
 
     @property
     def n_busy(self) -> int:
@@ -174,7 +178,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise Busy("the server is about to end")
-            job.id, job.deadline = next(self._numbers), time.monotonic() + self._timeout
+            job.id, job.deadline = next(self._numbers), now() + self._timeout
             self._waiting.append(job)
             self._start_waiting()
             if len(self._waiting) > self._n_queue:
@@ -205,14 +209,18 @@ class Engine:
                 job.future.set_exception(TimedOut("the request waited longer than the server allows"))
         for job in list(self._waiting):
             slot = self._slot_for(job)
-            room = self._make_room(slot, job) if slot is not None else []
-            if room is None:
+            if slot is None:
+                continue
+            if not self._make_room(slot, job):
                 break
-            if slot is not None and job.future.set_running_or_notify_cancel():
+            if job.future.set_running_or_notify_cancel():
                 self._waiting.remove(job)
                 slot.occupy(max(self._bytes_of(job), slot.kv_bytes), job.id)
                 slot.check = _closed if self._closed else job.check
-                slot.start(functools.partial(self._work, job=job, room=room))
+                before = self._swaps = [swap for swap in self._swaps if not swap.done()]
+                swap: Future[None] = Future()
+                self._swaps = [*before, swap]
+                slot.start(functools.partial(self._work, job=job, before=before, swap=swap))
 
     def _slot_for(self, job: Job) -> Slot | None:
         idle = [slot for slot in self.slots if slot.is_idle]
@@ -221,7 +229,7 @@ class Engine:
         if not idle:
             return None
         if job.tokens and job.reuse:
-            here = ((slot.llama.n_continued(job.tokens, job.method), slot) for slot in idle)
+            here = ((slot.n_continued(job.tokens, job.method), slot) for slot in idle)
             n_same, best = max(here, key=lambda pair: pair[0])
             n_saved = self.idle.n_context(best.llama, job) if self.idle is not None else 0
             if n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= n_saved:
@@ -248,18 +256,16 @@ class Engine:
         # a cache grows by a quarter at a time, and scoring needs a chunk of cells on top
         return max(self._empty_bytes, (job.n_tokens * 5 // 4 + N_SCRATCH) * self._cell_bytes)
 
-    def _make_room(self, slot: Slot, job: Job) -> list[Future[None]] | None:
-        """What has to be forgotten, in the threads of its slots, before a job uses a slot; None: it has to wait."""
+    def _make_room(self, slot: Slot, job: Job) -> bool:
+        """Start to empty the caches that are in a job's way; False: the job has to wait for memory."""
         if self._kv_budget is None:
-            return []
+            return True
         others = [other for other in self.slots if other is not slot]
         room = self._kv_budget - sum(self._empty_bytes if s.is_idle else s.reserved for s in others)
         if self._bytes_of(job) > room:
-            return None
-        forgotten = []
-        if slot.kv_bytes > room:  # what is cut off gives no memory back
-            forgotten.append(slot.start(self._forget))
-            slot.kv_bytes = self._empty_bytes
+            return False
+        if slot.kv_bytes > room:  # cutting a cache off gives no memory back
+            self._start_forgetting(slot)
         idle = sorted((other for other in others if other.is_idle), key=lambda other: other.last_used)
         n_mine = max(self._bytes_of(job), slot.kv_bytes)
         n_over = n_mine + sum(other.kv_bytes - self._empty_bytes for other in idle) - room
@@ -267,27 +273,42 @@ class Engine:
             if n_over <= 0:
                 break
             n_over -= other.kv_bytes - self._empty_bytes
-            forgotten.append(other.start(self._forget))
-            other.kv_bytes = self._empty_bytes
-        return forgotten
+            self._start_forgetting(other)
+        return True
+
+    def _start_forgetting(self, slot: Slot) -> None:
+        """Empty an idle slot's cache in the slot's thread, saved before if there is a folder for it."""
+        slot.forgets = slot.start(self._forget)
+        slot.kv_bytes = self._empty_bytes
+        self._swaps.append(slot.forgets)
 
     def _forget(self, slot: Slot) -> None:
         if self.idle is not None:
             self.idle.keep(slot.llama)
         slot.forget()
 
-    def _work(self, slot: Slot, job: Job, room: list[Future[None]]) -> None:
+    def _work(self, slot: Slot, job: Job, before: list[Future[None]], swap: Future[None]) -> None:
+        """Run a job in the slot's thread, then release the slot, then set the job's result, in this order.
+
+        Args:
+            before: swaps that began before the job. When they end, their memory is free and their contexts are on disk,
+                where the job can find them.
+            swap: ends when the job has swapped the slot's own cache.
+        """
         result, error = None, None
         try:
-            job.check()
-            wait(room)
-            if self.idle is not None and job.tokens:
-                self.idle.exchange(slot.llama, job, None if self._kv_budget is None else job.n_tokens)
+            try:
+                wait(before)
+                job.check()
+                if self.idle is not None and job.tokens:
+                    self.idle.exchange(slot.llama, job, None if self._kv_budget is None else job.n_tokens)
+            finally:
+                swap.set_result(None)
             result = job.work(slot)
         except BaseException as raised:
             error = raised
         try:
-            with self._lock:  # idle before anybody learns of the result: the next request may be on its way
+            with self._lock:
                 slot.release()
                 self._start_waiting()
         except BaseException as raised:

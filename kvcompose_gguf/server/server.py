@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
@@ -111,18 +112,20 @@ class Server:
         """The result of what may take long, while others are served."""
         return await asyncio.to_thread(function, *args)
 
-    async def events(self, what: Generation, id_slot: int = -1) -> AsyncIterator[tuple[int, Step]]:
-        """As ``steps``, counted."""
-        async for slot, step in steps(self.engine, what, id_slot):
-            if isinstance(step, End):
-                self.metrics.count(step)
-            yield slot, step
+    async def events(self, what: Generation, id_slot: int = -1) -> AsyncGenerator[tuple[int, Step], None]:
+        """Yields the steps of a generation as ``service.steps`` does, and adds its end to the metrics."""
+        async with aclosing(steps(self.engine, what, id_slot)) as told:
+            async for slot, step in told:
+                if isinstance(step, End):
+                    self.metrics.count(step)
+                yield slot, step
 
     async def finish(self, what: Generation, id_slot: int) -> tuple[int, End]:
-        """The end of a generation."""
-        async for slot, step in self.events(what, id_slot):
-            if isinstance(step, End):
-                return slot, step
+        """Returns the number of the slot and the end of a generation, when the slot is idle."""
+        async with aclosing(self.events(what, id_slot)) as told:
+            async for slot, step in told:
+                if isinstance(step, End):
+                    return slot, step
         raise ApiError(500, "the generation has no end")
 
 

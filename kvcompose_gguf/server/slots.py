@@ -231,6 +231,7 @@ class Slot:
         self.last_used = 0.0
         self.reserved = 0
         self.task: Task | None = None
+        self.forgets: Future[None] | None = None
         self._turns = turns
         self._thread = ThreadPoolExecutor(1, f"slot-{number}")
         self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
@@ -261,6 +262,11 @@ class Slot:
     def is_idle(self) -> bool:
         """Whether it can take a request."""
         return self.busy_since is None
+
+    def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
+        """Tokens of a prompt that the idle slot need not evaluate: 0 while its own thread empties the cache."""
+        is_forgetting = self.forgets is not None and not self.forgets.done()
+        return 0 if is_forgetting else self.llama.n_continued(tokens, method)
 
     def look(self) -> None:
         """Count the cache's bytes, while nothing changes it; 0 of models that cannot be compressed."""
