@@ -1,0 +1,1 @@
+"""``kvcompose chat``: a conversation about documents in the terminal."""
