@@ -1,4 +1,4 @@
-"""Slots on disk: llama-server's header and tokens (server-common.cpp), then a cache that may be compressed."""
+"""Saves slots: llama-server's header and tokens (server-common.cpp), then the cache, compressed or not."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ..report import KVReport
 from .slots import SlotLlama
 
 MAGIC, VERSION = 0x67677371, 3
-#: before the tokens: they are not a bare list, and in this layout
+#: before the tokens: the payload is not a bare list of tokens but has this layout
 MARK = (-1, 1)
-#: before the cache: it is one of ours
+#: before the cache: marks files of this project
 OURS = b"KVCG"
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written or read: tokens of the conversation, those of a compressed context included, and bytes."""
+    """Sizes of a saved slot: tokens of the conversation, including the compressed context, and bytes of the file."""
 
     n_tokens: int
     n_bytes: int
 
 
 def save(llama: SlotLlama, file: Path, max_bytes: int | None = None) -> Saved:
-    """Write a slot's tokens and cache, for this user alone; the file is there when it is whole.
+    """Write a slot's tokens and cache, readable by this user only. The file appears when it is complete.
 
     Raises:
-        StateError: it cannot be written, or would have more than ``max_bytes``.
+        StateError: the file cannot be written, or would have more than ``max_bytes``.
     """
     state = llama.save_state()
     tokens = [int(token) for token in state.input_ids[: state.n_tokens]]
@@ -63,11 +63,11 @@ def save(llama: SlotLlama, file: Path, max_bytes: int | None = None) -> Saved:
 
 
 def restore(llama: SlotLlama, file: Path) -> Saved:
-    """Bring back what ``save`` wrote.
+    """Restore what ``save`` wrote.
 
     Raises:
-        StateError: there is no such file, it is damaged, another model's, or too long for the slot, whose own cache is
-            as it was then; or llama.cpp refuses the state, and the slot is empty.
+        StateError: the file is missing, damaged, of another model or too long for the slot, and the slot's cache is
+            unchanged. Or llama.cpp refused the state, and the slot is empty.
     """
     tokens, about, data, n_bytes = _read(llama, file)
     n_state = len(data) - about["n_windows"]
@@ -91,20 +91,20 @@ def restore(llama: SlotLlama, file: Path) -> Saved:
 
 
 def describe(llama: SlotLlama, file: Path) -> tuple[list[int], dict[str, Any]]:
-    """Tokens of a saved conversation, and what is told about it: ``n_compressed``, ``composed_by`` and others.
+    """Returns the tokens of a saved conversation and its properties: ``n_compressed``, ``composed_by`` and others.
 
     Raises:
-        StateError: as ``restore``.
+        StateError: as for ``restore``.
     """
     tokens, about, _, _ = _read(llama, file)
     return tokens, about
 
 
 def n_tokens_of(file: Path) -> int:
-    """Tokens that a saved conversation has at most, from the file's beginning.
+    """Returns the maximum number of tokens in a saved conversation, from the file's header alone.
 
     Raises:
-        StateError: it cannot be read.
+        StateError: the file cannot be read.
     """
     try:
         with file.open("rb") as stream:
@@ -137,7 +137,7 @@ def _told(report: KVReport | None) -> dict[str, Any] | None:
 
 
 def _report(told: dict[str, Any] | None) -> KVReport | None:
-    """The inverse of ``_told``; ValueError or TypeError if it is not."""
+    """Returns the report that ``_told`` has written. Raises ValueError or TypeError if it is invalid."""
     if told is None:
         return None
     kinds = {field.name: int if field.type == "int" else float for field in fields(KVReport)}
@@ -149,7 +149,7 @@ def _report(told: dict[str, Any] | None) -> KVReport | None:
 
 
 def _shares(told: list[float], n_tokens: int) -> FloatArray:
-    """Of every token; none if nobody knew them."""
+    """Returns the share of every token, or an empty array if the shares were unknown."""
     shares: FloatArray = np.array(told, dtype=np.float32)
     if shares.shape not in ((0,), (n_tokens,)) or not np.isfinite(shares).all():
         raise ValueError("no shares")
@@ -157,7 +157,7 @@ def _shares(told: list[float], n_tokens: int) -> FloatArray:
 
 
 def _parsed(raw: bytes) -> tuple[list[int], dict[str, Any], bytes]:
-    """Tokens, what is told about the cache, and the cache; ValueError and others if it is none of our files."""
+    """Returns tokens, properties and the cache. Raises ValueError and others if it is not one of our files."""
     magic, version, n_words = struct.unpack_from("<III", raw)
     payload = struct.unpack_from(f"<{n_words}i", raw, 12)
     if (magic, version) != (MAGIC, VERSION):
@@ -185,6 +185,6 @@ def _digest(tokens: list[int], data: bytes) -> str:
 
 
 def model_of(llama: SlotLlama) -> str:
-    """Enough to tell models apart; the cache's layout is checked by llama.cpp."""
+    """Returns a text that tells models apart. llama.cpp checks the cache's layout itself."""
     model = llama._model
     return f"{model.desc()} {model.n_params()} {model.size()} {llama.n_vocab()}"
