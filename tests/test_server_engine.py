@@ -299,7 +299,7 @@ def test_closing_ends_what_runs_and_what_waits(make_engine):
     with pytest.raises(Cancelled):
         running.future.result(TIMEOUT)
     assert waiting.future.cancelled()
-    with pytest.raises(Busy, match="about to end"):
+    with pytest.raises(Busy, match="is stopping"):
         engine.submit(Job(lambda slot: slot.id))
 
 

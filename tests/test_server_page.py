@@ -62,7 +62,7 @@ def texts(page: Any, selector: str) -> list[str]:
 
 def test_the_page_shows_the_model_and_that_nothing_is_compressed(page):
     api.expect(page.locator("#model")).to_have_text("tiny, 2048 tokens")
-    api.expect(page.locator("#summary")).to_have_text("Nothing is compressed: prompts of 256 tokens and more are.")
+    api.expect(page.locator("#summary")).to_have_text("Nothing is compressed. Prompts of at least 256 tokens will be.")
     assert page.locator("#stop").is_disabled()
 
 
@@ -76,11 +76,11 @@ def test_a_chat_is_answered_and_its_cache_is_shown(page, address):
     api.expect(page.locator(".figures")).to_have_count(1)
     assert texts(page, ".user") == [document.strip()]
     assert len(texts(page, ".assistant")[0]) > 0
-    assert re.fullmatch(r"\d+ tokens read in \d+\.\d s, 0 were in the cache; \d+\.\d tokens/s", texts(page, ".figures")[0])
+    assert re.fullmatch(r"\d+ prompt tokens read in \d+\.\d s, 0 from the cache; \d+\.\d tokens/s", texts(page, ".figures")[0])
     # beside it: what the server says of the slot
     (slot,) = slots(address)
     kv = slot["kv"]
-    api.expect(page.locator("#summary")).to_contain_text(f"Slot 0: of {kv['n_tokens']} tokens 50 % of the entries are removed")
+    api.expect(page.locator("#summary")).to_contain_text(f"Slot 0: {kv['n_tokens']} tokens, 50 % of their cache removed.")
     bars = [bar.get_attribute("title") for bar in page.locator("#layers > div").all()]
     assert bars == [f"layer {n}: {kept} of {kv['n_tokens']} tokens" for n, kept in enumerate(kv["n_kept"])]
     heights = [bar.evaluate("bar => bar.style.height") for bar in page.locator("#layers > div > div").all()]
@@ -100,7 +100,7 @@ def test_a_conversation_goes_on_and_begins_anew(page):
         api.expect(page.locator(".figures")).to_have_count(n)
     assert texts(page, ".user") == ["Question 1?", "Question 2?"]
     # the second continues what the cache has of the first
-    assert ", 0 were in the cache" not in texts(page, ".figures")[1]
+    assert ", 0 from the cache" not in texts(page, ".figures")[1]
     page.click("#clear")
     assert texts(page, "#messages > div") == []
 

@@ -1,4 +1,4 @@
-"""/v1/chat/completions."""
+"""Answers /v1/chat/completions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .streams import JSONResponse, event_stream, merged, together, while_connect
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPrompt:
-    """What a chat makes of its messages.
+    """The prompt of a chat and its tools.
 
     Attributes:
-        text: up to where the assistant speaks.
-        begun: of a message of the assistant's, which is to be continued.
-        tools: that the model may call.
-        choice: whether it may, must not, or has to.
+        text: the prompt, up to the assistant's message.
+        begun: the beginning of the assistant's message, if the request gives one to continue.
+        tools: tools that the model may call.
+        choice: whether the model may ("auto"), must not ("none") or has to ("required") call one.
     """
 
     text: str
@@ -41,10 +41,10 @@ class ChatPrompt:
 
 
 def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
-    """The prompt of a chat.
+    """Returns the prompt of a chat.
 
     Raises:
-        ApiError: messages or tools make no sense, or the template refuses them.
+        ApiError: messages or tools are invalid, or the template refuses them.
     """
     messages = chat.check_messages(request.messages)
     offered, choice = tools.check_tools(request.tools, request.tool_choice, server.template)
@@ -78,14 +78,14 @@ def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A chat to answer.
+    """A chat that is ready to be answered.
 
     Attributes:
-        what: is generated.
-        tail: the end of the prompt, up to where the assistant speaks.
-        begun: what of its message the prompt has already.
-        echoes: this is told as well.
-        names: of the tools that may be called.
+        what: the generation.
+        tail: the last characters of the prompt, before the assistant's message.
+        begun: the beginning of the assistant's message that the prompt contains.
+        echoes: whether the answer repeats ``begun``.
+        names: names of the tools that the model may call.
     """
 
     what: Generation
@@ -103,7 +103,7 @@ def _asked(server: Server, request: ChatRequest) -> _Asked:
         grammar = grammar_of(tools.call_schema(asked.tools, key))
         begun += chat.CALL_BEGIN + "\n" if server.template.tags_calls else ""
     if grammar is not None or request.grammar:
-        prompt = reasoning.closed(prompt)  # it leaves no words for thoughts
+        prompt = reasoning.closed(prompt)  # the grammar does not allow thinking
     calls = asked.tools if asked.choice != "none" else []
     return _Asked(
         server.generation(request, server.reader.tokens(prompt + begun), grammar), prompt[-64:], begun,
@@ -113,7 +113,7 @@ def _asked(server: Server, request: ChatRequest) -> _Asked:
 
 
 def _message_stream(server: Server, request: ChatRequest, asked: _Asked) -> MessageStream:
-    """Reads what the model says."""
+    """Returns a parser for the model's answer."""
     form = request.reasoning_format or server.options.reasoning_format
     if form not in REASONING_FORMATS:
         raise invalid(f"Unknown reasoning format: {form}")
@@ -124,7 +124,7 @@ def _message_stream(server: Server, request: ChatRequest, asked: _Asked) -> Mess
 
 
 async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
-    """Answer a chat, whole or in pieces."""
+    """Answer a chat, whole or streamed."""
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs requires logprobs to be set to true")
     if request.logprobs and request.n_probs is None:
@@ -148,11 +148,11 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
         ]
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
 
-    return await server.aside(answer)  # many probabilities of many tokens take their time
+    return await server.aside(answer)  # many probabilities take long to format
 
 
 def _chat_grammar(request: ChatRequest) -> str | None:
-    """GBNF of a response format; None: the request's own."""
+    """Returns GBNF for the response format. None: use the request's own grammar."""
     kind = (request.response_format or {}).get("type", "text")
     schema = request.json_schema
     if kind == "json_object":

@@ -1,4 +1,4 @@
-"""/completion and /v1/completions."""
+"""Answers /completion, /v1/completions and /infill."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ async def complete(
     part: Whole,
     done: bool = True,
 ) -> Response:
-    """Continue every prompt, in the form that ``whole`` and, streamed, ``part`` write.
+    """Continue every prompt and return the answer.
 
     Args:
-        prompts: makes their tokens.
-        done: streams end with ``[DONE]``.
+        prompts: returns the tokens of every prompt.
+        whole: formats a generation's end.
+        part: formats a step of a streamed generation.
+        done: whether a stream ends with ``[DONE]``.
     """
     asked = await server.aside(lambda: [server.generation(request, tokens) for tokens in prompts()])
     abouts = server.abouts(request, asked)
@@ -45,7 +47,7 @@ async def complete(
     work = (server.finish(about.what, request.id_slot) for about in abouts)
     ends = await while_connected(http, together(work, len(server.engine.slots)))
     placed = [(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
-    # a long prompt is made a text again
+    # the answer contains the prompt as text: a long one takes time
     return await server.aside(_answer, whole, placed)
 
 

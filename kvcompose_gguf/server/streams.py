@@ -1,4 +1,4 @@
-"""Server-sent events, of one answer or several."""
+"""Sends answers: server-sent events, several generations at a time, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .errors import ApiError
 
 T = TypeVar("T")
 
-#: seconds between two looks at whether a client is still there
+#: seconds between two checks whether the client has disconnected
 POLL_SECONDS = 0.2
 
 
 class JSONResponse(Response):
-    """As Starlette's; halves of characters, which JSON can name and no text can have, are replaced."""
+    """A JSON response that replaces lone surrogates: JSON can contain them, UTF-8 cannot."""
 
     media_type = "application/json; charset=utf-8"
 
     def render(self, content: Any) -> bytes:
-        """Of anything that JSON has."""
+        """Returns ``content`` as JSON."""
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
@@ -73,23 +73,23 @@ _cleanups: set[asyncio.Future[None]] = set()
 
 
 async def while_connected(http: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which ends if the client goes.
+    """Returns the result of ``work``. Cancels it, and waits for its end, if the client disconnects.
 
     Raises:
-        ApiError: it has gone; nobody reads that.
+        ApiError: the client has disconnected. Nobody receives this.
     """
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=POLL_SECONDS))[0]:
             if await http.is_disconnected():
-                raise ApiError(499, "the client has gone")
+                raise ApiError(499, "the client has disconnected")
         return task.result()
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
-#: characters that end a line for some clients, in the middle of an event
+#: characters that some clients take for the end of a line
 LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
