@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import seam
 from ..errors import ConfigError, ContextLengthError, StateError
-from ..server.slots import has_grown
+from ..methods.base import has_grown
 from . import prompts
 from .answers import Answer, Piece, Writer
 from .command import MIN_ROOM

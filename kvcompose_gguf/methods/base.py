@@ -196,6 +196,14 @@ def choice_of(method: Method | None) -> str:
     return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1))
 
 
+def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
+    """Returns whether more tokens follow a compressed context than it has. Then everything is compressed again.
+
+    So every token of a growing conversation is read three times at most, and at most about half is not compressed.
+    """
+    return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
+
+
 def map_layers(function: Callable[[int], T], n_layer: int, n_threads: int | None = None) -> list[T]:
     """Calls ``function`` for every layer, in at most ``n_threads`` threads at a time; the kernels release the GIL."""
     with ThreadPoolExecutor(n_threads) as pool:

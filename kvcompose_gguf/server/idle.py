@@ -13,9 +13,9 @@ from typing import Protocol
 
 from ..errors import StateError
 from ..methods import Method
-from ..methods.base import choice_of
+from ..methods.base import choice_of, has_grown
 from .saved import SlotFile, describe, restore, save
-from .slots import SlotLlama, has_grown
+from .slots import SlotLlama
 
 log = logging.getLogger(__name__)
 

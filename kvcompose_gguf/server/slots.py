@@ -17,7 +17,7 @@ from ..errors import KVComposeError, UnsupportedError
 from ..kernels.types import FloatArray
 from ..llama import Llama
 from ..methods import Method
-from ..methods.base import choice_of
+from ..methods.base import choice_of, has_grown
 from ..native import library
 from ..report import KVReport
 from ..sessions import SessionInfo
@@ -290,14 +290,6 @@ class Slot:
         self.busy_since, self.last_used = None, time.monotonic()
         self.check, self.on_decode = lambda: None, lambda n_tokens: None
         self.look()
-
-
-def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
-    """Returns whether more tokens follow a compressed context than it has. Then everything is compressed again.
-
-    So every token of a growing conversation is read three times at most, and at most about half is not compressed.
-    """
-    return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
 
 
 @contextlib.contextmanager
