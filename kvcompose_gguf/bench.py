@@ -69,7 +69,8 @@ class BenchOptions:
         for name in ("n_tokens", "ratios", "kv_types"):
             values = getattr(self, name)
             if values is not None and (len(values) == 0 or len(set(values)) < len(values)):
-                raise ConfigError(f"{name}={list(values)} must be a list of different values and not empty")
+                shown = "compression_ratio" if name == "ratios" else name  # the option's name
+                raise ConfigError(f"{shown}={list(values)} must be a list of different values and not empty")
         for name in ("up_to", "n_decode", "repeats", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,7 +80,7 @@ class BenchOptions:
                 raise ConfigError(f"n_tokens={n} is too small; use 2 or more")
         for ratio in self.ratios:
             if not 0 <= ratio < 1:
-                raise ConfigError(f"ratios={ratio}: the fraction removed must be in [0, 1)")
+                raise ConfigError(f"compression_ratio={ratio}: the fraction removed must be in [0, 1)")
         for type_kv in self.kv_types:
             if type_kv not in KV_TYPES:
                 raise ConfigError(f"kv_types={type_kv!r} is not one of {', '.join(KV_TYPES)}")

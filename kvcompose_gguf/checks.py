@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from types import NoneType
 
 import numpy as np
 
 from .errors import ConfigError
+
+_UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+
+def parse_bytes(name: str, value: str | int) -> int:
+    """The number of bytes that ``value`` means: ``512MB``, ``1.5GiB``, or a plain number of bytes.
+
+    kB, MB, GB and TB are powers of 1000, KiB, MiB, GiB and TiB powers of 1024. Case does not matter. A fraction of a
+    byte is cut off.
+
+    Args:
+        name: of the argument, for the error.
+    Raises:
+        ConfigError: ``value`` is not a size.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or match[2].lower() not in _UNITS or (not match[2] and "." in match[1]):
+        raise ConfigError(
+            f"{name}={value!r} is not a size: give a whole number of bytes, or a number with "
+            "kB, MB, GB, TB, KiB, MiB, GiB or TiB, e.g. 512MB or 1.5GiB"
+        )
+    return int(Fraction(match[1]) * _UNITS[match[2].lower()])
 
 
 def check_number(name: str, value: object, *, optional: bool = False) -> None:

@@ -1,6 +1,6 @@
 """The ``kvcompose`` command: each handler reads its arguments and calls one function of another module.
 
-Those modules are imported by the handlers, so that ``--help`` needs neither the library nor their import time.
+Handlers import those modules themselves, so that ``--help`` loads neither the native library nor numba.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from . import options as shared
+from .chat_cli import chat, compress, run
 from .errors import KVComposeError
 from .serve import serve
 
 
 class _Group(TyperGroup):
-    """Ends on one of the package's errors with a red line and exit code 1; any other exception is a bug."""
+    """Ends with a red line and exit code 1 on the package's own errors; any other exception is a bug."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -30,109 +32,135 @@ class _Group(TyperGroup):
 
 app = typer.Typer(
     cls=_Group,
-    help="KV-cache compression inside llama.cpp.",
+    help="Run GGUF models with a compressed KV cache.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
-Ratio = Annotated[float, typer.Option("--compression-ratio", help="Fraction of the KV entries that is removed.")]
+BENCH_RATIOS = "0.5,0.75,0.9"
 EVAL_RATIOS = "0.25,0.5,0.75,0.875,0.9375"
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; llama-cpp-python's choice by default.")]
+
+app.command()(chat)
+app.command()(compress)
+app.command(hidden=True)(run)
 
 
 @app.command()
-def demo(compression_ratio: Ratio = 0.75, threads: Threads = None) -> None:
-    """Ask a small model about a document, from the full and from the compressed cache."""
+def demo(
+    compression_ratio: Annotated[float, shared.ratio_option("By default 0.75.")] = 0.75,
+    threads: shared.Threads = None,
+) -> None:
+    """Ask a small model about a document, with the full and with the compressed cache, and compare the answers."""
     from .demo import demo
 
     demo(compression_ratio, threads)
 
 
 @app.command()
-def run(
-    model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")],
-    context: Annotated[Path, typer.Option(help="The text that is read and compressed, UTF-8.")],
-    question: Annotated[str, typer.Option(help="What is asked about it.")],
-    compression_ratio: Ratio,
-    method: Annotated[str, typer.Option(help="E.g. snapkv or kvcompose,scoring=window.")] = "kvcompose",
-    n_ctx: Annotated[int | None, typer.Option(min=1, help="Cells of the cache; as many as needed by default.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    flash_attn: Annotated[bool, typer.Option(help="Flash attention for everything but the scoring.")] = True,
-    threads: Threads = None,
-) -> None:
-    """Answer a question about a text from a compressed cache."""
-    from .run import run
-
-    run(
-        model, context, question, compression_ratio, method=method,
-        n_ctx=n_ctx, max_tokens=max_tokens, flash_attn=flash_attn, threads=threads,
-    )  # fmt: skip
-
-
-@app.command()
 def bench(
-    model: Annotated[str | None, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")] = None,
+    model: shared.Model = None,
+    hf_repo: shared.HfRepo = None,
     n_tokens: Annotated[
-        str | None, typer.Option(help="Context sizes, e.g. 1024,2048; powers of two up to the model's end by default.")
+        str | None,
+        typer.Option(
+            help="Comma-separated context sizes in tokens, e.g. 1024,2048. "
+            "By default powers of two from 1024 on, up to the longest context of the model."
+        ),
     ] = None,
-    up_to: Annotated[int | None, typer.Option(help="End of the default sizes.")] = None,
-    ratios: Annotated[str, typer.Option(help="Fractions of the KV entries that are removed.")] = "0.5,0.75,0.9",
-    kv_types: Annotated[str, typer.Option(help="Types of keys and values, the baseline's first.")] = "f16,q8_0",
-    n_decode: Annotated[int, typer.Option(help="Tokens of a decode sample.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Decode samples of each cache.")] = 5,
-    threads: Threads = None,
-    text: Annotated[Path | None, typer.Option(help="The context, UTF-8; random tokens by default.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write a document; `-`: as the output's last line.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture, .svg, .png or .pdf.")] = None,
-    from_file: Annotated[Path | None, typer.Option("--from", help="Show an earlier --json instead of a model.")] = None,
+    up_to: Annotated[int | None, typer.Option(help="Largest of the default context sizes, in tokens.")] = None,
+    compression_ratio: Annotated[str | None, shared.ratios_option(BENCH_RATIOS)] = None,
+    ratios: Annotated[str | None, typer.Option(hidden=True)] = None,
+    kv_types: Annotated[
+        str, typer.Option(help="Comma-separated types of the cached keys and values. The first is the baseline.")
+    ] = "f16,q8_0",
+    n_decode: Annotated[int, typer.Option(help="Number of tokens decoded in each sample.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Number of decode samples of each cache.")] = 5,
+    threads: shared.Threads = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Use this UTF-8 file as the context. By default random tokens are used.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the results to this JSON file. `-` prints them as the last line.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the results into this .svg, .png or .pdf file.")] = None,
+    from_file: Annotated[
+        Path | None, typer.Option("--from", help="Show the results of an earlier --json file instead of measuring.")
+    ] = None,
 ) -> None:
-    """Measure how time and memory grow with the context, full and compressed caches in turns."""
+    """Measure how time and memory grow with the context, for full and compressed caches side by side."""
     from .bench import BenchOptions, bench, numbers
 
+    asked = shared.renamed("--ratios", ratios, "--compression-ratio", compression_ratio)
     options = BenchOptions(
-        numbers("n_tokens", n_tokens, int), up_to, numbers("ratios", ratios, float) or (),
+        numbers("n_tokens", n_tokens, int), up_to,
+        numbers("compression_ratio", BENCH_RATIOS if asked is None else asked, float) or (),
         tuple(kv_types.split(",")), n_decode, repeats, threads, text,
     )  # fmt: skip
-    bench(model, options, json_file=json, plot_file=plot, from_file=from_file)
+    name = shared.model_name(model, hf_repo) if from_file is None or hf_repo is not None else model
+    bench(name, options, json_file=json, plot_file=plot, from_file=from_file)
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")] = "smollm2",
-    out: Annotated[Path, typer.Option(help="Folder of the run; what it has is not done again.")] = Path("eval"),
-    tasks: Annotated[str, typer.Option(help="`all` of RULER's, or names of theirs and passkey.")] = "all",
-    n_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample, its answer included.")] = 2048,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 20,
+    model: shared.Model = None,
+    hf_repo: shared.HfRepo = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run. A run that was interrupted goes on where it stopped.")
+    ] = Path("eval"),
+    tasks: Annotated[
+        str, typer.Option(help="Comma-separated names of RULER tasks, or passkey; `all` runs all of RULER.")
+    ] = "all",
+    n_tokens: Annotated[int, typer.Option(min=1, help="Length of a sample in tokens, with its answer.")] = 2048,
+    samples: Annotated[int, typer.Option(min=1, help="Number of samples of each task.")] = 20,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="E.g. kvcompose,scoring=window or @baselines, @scoring, @ablations; may be repeated."),
+        typer.Option(
+            help="Compression method with its options, e.g. snapkv or kvcompose,scoring=window, or one of the groups "
+            "@baselines, @scoring and @ablations. Repeat the option for several. By default @baselines.",
+        ),
     ] = None,
-    ratios: Annotated[str, typer.Option(help="Fractions of the KV entries that are removed.")] = EVAL_RATIOS,
-    kv_types: Annotated[str, typer.Option(help="Types of keys and values.")] = "f16",
-    question_seen: Annotated[bool, typer.Option(help="Methods that look at the last tokens see the question.")] = False,
-    chat: Annotated[bool, typer.Option(help="Use the model's chat format, if it has one.")] = True,
-    texts: Annotated[str, typer.Option(help="Prose and questions: package, generated or auto.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; one per core by default.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each.")] = 1,
-    quick: Annotated[bool, typer.Option(help="A few short samples instead: minutes.")] = False,
-    report_only: Annotated[bool, typer.Option(help="Write the report of what is there.")] = False,
+    compression_ratio: Annotated[str | None, shared.ratios_option(EVAL_RATIOS)] = None,
+    ratios: Annotated[str | None, typer.Option(hidden=True)] = None,
+    kv_types: shared.KvTypes = "f16",
+    question_seen: Annotated[
+        bool, typer.Option(help="Show the question to methods that look at the last tokens of the prompt.")
+    ] = False,
+    chat: Annotated[bool, typer.Option(help="Use the chat format of the model, if it has one.")] = True,
+    texts: Annotated[
+        str,
+        typer.Option(
+            help="Source of prose and questions: package (a package with texts that is installed), generated, or auto "
+            "(package if there is one, else generated)."
+        ),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes, which load the model each. By default one per core.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", "-t", min=1, help="Number of CPU threads of each process.")] = 1,
+    quick: Annotated[bool, typer.Option(help="Run a few short samples only, which takes minutes.")] = False,
+    report_only: Annotated[bool, typer.Option(help="Write the report of a finished or interrupted run.")] = False,
 ) -> None:
-    """Compare methods on long-context tasks: answers, divergence from the full cache, budgets; a table and pictures."""
+    """Compare compression methods on long-context tasks and write a report with tables and pictures.
+
+    The model is smollm2 by default.
+    """
     from .bench import numbers
     from .evaluation.command import evaluate
 
+    asked = shared.renamed("--ratios", ratios, "--compression-ratio", compression_ratio)
     evaluate(
-        model, out, tasks=tasks, n_tokens=n_tokens, n_samples=samples, methods=method or ["@baselines"],
-        ratios=numbers("ratios", ratios, float) or (), types_kv=tuple(kv_types.split(",")),
-        question_seen=question_seen, chat=chat, texts=texts, seed=seed, jobs=jobs, threads=threads, quick=quick,
-        report_only=report_only,
+        shared.model_name(model, hf_repo, default="smollm2"), out, tasks=tasks, n_tokens=n_tokens, n_samples=samples,
+        methods=method or ["@baselines"],
+        ratios=numbers("compression_ratio", EVAL_RATIOS if asked is None else asked, float) or (),
+        types_kv=tuple(kv_types.split(",")), question_seen=question_seen, chat=chat, texts=texts, seed=seed, jobs=jobs,
+        threads=threads, quick=quick, report_only=report_only,
     )  # fmt: skip
 
 
 @app.command()
-def fetch(name: Annotated[str, typer.Argument(help="The model's name, e.g. smollm2.")]) -> None:
+def fetch(name: Annotated[str, typer.Argument(help="Name of the model, e.g. smollm2.")]) -> None:
     """Download a small model into the cache folder and print its path."""
     from .models import fetch
 
@@ -140,7 +168,7 @@ def fetch(name: Annotated[str, typer.Argument(help="The model's name, e.g. smoll
 
 
 class Only(str, Enum):
-    """What `calibrate` may be kept to."""
+    """The methods that `calibrate` can be limited to."""
 
     SURROGATE = "surrogate"
     COMPRESSKV = "compresskv"
@@ -148,37 +176,46 @@ class Only(str, Enum):
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="A .gguf file, or a name that `fetch` knows.")],
-    needles: Annotated[int, typer.Option(help="Facts that are hidden and asked for.")] = 3,
-    lengths: Annotated[int, typer.Option(help="Lengths of prompts, from --shortest to --longest.")] = 4,
-    depths: Annotated[int, typer.Option(help="Places of a fact in its prompt.")] = 5,
-    shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 300,
-    longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 1200,
-    errors: Annotated[int, typer.Option(help="Prompts that eviction errors are measured with.")] = 12,
-    data_free: Annotated[bool, typer.Option("--data-free", help="Random tokens instead of facts in prose.")] = False,
-    random_tokens: Annotated[int, typer.Option(help="With --data-free: tokens that come four times.")] = 256,
-    passages: Annotated[int, typer.Option(help="Texts that the surrogate is fitted to.")] = 40,
-    passage_tokens: Annotated[int, typer.Option(help="Tokens of the longest of these texts.")] = 2048,
-    text: Annotated[list[Path] | None, typer.Option(help="Your own text, for half of these; may be repeated.")] = None,
-    only: Annotated[Only | None, typer.Option(help="Measure for one method only.")] = None,
-    threads: Threads = None,
+    model: shared.Model = None,
+    hf_repo: shared.HfRepo = None,
+    needles: Annotated[int, typer.Option(help="Number of facts to hide in texts and to ask for.")] = 3,
+    lengths: Annotated[int, typer.Option(help="Number of prompt lengths between --shortest and --longest.")] = 4,
+    depths: Annotated[int, typer.Option(help="Number of places in a prompt where a fact is hidden.")] = 5,
+    shortest: Annotated[int, typer.Option(help="Length of the shortest prompt in tokens.")] = 300,
+    longest: Annotated[int, typer.Option(help="Length of the longest prompt in tokens.")] = 1200,
+    errors: Annotated[int, typer.Option(help="Number of prompts to measure eviction errors with.")] = 12,
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="Use random tokens instead of facts in prose. Off by default.")
+    ] = False,
+    random_tokens: Annotated[
+        int, typer.Option(help="With --data-free: number of random tokens, which are repeated four times.")
+    ] = 256,
+    passages: Annotated[int, typer.Option(help="Number of texts to fit the surrogate to.")] = 40,
+    passage_tokens: Annotated[int, typer.Option(help="Length of the longest of these texts in tokens.")] = 2048,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Take half of these texts from this file. Repeat the option for several. By default none."),
+    ] = None,
+    only: Annotated[Only | None, typer.Option(help="Measure for this method only. By default for both.")] = None,
+    threads: shared.Threads = None,
 ) -> None:
-    """Measure once what `kvcompose` and `compresskv` have to know about a model; an interrupted run goes on.
+    """Measure once per model what the methods `kvcompose` and `compresskv` need to know about it.
 
-    For `kvcompose,scoring=surrogate` a predictor of the repeat's attention, for `compresskv` retrieval heads and
-    eviction errors.
+    For `kvcompose,scoring=surrogate` this fits a predictor of attention; for `compresskv` it finds retrieval heads and
+    eviction errors. A calibration that was interrupted goes on where it stopped.
     """
+    name = shared.model_name(model, hf_repo)
     if only != Only.COMPRESSKV:
         from .surrogate_fit import FitOptions, fit_surrogate
 
         files = tuple(str(file) for file in text or [])
-        fit_surrogate(model, FitOptions(n_passages=passages, longest=passage_tokens, files=files), threads)
+        fit_surrogate(name, FitOptions(n_passages=passages, longest=passage_tokens, files=files), threads)
     if only != Only.SURROGATE:
         from .calibrate import calibrate
         from .calibrate_trials import CalibrateOptions
 
         n_random = random_tokens if data_free else 0
-        calibrate(model, CalibrateOptions(needles, lengths, depths, shortest, longest, errors, n_random), threads)
+        calibrate(name, CalibrateOptions(needles, lengths, depths, shortest, longest, errors, n_random), threads)
 
 
 app.command()(serve)
@@ -186,7 +223,7 @@ app.command()(serve)
 
 @app.command()
 def doctor() -> None:
-    """Show the native library, its backends and the models; exit code 1 if something is wrong."""
+    """Show the native library, the devices and the fetched models. The exit code is 1 if something is wrong."""
     from .doctor import doctor
 
     raise typer.Exit(0 if doctor() else 1)
@@ -196,12 +233,60 @@ def doctor() -> None:
 def rpc_server(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 50052,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 4,
+    threads: Annotated[int, typer.Option("--threads", "-t", min=1, help="Number of CPU threads.")] = 4,
 ) -> None:
-    """Compute layers for models on other machines (llama.cpp's RPC; only for networks that are trusted)."""
+    """Compute layers of models that run on other machines, through llama.cpp's RPC.
+
+    There is no authentication and no encryption: use it in trusted networks only.
+    """
     from .rpc import serve
 
     serve(host, port, threads)
+
+
+sessions_app = typer.Typer(
+    help="List, show and delete saved sessions.", invoke_without_command=True, add_completion=False
+)
+app.add_typer(sessions_app, name="sessions")
+SessionName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a saved session, or path of a .kvc file.")]
+
+
+@sessions_app.callback()
+def sessions(ctx: typer.Context) -> None:
+    """List, show and delete saved sessions. Without a command, list them."""
+    if ctx.invoked_subcommand is None:
+        list_sessions()
+
+
+@sessions_app.command("list")
+def list_sessions() -> None:
+    """List the saved sessions, newest first: name, model, tokens, size, fraction removed and age."""
+    from .sessions_command import print_sessions
+
+    print_sessions()
+
+
+@sessions_app.command("show")
+def show_session(name: SessionName) -> None:
+    """Verify a session and show what it holds, and how many tokens each layer keeps."""
+    from .sessions_command import print_session
+
+    print_session(name)
+
+
+@sessions_app.command("delete")
+def delete_sessions(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="Names of saved sessions, or paths of .kvc files.")
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Delete without asking. By default each one is asked for.")
+    ] = False,
+) -> None:
+    """Delete saved sessions."""
+    from .sessions_command import delete_sessions
+
+    delete_sessions(names, yes)
 
 
 def main() -> None:

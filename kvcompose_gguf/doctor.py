@@ -1,9 +1,10 @@
-"""What ``kvcompose doctor`` reports: is the native library there, is it ours, and what runs with it."""
+"""What ``kvcompose doctor`` reports: the native library, the devices that it can use, and the fetched models."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,11 +15,14 @@ from rich.text import Text
 from . import __version__, models
 from .errors import LibraryError
 from .native import bindings, library
+from .native.devices import Device, find_devices
+
+_KIND_NAMES = {"IGPU": "integrated GPU", "ACCEL": "accelerator"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``ok=False`` means that compression cannot work like this."""
+    """One line of the report; ``ok=False`` means that compression cannot work."""
 
     name: str
     value: str
@@ -30,7 +34,7 @@ def doctor(console: Console | None = None) -> bool:
     findings = examine()
     table = Table.grid(padding=(0, 2))
     table.add_column()
-    table.add_column(overflow="fold")  # a path is no use with its end cut off
+    table.add_column(overflow="fold")  # never cut the end off a path
     for finding in findings:
         table.add_row(finding.name, Text(finding.value, style="default" if finding.ok else "red"))
     (console or Console()).print(table)
@@ -38,7 +42,7 @@ def doctor(console: Console | None = None) -> bool:
 
 
 def examine() -> list[Finding]:
-    """Everything that can be found out; nothing is raised for a library that is missing or wrong."""
+    """All findings; a missing or wrong library is a finding too, and raises nothing."""
     return [
         Finding("kvcompose-gguf", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
         *_library_findings(),
@@ -57,15 +61,23 @@ def _library_findings() -> list[Finding]:
 
 def _loaded_findings(llama_cpp: ModuleType) -> list[Finding]:
     lib = bindings.declare(llama_cpp.llama_cpp._lib)
-    gpu = "yes" if llama_cpp.llama_supports_gpu_offload() else "no"
     return [
         Finding("library", str(lib._name)),
         Finding("llama.cpp commit", lib.llama_kvc_commit().decode()),
-        Finding("ABI", f"{lib.llama_kvc_abi()}, {library.ABI} needed"),
+        Finding("ABI", f"{lib.llama_kvc_abi()} (this package needs {library.ABI})"),
         Finding("backends", llama_cpp.llama_print_system_info().decode().strip()),
-        Finding("GPU offload", gpu),
+        *device_findings(find_devices(lib)),
         Finding("bindings", f"llama-cpp-python {llama_cpp.__version__} in {llama_cpp.__path__[0]}"),
     ]
+
+
+def device_findings(devices: Sequence[Device]) -> list[Finding]:
+    """A line for every device, the processors first; layers can go to what is not a processor."""
+    cpus = [Finding("CPU", str(device)) for device in devices if device.kind == "CPU"]
+    others = [device for device in devices if device.kind != "CPU"]
+    if not others:
+        return [*cpus, Finding("GPU", "none: all layers run on the CPU")]
+    return [*cpus, *(Finding(_KIND_NAMES.get(device.kind, device.kind), str(device)) for device in others)]
 
 
 def _version(package: str) -> str:

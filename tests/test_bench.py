@@ -32,7 +32,7 @@ def document(tiny_model: Callable[[tiny.TinyConfig], Path], tmp_path_factory: py
     """Returns the JSON file of a real run."""
     file = tmp_path_factory.mktemp("bench") / "out.json"
     arguments = [
-        "bench", str(tiny_model(tiny.GQA)), "--n-tokens", str(N_TOKENS), "--ratios", "0.5,0.75",
+        "bench", str(tiny_model(tiny.GQA)), "--n-tokens", str(N_TOKENS), "--compression-ratio", "0.5,0.75",
         "--n-decode", str(N_DECODE), "--repeats", str(REPEATS), "--threads", "2", "--json", str(file),
     ]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
@@ -289,11 +289,11 @@ def test_without_matplotlib_only_the_picture_is_refused(monkeypatch: pytest.Monk
         (["m.gguf", "--n-tokens", "100,100"], "n_tokens=[100, 100] must be a list of different values"),
         (["m.gguf", "--n-tokens", "100,1"], "n_tokens=1 is too small"),
         (["m.gguf", "--n-tokens", "4096"], "n_tokens=4096 is too large"),
-        (["m.gguf", "--ratios", " "], "ratios=[] must be"),
-        (["m.gguf", "--ratios", "0.5,"], "ratios='0.5,' is not a comma-separated list of numbers"),
-        (["m.gguf", "--ratios", "0.5,1"], "ratios=1.0: the fraction removed must be in [0, 1)"),
-        (["m.gguf", "--ratios", "-0.1"], "ratios=-0.1"),
-        (["m.gguf", "--ratios", "nan"], "ratios=nan"),
+        (["m.gguf", "--compression-ratio", " "], "compression_ratio=[] must be"),
+        (["m.gguf", "--compression-ratio", "0.5,"], "compression_ratio='0.5,' is not a comma-separated list of numbers"),
+        (["m.gguf", "--compression-ratio", "0.5,1"], "compression_ratio=1.0: the fraction removed must be in [0, 1)"),
+        (["m.gguf", "--compression-ratio", "-0.1"], "compression_ratio=-0.1"),
+        (["m.gguf", "--compression-ratio", "nan"], "compression_ratio=nan"),
         (["m.gguf", "--kv-types", "f16,q9"], "kv_types='q9' is not one of f32, f16"),
         (["m.gguf", "--n-decode", "0"], "n_decode=0 is not positive"),
         (["m.gguf", "--repeats", "0"], "repeats=0 is not positive"),

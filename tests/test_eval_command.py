@@ -26,7 +26,7 @@ METHODS = ("kvcompose,n_sink=2", "streaming-llm", "unstructured", "variant,fold=
 COLUMNS = {(FULL, 0.0), *((method, ratio) for method in METHODS for ratio in (0.5, 0.9))}
 JOBS = [("passkey", 0, "f16"), ("niah_single_1", 0, "f16")]
 OPTIONS = {
-    "--tasks": "passkey,niah_single_1", "--n-tokens": "760", "--samples": "1", "--ratios": "0.5,0.9",
+    "--tasks": "passkey,niah_single_1", "--n-tokens": "760", "--samples": "1", "--compression-ratio": "0.5,0.9",
     "--texts": "generated", "--jobs": "1",
 }  # fmt: skip
 
@@ -179,7 +179,7 @@ def test_report_only_reports_the_finished_samples_without_a_model(folder: Path, 
 def test_every_option_reaches_the_runner(asked: list[Any], folder: Path) -> None:
     invoke(
         "eval", "a model", "--out", str(folder), "--tasks", "passkey,vt", "--n-tokens", "999", "--samples", "7",
-        "--method", "snapkv,window=8", "--method", "@variants", "--ratios", "0.25,0.5", "--kv-types", "f16,bf16",
+        "--method", "snapkv,window=8", "--method", "@variants", "--compression-ratio", "0.25,0.5", "--kv-types", "f16,bf16",
         "--question-seen", "--no-chat", "--texts", "generated", "--seed", "5", "--jobs", "3", "--threads", "2",
     )  # fmt: skip
     options = EvalOptions(
@@ -229,10 +229,10 @@ def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
     [
         ({"tasks": "passkey,niah"}, "tasks=passkey,niah; allowed: niah_single_1, "),
         ({"tasks": ""}, "tasks="),
-        ({"ratios": "0.5,1"}, "ratios=[1.0]: give one or more in (0, 1)"),
-        ({"ratios": "0"}, "ratios=[0.0]: give one or more in (0, 1)"),
-        ({"ratios": "nan"}, "ratios=[nan]: give one or more in (0, 1)"),
-        ({"ratios": "half"}, "ratios='half' is not a comma-separated list of numbers"),
+        ({"compression_ratio": "0.5,1"}, "compression_ratio=[1.0]: give one or more in (0, 1)"),
+        ({"compression_ratio": "0"}, "compression_ratio=[0.0]: give one or more in (0, 1)"),
+        ({"compression_ratio": "nan"}, "compression_ratio=[nan]: give one or more in (0, 1)"),
+        ({"compression_ratio": "half"}, "compression_ratio='half' is not a comma-separated list of numbers"),
         ({"kv_types": "f17"}, "types_kv='f17' is not a ggml type"),
         ({"methods": ("kvcompos",)}, "method='kvcompos' is none of kvcompose, "),
         ({"methods": ("@best",)}, "method='@best' is not a suite: @none, "),
@@ -279,7 +279,7 @@ def test_a_missing_model_is_refused_before_a_folder_is_made(
     ("changes", "message"),
     [
         ({"seed": "1"}, "seed=0 in the run, 1 now"),
-        ({"ratios": "0.5"}, "ratios=[0.5, 0.9] in the run, [0.5] now"),
+        ({"compression_ratio": "0.5"}, "ratios=[0.5, 0.9] in the run, [0.5] now"),
         ({"methods": METHODS[:1]}, "methods=["),
         ({"n_tokens": "780"}, "n_tokens=760 in the run, 780 now"),
     ],
@@ -333,6 +333,6 @@ def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
 
 
 def test_a_name_given_twice_is_run_once(model_path: Path, tmp_path: Path, done: list[Any]) -> None:
-    twice = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "ratios": "0.5,0.5", "methods": ("random", "random")}
+    twice = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "compression_ratio": "0.5,0.5", "methods": ("random", "random")}
     invoke(*arguments(model_path, tmp_path / "run", **twice))
     assert done == JOBS[:1]

@@ -94,7 +94,7 @@ class EvalOptions:
             raise ConfigError(f"tasks={','.join(self.tasks)}; allowed: {', '.join(TASKS)}")
         wrong = [ratio for ratio in self.ratios if not 0 < ratio < 1]
         if wrong or (self.methods and not self.ratios):
-            raise ConfigError(f"ratios={wrong}: give one or more in (0, 1); the full cache is always included")
+            raise ConfigError(f"compression_ratio={wrong}: give one or more in (0, 1); 0 is always included")
         if not self.types_kv:
             raise ConfigError("types_kv is empty")
         for type_kv in self.types_kv:

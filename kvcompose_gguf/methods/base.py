@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from .. import budget
-from ..checks import check_choice, check_flag, check_integer, check_number, check_positive  # noqa: F401 (methods take them from here)
+from ..checks import check_choice, check_flag, check_integer, check_number, check_positive, parse_bytes  # noqa: F401 (methods take them from here)
 from ..errors import ConfigError
 from ..geometry import LayerGeometry
 from ..kernels import aggregate
@@ -34,7 +34,8 @@ class Method:
 
     Attributes:
         compression_ratio: fraction of the context's KV entries that is REMOVED, in [0, 1).
-        max_kv_bytes: bytes that the kept rows may take, all layers; the room for new tokens comes on top.
+        max_kv_bytes: bytes that the kept rows may take, all layers, also as text such as ``"512MB"`` or ``"1.5GiB"``;
+            the room for new tokens comes on top.
         n_kept: tokens kept per layer, on average over layers.
         n_sink, n_recent: number of first and last context tokens that every head keeps. If the budget does not cover
             them in every layer, recent tokens are dropped before sinks (``KVReport`` has the numbers kept).
@@ -51,7 +52,7 @@ class Method:
     """
 
     compression_ratio: float | None = None
-    max_kv_bytes: int | None = None
+    max_kv_bytes: int | str | None = None
     n_kept: float | None = None
     n_sink: int = 0
     n_recent: int = 0
@@ -64,6 +65,8 @@ class Method:
     def __post_init__(self) -> None:
         check_number("compression_ratio", self.compression_ratio, optional=True)
         check_number("n_kept", self.n_kept, optional=True)
+        if isinstance(self.max_kv_bytes, str):
+            object.__setattr__(self, "max_kv_bytes", parse_bytes("max_kv_bytes", self.max_kv_bytes))
         check_integer("max_kv_bytes", self.max_kv_bytes, optional=True)
         for name in ("n_sink", "n_recent", "keep_last", "min_tokens", "max_score_bytes", "n_room"):
             check_integer(name, getattr(self, name))
@@ -153,7 +156,7 @@ class Method:
             return budget.composites_for_ratio(self.compression_ratio, len(layers), n_tokens)
         if self.n_kept is not None:
             return budget.composites_for_n_kept(self.n_kept, len(layers), n_tokens)
-        assert self.max_kv_bytes is not None
+        assert isinstance(self.max_kv_bytes, int)
         return budget.composites_for_bytes(self.max_kv_bytes, layers, n_tokens)
 
     def plan(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan:

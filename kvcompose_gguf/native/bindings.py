@@ -1,4 +1,4 @@
-"""Declarations of llama-kvc.h (patches/src): functions and structs, each below its C declaration."""
+"""Declarations of llama-kvc.h (patches/src) and some of ggml-backend.h, each below its C declaration."""
 
 from __future__ import annotations
 
@@ -132,10 +132,40 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     ),
 }
 
+# enum ggml_backend_dev_type (ggml-backend.h)
+DEVICE_TYPE = {0: "CPU", 1: "GPU", 2: "IGPU", 3: "ACCEL"}
+
+_DEVICE = ctypes.c_void_p
+c_size_t_p = ctypes.POINTER(ctypes.c_size_t)
+
+_DEVICE_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    # size_t ggml_backend_dev_count(void);
+    "ggml_backend_dev_count": (ctypes.c_size_t, []),
+    # ggml_backend_dev_t ggml_backend_dev_get(size_t index);
+    "ggml_backend_dev_get": (_DEVICE, [ctypes.c_size_t]),
+    # const char * ggml_backend_dev_name(ggml_backend_dev_t device);
+    "ggml_backend_dev_name": (ctypes.c_char_p, [_DEVICE]),
+    # const char * ggml_backend_dev_description(ggml_backend_dev_t device);
+    "ggml_backend_dev_description": (ctypes.c_char_p, [_DEVICE]),
+    # enum ggml_backend_dev_type ggml_backend_dev_type(ggml_backend_dev_t device);
+    "ggml_backend_dev_type": (ctypes.c_int, [_DEVICE]),
+    # void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t * free, size_t * total);
+    "ggml_backend_dev_memory": (None, [_DEVICE, c_size_t_p, c_size_t_p]),
+}
+
 
 def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Sets the C types of every llama_kvc_* function of ``lib``; returns ``lib``."""
-    for name, (restype, argtypes) in _FUNCTIONS.items():
+    return _declare(lib, _FUNCTIONS)
+
+
+def declare_devices(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Sets the C types of ggml's functions about devices; returns ``lib``."""
+    return _declare(lib, _DEVICE_FUNCTIONS)
+
+
+def _declare(lib: ctypes.CDLL, functions: dict[str, tuple[Any, list[Any]]]) -> ctypes.CDLL:
+    for name, (restype, argtypes) in functions.items():
         function = getattr(lib, name)
         function.restype = restype
         function.argtypes = argtypes
