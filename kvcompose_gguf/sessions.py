@@ -36,7 +36,16 @@ ENDING = ".kvc"
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 #: exceptions that a damaged or foreign header causes in the code below
-_MALFORMED = (struct.error, ValueError, LookupError, TypeError, OverflowError, RecursionError, zlib.error)
+_MALFORMED = (
+    struct.error,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -235,11 +244,11 @@ def _header(name: str, raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dict
             raise StateError(f"{name} has session format {version}, this version reads format {FORMAT}: make a new one")
         header = json.loads(raw[_PREFIX.size : _PREFIX.size + n_head].tobytes())
         at, sections = _PREFIX.size + n_head, {}
-        for name, n_bytes in header["sections"]:
+        for section, n_bytes in header["sections"]:
             if type(n_bytes) is not int or n_bytes < 0:
-                raise ValueError(f"section {name!r} has {n_bytes!r} bytes")
+                raise ValueError(f"section {section!r} has {n_bytes!r} bytes")
             at += -at % ALIGN
-            sections[str(name)] = raw[at : at + n_bytes]
+            sections[str(section)] = raw[at : at + n_bytes]
             at += n_bytes
     except StateError:
         raise

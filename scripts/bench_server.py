@@ -124,7 +124,7 @@ def tokens_of(url: str, n: int) -> list[int]:
 def ours(args: argparse.Namespace, n_parallel: int, n_ctx: int) -> list[str]:
     return [
         sys.executable, "-m", "kvcompose_gguf", "serve", "-m", str(args.path), "-c", str(n_ctx), "-np", str(n_parallel),
-        "--threads", str(args.threads), "--kv-compress", str(args.ratio),
+        "--threads", str(args.threads), "--compression-ratio", str(args.ratio),
     ]  # fmt: skip
 
 

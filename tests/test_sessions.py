@@ -135,7 +135,12 @@ def refusing(make_llama: Any, path: Path, match: str, **kwargs: Any) -> None:
 def test_another_model_type_or_setting_is_refused_and_both_are_named(make_llama, tmp_path):
     path = tmp_path / "a.kvc"
     compressed(make_llama).save_session(path)
-    refusing(make_llama, path, r"made with the model tiny-\d\.gguf .* this one is tiny-\d\.gguf \(\w+\): load it with its own model", config=tiny.MHA)
+    refusing(
+        make_llama,
+        path,
+        r"made with the model tiny-\d\.gguf .* this one is tiny-\d\.gguf \(\w+\): load it with its own model",
+        config=tiny.MHA,
+    )
     refusing(make_llama, path, "made with type_k=f32, this context has type_k=f16: use the same", type_k=F16)
     flash = tmp_path / "flash.kvc"
     compressed(make_llama, flash_attn=True).save_session(flash)
@@ -171,7 +176,7 @@ def test_headers_that_lie_are_refused(make_llama, tmp_path):
     sections = json.loads(good[16 : 16 + struct.unpack_from("<8sII", good)[2]])["sections"]
     lies: dict[str, dict[str, Any]] = {
         "context": {"n_context": 10**9}, "negative": {"n_context": -1}, "heads": {"n_heads": 7}, "many": {"n_heads": 2**40},
-        "report": {"report": {"n_tokens": 1}}, "infinite": {"report": {"kv_bytes": 1e999}}, "extra": {"extra": []},
+        "report": {"report": {"n_tokens": 1}}, "listed report": {"report": [1]}, "infinite": {"report": {"kv_bytes": 1e999}}, "extra": {"extra": []},
         "model": {"model": 3}, "created": {"created": "now"}, "no sections": {"sections": sections[:1]},
         "huge section": {"sections": [["tokens", 2**60]]}, "text section": {"sections": [["tokens", "x"]]},
         "negative section": {"sections": [*sections[:-1], ["state", -5]]}, "settings": {"settings": 5},
@@ -181,14 +186,16 @@ def test_headers_that_lie_are_refused(make_llama, tmp_path):
     held = other._input_ids.tolist()
     for name, changes in lies.items():
         path.write_bytes(rewritten(good, **changes))
-        with pytest.raises(StateError, match="damaged"):
+        with pytest.raises(StateError, match=r"a\.kvc is damaged"):
             other.load_session(path)
         assert other._input_ids.tolist() == held, name
     path.write_bytes(rewritten(good, format=2))
     with pytest.raises(StateError, match="session format 2, this version reads format 1: make a new one"):
         other.load_session(path)
     path.write_bytes(rewritten(good, versions={"llama.cpp": "abc", "kvcompose-gguf": "9.9"}))
-    with pytest.raises(StateError, match=r"llama.cpp abc in kvcompose-gguf 9.9, this is llama.cpp [0-9a-f]+ in .*: make a new one"):
+    with pytest.raises(
+        StateError, match=r"llama.cpp abc in kvcompose-gguf 9.9, this is llama.cpp [0-9a-f]+ in .*: make a new one"
+    ):
         other.load_session(path)
 
 
