@@ -1,9 +1,9 @@
-"""Long-context GGUF models in a fraction of the KV memory.
+"""Runs long-context GGUF models in a fraction of the KV cache's memory.
 
 >>> from kvcompose_gguf import Llama, KVCompose
 >>> llm = Llama(model_path="model.gguf", n_ctx=8192, kv_compressor=KVCompose(compression_ratio=0.75))
 
-Importing the package loads nothing; the native library is loaded by the first use of ``Llama``.
+Importing the package loads nothing; the first use of ``Llama`` loads the native library.
 """
 
 from __future__ import annotations

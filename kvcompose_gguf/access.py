@@ -1,4 +1,4 @@
-"""Decide which thread may use a context: a lock, streams that keep their turn, and objects that end."""
+"""Controls which thread may use a context: locks, streams that block changes, and closed objects."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from .errors import StateError
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
-CLOSED = "this Llama is closed: make a new one"
+CLOSED = "this Llama is closed: create a new one"
 
 
 class Access:
-    """Who may use one llama.cpp context and its model now.
+    """Controls access to one llama.cpp context and its model.
 
-    Two locks, both re-entrant: the cache's is held during decodes, the model's only for short looks at the vocabulary,
-    which are safe beside a decode. Whoever needs both takes the cache's first.
+    There are two re-entrant locks. A decode holds the cache's lock. A short look at the vocabulary holds the model's
+    lock, and is safe during a decode. Code that needs both locks takes the cache's first.
     """
 
     def __init__(self) -> None:
         self._cache, self._model = threading.RLock(), threading.RLock()
-        self._depth = 0  # calls of the thread that holds the cache's lock
-        self._stream: object | None = None  # a stream that has begun and not ended
+        self._depth = 0  # nested calls of the thread that holds the cache's lock
+        self._stream: object | None = None  # the stream that has begun and not ended, if any
         self._closed = False
 
     @contextlib.contextmanager
     def turn(self, changes: str = "") -> Iterator[None]:
-        """Wait for the cache, and keep it until the end of the ``with``.
+        """Waits for the cache, and holds it until the ``with`` block ends.
 
         Args:
-            changes: name of a call that changes the cache; an open stream would go on from another cache.
+            changes: name of the call if it changes the cache. An open stream forbids it: the stream would continue
+                from a different cache.
         Raises:
-            StateError: the Llama is closed, or the call changes the cache and a stream is open.
+            StateError: the Llama is closed, or the call changes the cache while a stream is open.
         """
         with self._cache:
             self._check_open()
@@ -47,7 +48,7 @@ class Access:
 
     @contextlib.contextmanager
     def look(self) -> Iterator[None]:
-        """Keep the model from being freed until the end of the ``with``.
+        """Keeps the model in memory until the ``with`` block ends.
 
         Raises:
             StateError: the Llama is closed.
@@ -57,7 +58,7 @@ class Access:
             yield
 
     def stream(self, items: Generator[T, Any, Any]) -> Generator[T, Any, Any]:
-        """Yield ``items``; each is computed in a turn, and other changes of the cache are refused until the last one.
+        """Yields ``items``, each computed in its own turn; refuses other changes of the cache until the last item.
 
         Raises:
             StateError: from ``next()``: the Llama is closed, or another stream is open.
@@ -67,7 +68,7 @@ class Access:
             while True:
                 with self._cache:
                     self._check_open()
-                    if not self._depth:  # else the caller has the turn
+                    if not self._depth:  # otherwise the caller holds the turn
                         if self._stream not in (None, me):
                             raise StateError("another stream of this Llama is open: exhaust or close() it first")
                         self._stream = me
@@ -87,7 +88,7 @@ class Access:
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[bool]:
-        """Wait for running calls and refuse all later ones; yields whether this is the first time."""
+        """Waits for running calls and refuses all later ones; yields whether this is the first call of ``closing``."""
         with self._cache, self._model:
             first, self._closed = not self._closed, True
             yield first
@@ -106,7 +107,7 @@ class Access:
 
 
 def reads_model(method: F) -> F:
-    """A method of an object with ``_access`` that looks at the model only; it does not wait for decodes."""
+    """Guards a method that reads only the model: it does not wait for decodes. Its object needs ``_access``."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +118,7 @@ def reads_model(method: F) -> F:
 
 
 def reads_cache(method: F) -> F:
-    """A method of an object with ``_access`` that waits for the calls of other threads."""
+    """Guards a method that reads the cache: it waits for the calls of other threads. Its object needs ``_access``."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +129,7 @@ def reads_cache(method: F) -> F:
 
 
 def changes_cache(method: F) -> F:
-    """A method of an object with ``_access`` that waits for other threads, and is refused while a stream is open."""
+    """Guards a method that changes the cache: it waits for other threads, and raises while a stream is open."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,7 +140,7 @@ def changes_cache(method: F) -> F:
 
 
 def inherits(access: dict[Callable[[Any], Any], tuple[str, ...]]) -> Callable[[type[T]], type[T]]:
-    """A class decorator that guards inherited methods: for each of the functions above, the names that it guards."""
+    """Returns a class decorator that guards inherited methods; ``access`` maps each guard above to method names."""
 
     def decorate(cls: type[T]) -> type[T]:
         for guard, names in access.items():
@@ -151,10 +152,10 @@ def inherits(access: dict[Callable[[Any], Any], tuple[str, ...]]) -> Callable[[t
 
 
 def seal(what: object) -> None:
-    """Make every public attribute of ``what`` raise StateError from now on; only ``close()`` still works.
+    """Makes every public attribute of ``what`` raise StateError from now on; only ``close()`` still works.
 
-    References to an object outlive it: a generator, another thread or a tokenizer may hold them, and llama.cpp ends
-    the process when it gets freed memory.
+    A generator, another thread or a tokenizer may still hold the object, and llama.cpp ends the process when it gets
+    freed memory.
     """
     what.__class__ = _sealed(type(what))  # type: ignore[arg-type]
 
@@ -167,7 +168,7 @@ def _sealed(cls: type) -> type:
         raise StateError(CLOSED)
 
     def nothing(self: object) -> None:
-        """Nothing is left to free."""
+        """Does nothing: everything is freed already."""
 
     def describe(self: object) -> str:
         return f"<closed {cls.__name__}>"

@@ -1,9 +1,9 @@
-"""What ``kvcompose bench`` does: how do time and memory grow with the context, with a full and a compressed cache?
+"""Implements ``kvcompose bench``: how do time and memory grow with the context, with a full and a compressed cache?
 
-Regime: a context of N tokens is read once by each variant (full caches, and KVCompose at several ratios), in a process
-of its own and with the same number of cells. Prefill, scoring, plan and compose are timed there once. Then all variants
-of the size decode the same tokens at position N in turns, after a warm-up: a slow minute of the machine hits all of
-them. Sampling is not included. Give it the machine alone.
+Regime: each variant (full caches, and KVCompose at several ratios) reads a context of N tokens once, in its own process
+and with the same number of cells. Prefill, scoring, plan and compose are timed there once. Then, after a warm-up, all
+variants of a size take turns decoding the same tokens at position N, so that a slow minute of the machine affects all
+of them. Sampling is not included. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .plots import check_plot, plot_bench
 from .run import n_ctx_trained, open_vocabulary, resolve_model
 from .tables import bench_table
 
-#: as llama.cpp names them
+#: llama.cpp's names
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
-_N_FIRST = 1024  # smallest of the default sizes
-_N_ROOM = 512  # cells behind the context, where there are as many: one scoring chunk
+_N_FIRST = 1024  # smallest default size
+_N_ROOM = 512  # cells after the context, if the model has room for them: one scoring chunk
 _SEED = 0
 
 Number = TypeVar("Number", int, float)
@@ -40,20 +40,20 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured, and how often.
+    """Options of a benchmark.
 
     Attributes:
         n_tokens: context sizes; None: powers of two from 1,024 on, and the largest that the model allows.
-        up_to: end of the default sizes, None: the model's own.
-        ratios: fractions that KVCompose removes, each measured with the first of ``kv_types``; the middle one with the
-            others as well.
-        kv_types: of keys and values, each measured with a full cache; the first full cache is the baseline.
-        n_decode: tokens of a decode sample.
-        repeats: decode samples of each variant and size.
-        threads: None: as many as llama-cpp-python chooses.
+        up_to: upper limit of the default sizes; None: the model's limit.
+        ratios: fractions that KVCompose removes. Each is measured with the first of ``kv_types``, and the middle one
+            with the other types as well.
+        kv_types: types of keys and values, each measured with a full cache; the first full cache is the baseline.
+        n_decode: tokens per decode sample.
+        repeats: decode samples per variant and size.
+        threads: None: llama-cpp-python's default.
         text: a UTF-8 file, cut or repeated to each size; None: seeded random tokens of the model's vocabulary.
     Raises:
-        ConfigError: an option out of its range.
+        ConfigError: an option is out of range.
     """
 
     n_tokens: tuple[int, ...] | None = None
@@ -70,24 +70,24 @@ class BenchOptions:
             values = getattr(self, name)
             if values is not None and (len(values) == 0 or len(set(values)) < len(values)):
                 shown = "compression_ratio" if name == "ratios" else name  # the option's name
-                raise ConfigError(f"{shown}={list(values)} has to be a list of different values, and not empty")
+                raise ConfigError(f"{shown}={list(values)} must be a list of different values and not empty")
         for name in ("up_to", "n_decode", "repeats", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not positive")
         for n in self.n_tokens or ():
             if n < 2:
-                raise ConfigError(f"n_tokens={n} is too few, at least 2 are needed")
+                raise ConfigError(f"n_tokens={n} is too small; use 2 or more")
         for ratio in self.ratios:
             if not 0 <= ratio < 1:
-                raise ConfigError(f"compression_ratio={ratio}, the fraction removed, is not in [0, 1)")
+                raise ConfigError(f"compression_ratio={ratio}: the fraction removed must be in [0, 1)")
         for type_kv in self.kv_types:
             if type_kv not in KV_TYPES:
                 raise ConfigError(f"kv_types={type_kv!r} is not one of {', '.join(KV_TYPES)}")
 
     @property
     def variants(self) -> list[Variant]:
-        """What is compared, the baseline first."""
+        """Returns the variants to compare, the baseline first."""
         first, *others = self.kv_types
         middle = sorted(self.ratios)[len(self.ratios) // 2]
         return [
@@ -97,16 +97,16 @@ class BenchOptions:
         ]
 
     def sizes(self, n_ctx_train: int) -> list[int]:
-        """The context sizes for a model of ``n_ctx_train`` positions, ascending.
+        """Returns the context sizes for a model trained for ``n_ctx_train`` positions, ascending.
 
         Raises:
-            ContextLengthError: one of ``n_tokens`` is too large, or not even the decode fits.
+            ContextLengthError: one of ``n_tokens`` is too large, or the decode alone does not fit.
         """
         limit = n_ctx_train - self.n_decode
         too_large = [n for n in self.n_tokens or () if n > limit]
         if too_large or limit < 2:
             raise ContextLengthError(
-                f"n_tokens={max(too_large, default=2)} is too large: of the model's {n_ctx_train} positions "
+                f"n_tokens={max(too_large, default=2)} is too large: of the model's {n_ctx_train} positions, "
                 f"n_decode={self.n_decode} leaves {max(limit, 0)}"
             )
         if self.n_tokens is not None:
@@ -124,26 +124,26 @@ def bench(
     plot_file: Path | None = None,
     from_file: Path | None = None,
 ) -> BenchResult:
-    """Measure, or read an earlier run's file, and print a table a size; write a document and a picture.
+    """Measures, or reads an earlier run's file. Prints a table per size; writes the JSON document and the picture.
 
     Args:
-        model: a file or a fetched model's name; None with ``from_file``.
-        json_file: written after every size; ``-``: the last line of the output instead.
+        model: a file, or the name of a fetched model; None with ``from_file``.
+        json_file: written after every size; ``-`` prints the document as the last line of the output instead.
     Raises:
-        ConfigError: before anything is measured, if an output cannot be written, or there is no such model.
+        ConfigError: an output cannot be written, or the model does not exist; raised before anything is measured.
     """
     _check_outputs(json_file, plot_file)
     console = _console()
     if from_file is not None:
         if model is not None:
-            raise ConfigError(f"model={model!r} and from={str(from_file)!r} exclude each other")
+            raise ConfigError(f"model={model!r} and from={str(from_file)!r} cannot be combined")
         result = read_result(from_file)
         _print_result(result, console)
         _save(result, json_file, plot_file)
     elif model is not None:
         result = run_bench(resolve_model(model), options, console, lambda part: _save(part, json_file, plot_file))
     else:
-        raise ConfigError("model is missing: a .gguf file or a name that `kvcompose fetch` knows")
+        raise ConfigError("model is missing: give a .gguf file or a name that `kvcompose fetch` knows")
     if _is_stdout(json_file):
         print(json.dumps(result.to_dict()))
     return result
@@ -155,11 +155,11 @@ def run_bench(
     console: Console | None = None,
     save: Callable[[BenchResult], None] = lambda result: None,
 ) -> BenchResult:
-    """Measure every variant at every size.
+    """Measures every variant at every size.
 
     Args:
-        console: where the tables are printed, and what happens is shown; None: nowhere.
-        save: is given what there is after each size.
+        console: prints the tables and the progress; None: prints nothing.
+        save: called with the results so far after each size.
     """
     console = console or Console(quiet=True)
     with open_vocabulary(model_path) as vocabulary:
@@ -187,13 +187,13 @@ def run_bench(
 
 
 def context_tokens(vocabulary: Any, n_tokens: int, text: Path | None) -> tuple[list[int], str]:
-    """``n_tokens`` tokens, and a sentence about them; a smaller number gives their beginning.
+    """Returns ``n_tokens`` tokens, and a sentence about their source; a smaller number returns a prefix of them.
 
     Args:
         vocabulary: the bindings' ``LlamaModel``.
-        text: a UTF-8 file, repeated as often as it takes; None: random tokens. Both after BOS, if the model wants one.
+        text: a UTF-8 file, repeated to the length; None: random tokens. Both start with BOS if the model uses one.
     Raises:
-        ConfigError: the file cannot be read, is not UTF-8 or has no token.
+        ConfigError: the file cannot be read, is not UTF-8 or contains no token.
     """
     bos = [vocabulary.token_bos()] if vocabulary.add_bos_token() and vocabulary.token_bos() != -1 else []
     if text is None:
@@ -209,10 +209,10 @@ def context_tokens(vocabulary: Any, n_tokens: int, text: Path | None) -> tuple[l
 
 
 def numbers(name: str, text: str | None, kind: type[Number]) -> tuple[Number, ...] | None:
-    """The comma-separated numbers in ``text``, the option ``name``'s value.
+    """Returns the comma-separated numbers in ``text``, the value of option ``name``.
 
     Raises:
-        ConfigError: something between two commas is no such number.
+        ConfigError: an item is not a number of this kind.
     """
     if text is None:
         return None
@@ -220,13 +220,13 @@ def numbers(name: str, text: str | None, kind: type[Number]) -> tuple[Number, ..
         return tuple(kind(part) for part in text.split(",")) if text.strip() else ()
     except ValueError as error:
         what = "integers" if kind is int else "numbers"
-        raise ConfigError(f"{name}={text!r} is not a list of {what}, separated by commas") from error
+        raise ConfigError(f"{name}={text!r} is not a comma-separated list of {what}") from error
 
 
 def _measure(jobs: Sequence[Job], repeats: int, console: Console) -> list[Measurement]:
-    """One size: all ``jobs`` read, one after the other, then decode in turns."""
+    """Measures one size: every job reads its context in turn, then all decode in turns."""
     with contextlib.ExitStack() as stack:
-        # one frame a second: the spinner is drawn by a thread that shares the CPU with what is measured
+        # one frame a second, because the spinner's thread shares the CPU with the measurement
         status = stack.enter_context(console.status("", refresh_per_second=1))
         workers, readings = [], []
         for job in jobs:
@@ -250,7 +250,7 @@ def _measure(jobs: Sequence[Job], repeats: int, console: Console) -> list[Measur
 
 
 def _ordinary_tokens(vocabulary: Any) -> list[int]:
-    """Tokens that text can consist of."""
+    """Returns the tokens that ordinary text can contain."""
     from llama_cpp.llama_cpp import LLAMA_TOKEN_ATTR_CONTROL, LLAMA_TOKEN_ATTR_UNKNOWN, LLAMA_TOKEN_ATTR_UNUSED
 
     special = LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN | LLAMA_TOKEN_ATTR_UNUSED
@@ -261,7 +261,7 @@ def _environment(model_path: Path, options: BenchOptions, text: str) -> Environm
     n_cpu = os.cpu_count() or 1
     return Environment(
         **system(),
-        # without a choice that of llama-cpp-python (llama.py, Llama.__init__)
+        # the default is llama-cpp-python's (llama.py, Llama.__init__)
         n_threads=options.threads or max(n_cpu // 2, 1),
         n_threads_batch=options.threads or n_cpu,
         model=model_path.name,
@@ -284,7 +284,7 @@ def _print_result(result: BenchResult, console: Console) -> None:
 
 
 def _console() -> Console:
-    """At least as wide as a row of the table: a number cut short would be a wrong one."""
+    """Returns a console at least as wide as a table row, because a truncated number would be wrong."""
     return Console(width=max(Console().width, 110))
 
 

@@ -1,4 +1,4 @@
-"""What ``kvcompose bench`` measured: values, and the JSON document that they are written to and read from."""
+"""The measurements of ``kvcompose bench`` as values, and their JSON document."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of cache; ``compression_ratio`` is the fraction removed, None a full cache of the original class."""
+    """One kind of cache; ``compression_ratio`` is the fraction removed, None for a full cache of the original class."""
 
     type_kv: str
     compression_ratio: float | None = None
 
     @property
     def name(self) -> str:
-        """E.g. ``full f16`` or ``KVCompose 0.75 q8_0``."""
+        """Returns a name, e.g. ``full f16`` or ``KVCompose 0.75 q8_0``."""
         return f"{'full' if self.compression_ratio is None else f'KVCompose {self.compression_ratio:g}'} {self.type_kv}"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What the numbers depend on besides the arguments.
+    """Everything besides the arguments that the numbers depend on.
 
     Attributes:
         date: UTC, ISO 8601.
-        backends: llama.cpp's own line on what it was built with and found in the CPU.
-        n_cpu: logical ones.
-        n_threads, n_threads_batch: of a decode of one token, and of many.
+        backends: llama.cpp's own line about its build and the CPU features it found.
+        n_cpu: number of logical CPUs.
+        n_threads, n_threads_batch: threads for decoding one token, and for decoding many.
         model, model_bytes: name and size of the file.
-        text: where the tokens are from.
+        text: source of the tokens.
     """
 
     date: str
@@ -61,16 +61,16 @@ class Measurement:
     Attributes:
         n_tokens: tokens of the context.
         n_ctx: cells of the cache, the same for every variant of a size.
-        n_decode: tokens of one decode sample.
-        prefill_seconds, score_seconds, plan_seconds, compose_seconds: wall time, measured once; 0 for what a full
-            cache does not do.
-        scoring_chunk: query tokens on top of the context at a time while scoring, 0 for a full cache.
-        decode_seconds: wall time of ``n_decode`` single-token decodes at position ``n_tokens``, a sample a round.
-        kv_bytes_rows: bytes of the context's rows that are in the cache.
-        kv_bytes: bytes allocated for the cache, with the room for new tokens, after the decodes.
-        baseline_bytes: resident memory of the variant's process with its weights touched, without its cache.
+        n_decode: tokens per decode sample.
+        prefill_seconds, score_seconds, plan_seconds, compose_seconds: wall time, measured once; 0 for steps that a full
+            cache skips.
+        scoring_chunk: query tokens per decode of the scoring pass, on top of the context; 0 for a full cache.
+        decode_seconds: wall time of ``n_decode`` single-token decodes at position ``n_tokens``, one sample per round.
+        kv_bytes_rows: bytes of the context's rows in the cache.
+        kv_bytes: bytes allocated for the cache after the decodes, including room for new tokens.
+        baseline_bytes: resident memory of the variant's process without its cache, after all weights were read.
         rss_bytes: resident memory after the decodes.
-        peak_bytes: most resident memory so far, None where the system does not tell.
+        peak_bytes: peak resident memory so far; None if the system does not report it.
     """
 
     variant: Variant
@@ -91,22 +91,22 @@ class Measurement:
 
     @property
     def decode_rates(self) -> list[float]:
-        """Tokens per second of every sample."""
+        """Returns the tokens per second of every sample."""
         return [self.n_decode / seconds for seconds in self.decode_seconds]
 
     @property
     def decode_rate(self) -> float:
-        """Tokens per second, the median."""
+        """Returns the median of the tokens per second."""
         return statistics.median(self.decode_rates)
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Measurements in the order they were made: sizes one after the other, the baseline first in each.
+    """Measurements in the order in which they were made: size by size, the baseline first.
 
     Attributes:
-        arguments: of the command, as they are in JSON.
-        complete: every size is there; a document is also written after each.
+        arguments: the command's arguments as JSON values.
+        complete: True if every size was measured; the document is also written after each size.
     """
 
     environment: Environment
@@ -116,24 +116,24 @@ class BenchResult:
 
     @property
     def sizes(self) -> list[int]:
-        """The context sizes, in order."""
+        """Returns the context sizes, in order."""
         return list(dict.fromkeys(m.n_tokens for m in self.measurements))
 
     @property
     def variants(self) -> list[Variant]:
-        """The variants, in order."""
+        """Returns the variants, in order."""
         return list(dict.fromkeys(m.variant for m in self.measurements))
 
     def of_size(self, n_tokens: int) -> list[Measurement]:
-        """All variants at one size."""
+        """Returns the measurements of all variants at one size."""
         return [m for m in self.measurements if m.n_tokens == n_tokens]
 
     def speedup(self, measurement: Measurement) -> float:
-        """Decoding speed relative to the first full cache at the same size, medians."""
+        """Returns the decoding speed relative to the first full cache of the same size (medians)."""
         return measurement.decode_rate / self.of_size(measurement.n_tokens)[0].decode_rate
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document; bytes and seconds throughout."""
+        """Returns the JSON document; all values are in bytes and seconds."""
         return {
             "schema": SCHEMA,
             "program": "kvcompose bench",
@@ -154,13 +154,13 @@ class BenchResult:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> BenchResult:
-        """The result that :meth:`to_dict` made ``document`` of; derived numbers are computed again.
+        """Returns the result that :meth:`to_dict` wrote to ``document``; recomputes derived numbers.
 
         Raises:
-            KeyError, TypeError, ValueError: it is no such document.
+            KeyError, TypeError, ValueError: ``document`` is not such a document.
         """
         if document["schema"] != SCHEMA:
-            raise ValueError(f"schema={document['schema']!r}, this version reads {SCHEMA}")
+            raise ValueError(f"schema={document['schema']!r}; this version reads {SCHEMA}")
         rows = [
             _fields(Measurement, row)
             | {"variant": Variant(**row["variant"]), "decode_seconds": tuple(row["decode_seconds"])}
@@ -175,10 +175,10 @@ class BenchResult:
 
 
 def read_result(file: Path) -> BenchResult:
-    """The result in a JSON file of an earlier run.
+    """Returns the result stored in the JSON file of an earlier run.
 
     Raises:
-        ConfigError: it cannot be read, or is no such document.
+        ConfigError: the file cannot be read, or is not such a document.
     """
     try:
         return BenchResult.from_dict(json.loads(file.read_text("utf-8")))
@@ -189,5 +189,5 @@ def read_result(file: Path) -> BenchResult:
 
 
 def _fields(kind: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """What of ``row`` the dataclass ``kind`` has a field for."""
+    """Returns the entries of ``row`` that are fields of the dataclass ``kind``."""
     return {field.name: row[field.name] for field in fields(kind)}

@@ -1,7 +1,7 @@
-"""The processes of ``kvcompose bench``: each has one variant's cache, so that its memory can be measured.
+"""The worker processes of ``kvcompose bench``. Each holds one variant's cache, so that its memory can be measured.
 
-All variants of a context size are alive at the same time, for their decodes to take turns, but only the one that was
-asked computes: the others wait on their pipe, which takes no CPU time.
+All variants of a context size are alive at the same time, so that their decodes can take turns. Only one computes at
+a time; the others wait on their pipes, which takes no CPU time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One variant at one context size; ``tokens`` are the context's, ``decoded`` those of a decode sample."""
+    """One variant at one context size: the context in ``tokens``, and the tokens of a decode sample in ``decoded``."""
 
     model_path: Path
     variant: Variant
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Reading:
-    """Bringing the context into the cache; the fields are those of ``Measurement``."""
+    """Measurements of reading the context; the fields are those of ``Measurement``."""
 
     prefill_seconds: float
     score_seconds: float
@@ -55,7 +55,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Memory:
-    """The process now; the fields are those of ``Measurement``."""
+    """Memory of the process now; the fields are those of ``Measurement``."""
 
     kv_bytes: int
     baseline_bytes: int
@@ -64,9 +64,9 @@ class Memory:
 
 
 class Worker:
-    """A process that does a :class:`Job` step by step; leaving the ``with`` ends it.
+    """A process that runs a :class:`Job` step by step; leaving the ``with`` block ends it.
 
-    Every call waits for the process to have finished, and raises the package's errors as the process met them.
+    Every call waits for the process to finish the step, and raises the errors that the process raised.
 
     Raises:
         NativeError: the process has died.
@@ -74,11 +74,11 @@ class Worker:
 
     def __init__(self, job: Job) -> None:
         self._label = f"{job.variant.name} at n_tokens={len(job.tokens)}"
-        context = multiprocessing.get_context("spawn")  # a forked llama.cpp would have none of its threads
+        context = multiprocessing.get_context("spawn")  # a forked copy of llama.cpp would lack its threads
         self._connection, child = context.Pipe()
         self._process = context.Process(target=_serve, args=(child, job), daemon=True)
         self._process.start()
-        child.close()  # the only other end is the process's: its death ends recv()
+        child.close()  # the process then holds the only other end, so its death ends recv()
 
     def __enter__(self) -> Worker:
         return self
@@ -92,21 +92,21 @@ class Worker:
 
     @property
     def pid(self) -> int | None:
-        """Of the process."""
+        """Returns the process id."""
         return self._process.pid
 
     def read(self) -> Reading:
-        """Load the model, prefill and, if the variant says so, compress."""
+        """Loads the model, prefills the context, and compresses it if the variant asks for it."""
         reading: Reading = self._call("read")
         return reading
 
     def decode(self) -> float:
-        """Seconds of decoding the job's tokens after the context; they are forgotten again."""
+        """Decodes the job's tokens after the context, and removes them again; returns the seconds."""
         seconds: float = self._call("decode")
         return seconds
 
     def memory(self) -> Memory:
-        """Cache and process, now."""
+        """Returns the current memory of cache and process."""
         memory: Memory = self._call("memory")
         return memory
 
@@ -117,7 +117,7 @@ class Worker:
         except (EOFError, OSError) as error:
             self._process.join(10)
             code = self._process.exitcode
-            hint = ", which is what a lack of memory looks like" if code == -9 else ""
+            hint = "; it probably ran out of memory" if code == -9 else ""
             raise NativeError(f"{self._label}: the process ended with exit code {code}{hint}") from error
         if isinstance(answer, KVComposeError):
             raise type(answer)(f"{self._label}: {answer}")
@@ -132,8 +132,8 @@ class Worker:
 
 
 def _serve(connection: Connection, job: Job) -> None:
-    """Answer commands until the parent is gone; a failure is the last answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
+    """Answers commands until the parent is gone; a failure is the last answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent also gets Ctrl-C, and ends this process
     try:
         measured = _Measured(job)
         while True:
@@ -147,15 +147,15 @@ def _serve(connection: Connection, job: Job) -> None:
 
 
 class _Measured:
-    """One Llama and what is measured of it; the methods are the commands."""
+    """One Llama and its measurements; the methods are the commands."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._llama = _load(job)
-        # one token reads every weight, so that neither the prefill's time nor the increase in memory contains the file
+        # one token reads every weight, so that neither prefill time nor memory growth includes loading the file
         self._llama.eval(job.tokens[:1])
         self._llama.reset()
-        # llama.cpp zeroes a cache when it allocates it, so all of it is resident already
+        # llama.cpp zeroes a cache when it allocates it, so all of its memory is resident already
         self._baseline = psutil.Process().memory_info().rss - self._llama.kv_bytes
         _reset_peak()
 
@@ -172,14 +172,14 @@ class _Measured:
         )  # fmt: skip
 
     def decode(self) -> float:
-        self._decode_seconds(self._job.decoded[:1])  # wakes the threads up after another process's turn
+        self._decode_seconds(self._job.decoded[:1])  # wakes up the threads after another process's turn
         return self._decode_seconds(self._job.decoded)
 
     def memory(self) -> Memory:
         return Memory(self._llama.kv_bytes, self._baseline, psutil.Process().memory_info().rss, peak_bytes())
 
     def _decode_seconds(self, tokens: Sequence[int]) -> float:
-        """Wall time of single-token decodes after the context, which are forgotten again."""
+        """Returns the wall time of single-token decodes after the context; the decoded tokens are removed again."""
         seconds = self._eval_seconds([[token] for token in tokens])
         n_tokens = len(self._job.tokens)
         self._llama.n_tokens = n_tokens
@@ -218,20 +218,20 @@ def _load(job: Job) -> Llama:
         )
     except ConfigError:
         raise
-    except ValueError as error:  # the bindings' only exception for a file or a context that llama.cpp refused
+    except ValueError as error:  # the bindings raise only ValueError if llama.cpp rejects a file or a context
         raise ConfigError(f"{job.model_path} cannot be used: {error}") from error
 
 
 def _reset_peak() -> None:
-    """Let the peak begin now, where the system can do that (Linux, proc(5), clear_refs): loading may need more."""
+    """Resets the peak, if the system supports it (Linux, proc(5), clear_refs): loading may need more memory."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int | None:
-    """Most memory that was resident in this process at any time, None where the system does not tell.
+    """Returns the peak resident memory of this process, or None if the system does not report it.
 
-    On Linux VmHWM: getrusage's ru_maxrss survives an exec and would be the parent's.
+    On Linux this is VmHWM: getrusage's ru_maxrss survives an exec and would be the parent's.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,4 +1,4 @@
-"""What ``kvcompose calibrate`` does: measure what CompressKV has to know about a model, once."""
+"""Implements ``kvcompose calibrate``: measures once what CompressKV needs to know about a model."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 
 def calibrate(model: str, options: CalibrateOptions, threads: int | None = None) -> Path:
-    """Measure a model, print what was found, and return the file, where ``CompressKV`` finds it.
+    """Measures a model, prints the results, and returns the file in which ``CompressKV`` finds them.
 
-    Every finished trial is written beside it at once; another call with the same options goes on from there.
+    Writes every finished trial to a journal beside it. A later call with the same options continues from there.
 
     Raises:
-        ConfigError: no model, one whose context is shorter than the prompts, a cache folder that cannot be written,
-            or no answer was right.
+        ConfigError: the model does not exist, its context is shorter than the prompts, the cache folder cannot be
+            written, or no answer was right.
     """
     model_path = resolve_model(model)
     settings = {**asdict(options), "texts": load_texts("generated").name, "package": __version__}
     sha256 = model_sha256(model_path)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     journal = Journal(calibrations_dir() / f"{sha256}.{digest}.trials.jsonl", settings)
-    # the method only turns the fast attention on
+    # any method will do: it only switches flash attention on
     n_ctx = -(-options.n_tokens // 256) * 256
     llama = load_model(model_path, n_ctx, KVCompose(compression_ratio=0.0), threads=threads)
     try:
         if options.n_tokens > llama.n_ctx_train:
-            raise ConfigError(f"trials of {options.n_tokens} tokens are longer than {model_path} can read")
+            raise ConfigError(f"trials of {options.n_tokens} tokens are longer than the context of {model_path}")
         heads, errors = measure(llama, options, journal)
     finally:
         llama.close()
@@ -62,7 +62,7 @@ def calibrate(model: str, options: CalibrateOptions, threads: int | None = None)
 
 
 def calibration_table(calibration: Calibration, n_top: int = 4) -> Table:
-    """Best heads and eviction error of every layer."""
+    """Returns a table of the best heads and the eviction error of every layer."""
     table = Table.grid(padding=(0, 1), expand=True)
     for justify, ratio in (("right", None), ("left", 2), ("left", 1), ("right", None)):
         table.add_column(justify=justify, ratio=ratio)  # type: ignore[arg-type]
@@ -75,12 +75,12 @@ def calibration_table(calibration: Calibration, n_top: int = 4) -> Table:
 
 
 class Journal:
-    """Finished trials, a JSON line each, behind a line of settings; of other settings nothing is kept."""
+    """Finished trials, one JSON line each, after a line with the settings; discards trials of other settings."""
 
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self._file = file
         self._records: dict[str, Any] = {}
-        # there is none yet, or its last line was cut
+        # the file is new, or its last line is incomplete
         with contextlib.suppress(OSError, ValueError), file.open(encoding="utf-8") as stream:
             if json.loads(next(stream, "")) == settings:
                 for line in stream:
@@ -90,14 +90,14 @@ class Journal:
         try:
             write_file(file, "".join(json.dumps(record) + "\n" for record in records))
         except OSError as error:
-            raise ConfigError(f"{file.parent}, where calibrations are kept, cannot be written: {error}") from error
+            raise ConfigError(f"cannot write to {file.parent}, the folder of the calibrations: {error}") from error
 
     def get(self, key: str) -> Any:
-        """What the trial has given, None if it has not been run."""
+        """Returns the result of a trial, or None if it has not run yet."""
         return self._records.get(key)
 
     def add(self, key: str, result: Any) -> Any:
-        """Keep the result of a trial; returns it."""
+        """Stores the result of a trial; returns it."""
         self._records[key] = result
         append_file(self._file, json.dumps({"trial": key, "result": result}) + "\n")
         return result
@@ -106,7 +106,7 @@ class Journal:
 def measure(
     llama: Llama, options: CalibrateOptions, journal: Journal
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
-    """Head scores and eviction errors, from the journal where it has them."""
+    """Returns head scores and eviction errors; takes finished trials from the journal."""
     prompt_of, run = trials.needle_prompt, trials.needle_trial
     if options.n_random:
         prompt_of, run = trials.random_prompt, trials.random_trial
@@ -137,11 +137,11 @@ def measure(
             errors.append(found)
             progress.advance(bar)
     if not errors:
-        raise ConfigError("no right answer has two tokens: nothing to measure errors with")
+        raise ConfigError("no right answer has two tokens: eviction errors cannot be measured")
     mean = np.mean([np.array(each) / max(trials.EPS, sum(each)) for each in errors], axis=0)
     return heads, _rounded(mean / mean.sum())
 
 
 def _rounded(values: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    """To six digits, which is plenty for a ranking and half of the file."""
+    """Rounds to six digits, enough for a ranking, which halves the file."""
     return tuple(float(f"{value:.6g}") for value in values)

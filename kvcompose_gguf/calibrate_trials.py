@@ -1,16 +1,16 @@
 """The measurements of ``kvcompose calibrate``: semantic retrieval heads and eviction errors (arXiv 2508.02401).
 
-Needle trials: a fact is hidden in prose and asked for. S(h) = sum, over the generated tokens that belong to the answer,
-of the attention that head h pays to the whole of the answer's place in the prose, by the query that each is predicted
-from; mean over the trials whose answer is right. Where we differ from semantic_retrieval_head_detection.py, the
-authors': a token belongs to the answer if its text, without spaces and case, is that of a token of the place (theirs:
-if its number is), and counts once (theirs: as often as it is there); recall is without a stemmer; the prose is
-generated, and the facts are our own.
+Needle trials hide a fact in prose and ask for it. S(h) sums over the generated tokens that belong to the answer. Each
+term is the attention of head h to the answer's whole place in the prose, from the query that predicts the token. S(h)
+is the mean over the trials with a right answer. Differences from the authors' semantic_retrieval_head_detection.py: a
+token belongs to the answer if its text, ignoring spaces and case, equals the text of a token in the place (theirs: if
+its id does), and it counts once (theirs: once per occurrence); recall uses no stemmer; the prose is generated, and the
+facts are our own.
 
-Eviction errors, of prompts reduced to 32 tokens (24 and the window of 8): e(l) = sum over the answer's decode steps of
-||O_compressed - O_full|| / (||O_full|| + eps), where only layer l is compressed, so that it has no share in the errors
-of those before it, as in the authors' modeling_mistral_new.py. Where we differ: O is the attention output before its
-projection, and the prompts are trials, not LongBench.
+Eviction errors come from prompts reduced to 32 tokens (24 and the window of 8): e(l) = sum over the answer's decode
+steps of ||O_compressed - O_full|| / (||O_full|| + eps). Only layer l is compressed, so errors of earlier layers do not
+contribute, as in the authors' modeling_mistral_new.py. Differences: O is the attention output before its projection,
+and the prompts are needle trials, not LongBench.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from .methods.compresskv import CompressKV
 if TYPE_CHECKING:
     from .llama import Llama
 
-EPS = 1e-5  # of the relative error
-N_KEPT = 32  # tokens a layer that the error is measured with
+EPS = 1e-5  # epsilon of the relative error
+N_KEPT = 32  # tokens kept per layer while measuring the error
 MAX_ANSWER = 50
-N_REPEATS, N_SEQUENCES = 4, 4  # of random tokens
+N_REPEATS, N_SEQUENCES = 4, 4  # for random tokens
 MAX_SCORE_BYTES = 64 << 20
 
-#: the beginning of a sentence, its end that is the answer, and the question
+#: the beginning of a sentence, its end (the answer), and the question
 NEEDLES = (
     ("The best thing to do in Lisbon is to", "ride the old yellow tram and eat a custard tart beside the river",
      "What is the best thing to do in Lisbon?"),
@@ -60,15 +60,16 @@ NEEDLES = (
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """The size of a calibration; the authors' is 3 needles, 20 lengths from 1,000 to 50,000 and 10 depths.
+    """The size of a calibration. The authors use 3 needles, 20 lengths from 1,000 to 50,000 and 10 depths.
 
     Attributes:
-        n_needles, n_lengths, n_depths: facts, prompt lengths and places, every one with every other.
-        shortest, longest: tokens of the prompts.
-        n_errors: of the trials that count, those that errors are measured with, evenly spread.
-        n_random: not 0: no text, but random tokens that come four times (RazorAttention, arXiv 2407.15891: 2,500).
-            S(h) = attention to earlier occurrences of a query's token and to their successors, mean over the last
-            repeat, which runs token by token: the library sums over the queries of a decode.
+        n_needles, n_lengths, n_depths: number of facts, prompt lengths and depths; all combinations are tried.
+        shortest, longest: range of the prompt lengths in tokens.
+        n_errors: number of right trials that errors are measured with, evenly spread.
+        n_random: if not 0, use this many random tokens, repeated four times, instead of text (RazorAttention, arXiv
+            2407.15891: 2,500). S(h) = attention to earlier occurrences of a query's token and to their successors, mean
+            over the last repeat. That repeat runs token by token, because the library sums over the queries of a
+            decode.
     """
 
     n_needles: int = 3
@@ -85,25 +86,25 @@ class CalibrateOptions:
             ("shortest", 200, self.longest), ("n_errors", 1, 10_000), ("n_random", 0, 1 << 18),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
-                raise ConfigError(f"{name}={getattr(self, name)}, allowed are {low} to {high}")
+                raise ConfigError(f"{name}={getattr(self, name)}; allowed: {low} to {high}")
         if 0 < self.n_random < N_KEPT:
-            raise ConfigError(f"n_random={self.n_random}, allowed are 0, and {N_KEPT} and more")
+            raise ConfigError(f"n_random={self.n_random}; allowed: 0, or {N_KEPT} and more")
 
     @property
     def n_trials(self) -> int:
-        """Needles, or sequences of random tokens."""
+        """Number of needle trials, or of sequences of random tokens."""
         return N_SEQUENCES if self.n_random else self.n_needles * self.n_lengths * self.n_depths
 
     @property
     def n_tokens(self) -> int:
-        """Cells that the longest trial takes."""
+        """Number of cells that the longest trial takes."""
         return N_REPEATS * self.n_random + 1 if self.n_random else self.longest + MAX_ANSWER
 
 
 def needle_trial(llama: Llama, options: CalibrateOptions, number: int) -> dict[str, Any]:
-    """Ask for one needle: the answer as tokens and text, and for each layer the heads' S, None if it is wrong."""
+    """Asks for one needle; returns the answer as tokens and text, and each layer's S per head, None if it is wrong."""
     prompt, place = needle_prompt(llama, options, number)
-    llama.reset()  # nothing is reused: a trial must not depend on the one before
+    llama.reset()  # start from an empty cache, so that no trial depends on the one before
     llama.prefill(prompt[:-1])
     reply = answer(llama, prompt[-1:], MAX_ANSWER, one_line=True)
     heads = None
@@ -115,11 +116,11 @@ def needle_trial(llama: Llama, options: CalibrateOptions, number: int) -> dict[s
 
 
 def needle_prompt(llama: Llama, options: CalibrateOptions, number: int) -> tuple[list[int], range]:
-    """The prompt of a trial, as long as whole sentences permit, and the place of the needle's end in it.
+    """Returns a prompt filled with as many sentences as fit, and the place of the needle's end in it.
 
-    Every needle has prose of its own, from the end of the texts' sentences; evaluations take theirs from the beginning.
-    Five needles in prompts of up to 5,000 tokens leave them 60 % of the sentences, 88,000 words; only where both need
-    more do they overlap.
+    Every needle has its own prose, taken from the end of the texts' sentences; evaluations take theirs from the
+    beginning. Five needles in prompts of up to 5,000 tokens leave 60 % of the sentences (88,000 words) to evaluations.
+    The two overlap only if both need more.
     """
     beginning, end, question = _needle(options, number)
     needle, trial = divmod(number, options.n_lengths * options.n_depths)
@@ -127,7 +128,7 @@ def needle_prompt(llama: Llama, options: CalibrateOptions, number: int) -> tuple
     n_tokens = int(np.linspace(options.shortest, options.longest, options.n_lengths)[length])
     depth = float(np.linspace(0, 1, options.n_depths)[place])
     frame, sentences = chat_frame(llama), load_texts("generated").sentences
-    first = max(0, len(sentences) - (needle + 1) * (options.longest // 8))  # none of 8 tokens
+    first = max(0, len(sentences) - (needle + 1) * (options.longest // 8))  # no sentence has fewer than 8 tokens
 
     def tokens(n: int) -> list[int]:
         units = list(sentences[first : first + n])
@@ -139,7 +140,7 @@ def needle_prompt(llama: Llama, options: CalibrateOptions, number: int) -> tuple
         )  # fmt: skip
         return [*itertools.chain(*prompt_tokens(llama, sample, frame))]
 
-    low, high = 0, n_tokens // 4  # sentences; none has fewer than 4 tokens
+    low, high = 0, n_tokens // 4  # in sentences; none has fewer than 4 tokens
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if len(tokens(middle)) <= n_tokens else (low, middle - 1)
@@ -148,17 +149,17 @@ def needle_prompt(llama: Llama, options: CalibrateOptions, number: int) -> tuple
     ends = np.cumsum([len(piece) for piece in pieces])
     at = b"".join(pieces).find(end.encode())
     if at < 0:
-        raise UnsupportedError("tokens of this model do not spell the text that they were made from: try --data-free")
+        raise UnsupportedError("this model's tokens do not reproduce the text they come from: try --data-free")
     return prompt, range(int((ends <= at).sum()), int((ends < at + len(end.encode())).sum()) + 1)
 
 
 def random_prompt(llama: Llama, options: CalibrateOptions, number: int) -> tuple[list[int], range]:
-    """Random tokens again and again until the middle of the last repeat, and the place of the whole of that."""
+    """Returns repeated random tokens up to the middle of the last repeat, and the place of that whole repeat."""
     rng = np.random.default_rng(number)
     repeat: list[int] = []
     while len(repeat) < options.n_random:
         token = int(rng.integers(llama.n_vocab()))
-        if not llama.is_end(token) and llama.piece(token):  # no control token
+        if not llama.is_end(token) and llama.piece(token):  # skips control tokens
             repeat.append(token)
     bos = [llama.token_bos()] if llama.adds_bos else []
     n_before = len(bos) + (N_REPEATS - 1) * options.n_random
@@ -167,7 +168,7 @@ def random_prompt(llama: Llama, options: CalibrateOptions, number: int) -> tuple
 
 
 def random_trial(llama: Llama, options: CalibrateOptions, number: int) -> dict[str, Any]:
-    """Echo and induction of every head, in the form of a needle trial; the answer is what comes in the last repeat."""
+    """Returns echo and induction of every head as a needle trial; the answer is the rest of the last repeat."""
     prompt, last = random_prompt(llama, options, number)
     n_random, repeat = options.n_random, prompt[last.start - options.n_random : last.start]
     llama.reset()
@@ -190,9 +191,9 @@ def random_trial(llama: Llama, options: CalibrateOptions, number: int) -> dict[s
 def attention_to(
     llama: Llama, prompt: Sequence[int], answer: Sequence[int], belongs: Sequence[bool], place: range
 ) -> list[list[float]]:
-    """For each layer and head the attention that ``place`` gets from the queries that chose the tokens that belong.
+    """Returns each layer's and head's attention to ``place`` from the queries that predicted the tokens in ``belongs``.
 
-    The first of these is the prompt's last token: it is forgotten, and evaluated again with the answer.
+    The first such query is the prompt's last token: it is removed, and evaluated again with the answer.
     """
     session, decoder, n_before = llama.session, llama.decoder(), len(prompt) - 1
     queries, pos = [prompt[-1], *answer[:-1]], n_before
@@ -215,10 +216,10 @@ def attention_to(
 def eviction_errors(
     llama: Llama, prompt: list[int], answer: Sequence[int], heads: tuple[tuple[float, ...], ...]
 ) -> list[float]:
-    """For each layer the sum over the answer's tokens, but the last, of the relative error of its attention output.
+    """Returns for each layer the relative error of its attention output, summed over the answer's tokens but the last.
 
-    One decode a layer, whose other layers see everything; rows are hidden by a bias, not removed, and the full cache
-    has one of zeros, so that both run the same kernels.
+    Needs one decode per layer, in which the other layers see everything. A bias hides rows instead of removing them.
+    The full cache gets a bias of zeros, so that both runs use the same kernels.
     """
     n_layer, n_tokens, steps = len(heads), len(prompt), list(answer[:-1])
     even = Calibration("", "", heads, (1 / n_layer,) * n_layer)
@@ -241,12 +242,12 @@ def eviction_errors(
         lost = np.linalg.norm((compressed - full).astype(np.float64), axis=1)
         errors.append(float((lost / (np.linalg.norm(full.astype(np.float64), axis=1) + EPS)).sum()))
     if not any(errors):
-        raise UnsupportedError("attention of this model takes no bias: its eviction errors cannot be measured")
+        raise UnsupportedError("this model's attention accepts no bias, so its eviction errors cannot be measured")
     return errors
 
 
 def recall(reference: str, text: str) -> float:
-    """ROUGE-1 recall: share of the reference's words that the text has, each as often as it has it."""
+    """Returns ROUGE-1 recall: the share of the reference's words that occur in the text, counting repetitions."""
     wanted, found = (Counter(re.findall(r"[a-z0-9]+", part.lower())) for part in (reference, text))
     return sum((wanted & found).values()) / wanted.total()
 

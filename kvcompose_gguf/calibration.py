@@ -1,4 +1,4 @@
-"""What was measured once about a model: which heads retrieve, and what every layer loses by eviction."""
+"""Stores a model's calibration: its retrieval heads, and the error that eviction causes in each layer."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from . import models
 from .errors import ConfigError
 from .files import write_file
 
-VERSION = 1  # of the file format
+VERSION = 1  # version of the file format
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measurements of one model file, for CompressKV. Layers are the compressed ones, those of the session.
+    """Measurements of one model file, for CompressKV. Layers are the compressed ones, as in the session.
 
     Attributes:
-        model_name: of the file, for humans.
-        model_sha256: of the file.
-        heads: semantic retrieval score for each layer and query head, not negative.
+        model_name: name of the file, for display.
+        model_sha256: hash of the file.
+        heads: semantic retrieval score of each layer and query head, not negative.
         errors: eviction error of each layer, not negative, with sum 1.
         settings: how it was measured.
-        version: of the file format.
+        version: version of the file format.
     Raises:
-        ConfigError: another version, or values that are not these.
+        ConfigError: the version differs, or a value is invalid.
     """
 
     model_name: str
@@ -50,7 +50,7 @@ class Calibration:
         if not isinstance(self.settings, dict):
             raise ConfigError(f"settings={self.settings!r} of a calibration are not a table")
         if not _are_lists([self.heads, self.errors]) or not _are_lists(self.heads):
-            raise ConfigError("heads and errors of a calibration are not lists, of a list a layer and of numbers")
+            raise ConfigError("heads of a calibration must be a list of lists, errors a list of numbers")
         if not self.heads or not all(self.heads) or len(self.errors) != len(self.heads):
             raise ConfigError(f"a calibration has heads of {len(self.heads)} layers and {len(self.errors)} errors")
         object.__setattr__(self, "heads", tuple(tuple(map(_checked, scores)) for scores in self.heads))
@@ -59,18 +59,18 @@ class Calibration:
             raise ConfigError(f"errors of a calibration have the sum {sum(self.errors)}, not 1")
 
     def to_json(self) -> str:
-        """The document that ``from_json`` reads."""
-        # a line a layer
+        """Returns the document that ``from_json`` reads."""
+        # one line per layer
         fields = {name: json.dumps(value) for name, value in asdict(self).items()}
         fields["heads"] = "[\n    " + ",\n    ".join(json.dumps(scores) for scores in self.heads) + "\n  ]"
         return "{\n" + ",\n".join(f'  "{name}": {text}' for name, text in fields.items()) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
-        """The calibration of a document.
+        """Returns the calibration in a document.
 
         Raises:
-            ConfigError: not JSON, other fields, or values that are not a calibration's.
+            ConfigError: the text is not JSON, has other fields, or holds invalid values.
         """
         try:
             return cls(**json.loads(text))
@@ -81,19 +81,19 @@ class Calibration:
 
 
 def load_calibration(model_path: Path) -> Calibration:
-    """The calibration of a model file: the user's own, or else the one that the package has.
+    """Returns the calibration of a model file: the user's own, or else the one in the package.
 
     Raises:
         ConfigError: there is none, or it is damaged.
     """
     calibration = find_measured(model_path, ".json", lambda data: Calibration.from_json(data.decode()))
     if calibration is None:
-        raise ConfigError(f"{model_path} has no calibration yet, make one: kvcompose calibrate {model_path}")
+        raise ConfigError(f"{model_path} has no calibration yet; make one with: kvcompose calibrate {model_path}")
     return calibration
 
 
 class Measured(Protocol):
-    """What was measured of one model file."""
+    """Measurements of one model file."""
 
     @property
     def model_name(self) -> str: ...
@@ -106,10 +106,12 @@ T = TypeVar("T", bound=Measured)
 
 
 def find_measured(model_path: Path, ending: str, read: Callable[[bytes], T]) -> T | None:
-    """What was measured of a model file, kept as its hash and ``ending``: the user's own, or else the package's.
+    """Returns the measurements of a model file, from the user's folder or else the package; None if there are none.
+
+    Files are named by the model's hash and ``ending``.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is damaged.
     """
     sha256 = model_sha256(model_path)
     for folder in (calibrations_dir(), Path(__file__).parent / "data" / "calibrations"):
@@ -121,28 +123,28 @@ def find_measured(model_path: Path, ending: str, read: Callable[[bytes], T]) -> 
         except (OSError, ConfigError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: {error}") from error
         if measured.model_sha256 != sha256:
-            raise ConfigError(f"{file} was measured of another model, {measured.model_name}")
+            raise ConfigError(f"{file} was measured on another model, {measured.model_name}")
         return measured
     return None
 
 
 def save_calibration(calibration: Calibration) -> Path:
-    """Keep a calibration in the user's cache, where ``load_calibration`` finds it; returns the file."""
+    """Saves a calibration in the user's cache, where ``load_calibration`` finds it; returns the file."""
     file = calibrations_dir() / f"{calibration.model_sha256}.json"
     write_file(file, calibration.to_json())
     return file
 
 
 def calibrations_dir() -> Path:
-    """The folder of the user's calibrations."""
+    """Returns the folder of the user's calibrations."""
     return Path(platformdirs.user_cache_dir("kvcompose-gguf")) / "calibrations"
 
 
 def model_sha256(model_path: Path) -> str:
-    """sha256 of a file; it is read again only if its path, size or time of change is another one.
+    """Returns the sha256 of a file; hashes it again only if its path, size or modification time changed.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
     try:
         status = model_path.stat()
@@ -153,7 +155,7 @@ def model_sha256(model_path: Path) -> str:
             known = dict(json.loads(memory.read_text("utf-8")))
         if key not in known:
             known[key] = models.sha256(model_path)
-            with contextlib.suppress(OSError):  # a folder that cannot be written: hashed again the next time
+            with contextlib.suppress(OSError):  # the folder is not writable: the next call hashes again
                 write_file(memory, json.dumps(known, indent=1))
         return known[key]
     except OSError as error:
@@ -167,5 +169,5 @@ def _are_lists(values: Any) -> bool:
 def _checked(value: Any) -> float:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{value!r} in a calibration is not a number from 0 on")
+        raise ConfigError(f"{value!r} in a calibration is not a number of at least 0")
     return float(value)

@@ -1,4 +1,4 @@
-"""What ``kvcompose demo`` does: the same questions about a text, to a full and to a compressed cache."""
+"""Implements ``kvcompose demo``: asks a full and a compressed cache the same questions about a text."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2"
 N_CTX = 4096
-N_ANSWER = 12  # tokens: the fact comes first, and after it a model of this size begins to repeat itself
+N_ANSWER = 12  # the fact comes first; after it a model of this size begins to repeat itself
 
 
 @dataclass(frozen=True)
 class Question:
-    """The beginning of a sentence, and what has to occur in its continuation for it to be right.
+    """The beginning of a sentence, and the words that a right continuation must contain.
 
-    Sentences to finish, not questions: a model of 135M parameters copies well and reasons badly.
+    These are sentences to finish, not questions: a model of 135M parameters copies well and reasons badly.
     """
 
     prompt: str
     expected: str
 
     def is_answered_by(self, answer: str) -> bool:
-        """Whether ``answer`` has the expected words, in upper or lower case."""
+        """Returns whether ``answer`` contains the expected words, ignoring case."""
         return self.expected.lower() in answer.lower()
 
 
-#: in the order of the document; chosen so that the model knows most of them from a full cache
+#: in the document's order; chosen so that the model answers most of them from a full cache
 QUESTIONS = (
     Question("The supply boat is called the", "Marigold"),
     Question("The observatory was founded in the year", "1887"),
@@ -61,7 +61,7 @@ class Answers:
 
     Attributes:
         texts: the model's answers, in the order of the questions.
-        seconds: wall time of all of them, without reading the document.
+        seconds: wall time of all answers, without reading the document.
         n_bytes_kv: bytes allocated for the KV cache at the end.
         n_bytes_rss: memory of the process at the end.
     """
@@ -72,13 +72,13 @@ class Answers:
     n_bytes_rss: int
 
     def right(self, questions: Sequence[Question]) -> list[bool]:
-        """Which of the ``questions`` these answers are right for."""
+        """Returns for each of the ``questions`` whether its answer is right."""
         return [question.is_answered_by(text) for question, text in zip(questions, self.texts, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class DemoResult:
-    """The same questions to a full and to a compressed cache; ``prefill_seconds`` is reading the document, once."""
+    """The answers from a full and a compressed cache; ``prefill_seconds`` is the time to read the document once."""
 
     questions: tuple[Question, ...]
     prefill_seconds: float
@@ -88,13 +88,13 @@ class DemoResult:
 
 
 def document() -> str:
-    """The demo's text: a made-up report in English, about 2,600 SmolLM2 tokens."""
+    """Returns the demo's text: a made-up report in English, about 2,600 SmolLM2 tokens."""
     return importlib.resources.files("kvcompose_gguf").joinpath("data/observatory.md").read_text("utf-8").strip()
 
 
 def demo(compression_ratio: float = 0.75, threads: int | None = None) -> DemoResult:
-    """Fetch the model, run the comparison and print it."""
-    method = KVCompose(compression_ratio=compression_ratio)  # a wrong ratio is found before a download
+    """Fetches the model, runs the comparison and prints it."""
+    method = KVCompose(compression_ratio=compression_ratio)  # a wrong ratio must raise before the download
     console = Console()
     result = run_demo(models.fetch(MODEL), method, threads=threads, console=console)
     print_demo(result, console)
@@ -110,11 +110,11 @@ def run_demo(
     threads: int | None = None,
     console: Console | None = None,
 ) -> DemoResult:
-    """Ask ``questions`` about ``text``, greedily, before and after its cache is compressed.
+    """Asks ``questions`` about ``text``, greedily, before and after compressing its cache.
 
     Args:
-        text: the demo's own document by default.
-        console: where progress is shown, if it is a terminal; None: nowhere.
+        text: None: the demo's own document.
+        console: shows progress, if it is a terminal; None: shows nothing.
     """
     console = console or Console(quiet=True)
     text = document() if text is None else text
@@ -135,7 +135,7 @@ def run_demo(
 
 
 def _ask(llm: Llama, text: str, questions: Sequence[Question], show: Callable[[str], None]) -> Answers:
-    """All ``questions`` about ``text``, which is in the cache already; ``show`` is told the number of each."""
+    """Asks all ``questions`` about ``text``, which is in the cache already; calls ``show`` before each of them."""
     answers, seconds = [], 0.0
     for i, question in enumerate(questions):
         show(f"question {i + 1} of {len(questions)}")

@@ -1,4 +1,4 @@
-"""What measured numbers depend on besides their arguments."""
+"""Describes the machine and the versions that measured numbers depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import __version__
 
 
 def system() -> dict[str, Any]:
-    """Date (UTC, ISO 8601), versions, processor and system, as JSON has them; the names are ``Environment``'s."""
+    """Returns date (UTC, ISO 8601), versions, processor and system as JSON values; the names are ``Environment``'s."""
     from .native import bindings, library
 
     llama_cpp = library.load()
@@ -29,7 +29,7 @@ def system() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The CPU's model, as the system calls it."""
+    """Returns the CPU's model name as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

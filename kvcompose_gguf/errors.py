@@ -1,35 +1,35 @@
-"""Every exception that this package raises on purpose."""
+"""The exceptions that this package raises on purpose."""
 
 from __future__ import annotations
 
 
 class KVComposeError(Exception):
-    """Root of the package's exceptions."""
+    """The root class of the package's exceptions."""
 
 
 class ConfigError(KVComposeError, ValueError):
-    """An option is out of its range, or options contradict each other."""
+    """An argument is out of range, or arguments contradict each other."""
 
 
 class LibraryError(KVComposeError, ImportError):
-    """The native library is missing, is not ours, or has another ABI."""
+    """The native library is missing, is not this package's own, or has another ABI."""
 
 
 class UnsupportedError(KVComposeError):
-    """This model, kind of cache or combination of features cannot be compressed."""
+    """Compression does not support this model, kind of cache or combination of features."""
 
 
 class ContextLengthError(KVComposeError, ValueError):
-    """More tokens than the context has cells for."""
+    """The tokens do not fit into the cells of the context."""
 
 
 class StateError(KVComposeError, RuntimeError):
-    """The cache is in a state in which the call makes no sense, e.g. saving a compressed cache."""
+    """The state does not allow the call, e.g. after ``close()``; or a saved state is damaged or does not fit."""
 
 
 class NativeError(KVComposeError, RuntimeError):
-    """The native library failed; the message is its own."""
+    """The native library failed; the message says why."""
 
 
 class DownloadError(KVComposeError):
-    """A model could not be fetched, or is not the file it should be."""
+    """A model could not be fetched, or its file is not the expected one."""

@@ -1,4 +1,4 @@
-"""Files that survive a crash."""
+"""Writes files so that a crash cannot damage them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ABANDONED_SECONDS = 24 * 3600
 
 @contextlib.contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """A path to write to, which then takes the place of ``file``; folders that are missing are made."""
+    """Yields a path to write to, and then moves it over ``file``; creates missing folders."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(file.parent)
     with tempfile.TemporaryDirectory(prefix=".write-", dir=file.parent) as folder:
@@ -40,10 +40,10 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def write_file(file: Path, data: str | bytes, mode: int | None = None) -> None:
-    """``data`` instead of what was in ``file``, or, after a crash, what was; folders that are missing are made.
+    """Replaces the contents of ``file`` by ``data``; a crash leaves the old contents. Creates missing folders.
 
     Args:
-        mode: permissions of the file; None: the user's usual ones.
+        mode: permissions of the file; None: the user's default.
     """
     with replaced(file) as unfinished:
         if mode is not None:
@@ -61,7 +61,7 @@ def write_parts(file: Path, parts: Iterable[bytes | memoryview], mode: int) -> N
 
 
 def append_file(file: Path, data: str | bytes) -> None:
-    """``data`` at the end of ``file``; it is on the disk when this returns."""
+    """Appends ``data`` to ``file``, and returns when it is on the disk."""
     with file.open("ab") as stream:
         stream.write(data.encode() if isinstance(data, str) else data)
         stream.flush()

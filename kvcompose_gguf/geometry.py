@@ -1,4 +1,4 @@
-"""What a KV cache is made of: layers, heads, rows, bytes."""
+"""The structure of a KV cache: layers, heads, rows, bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class LayerGeometry:
 
     Attributes:
         il: layer index in the model.
-        n_head, n_head_kv: query heads and KV heads; ``n_head // n_head_kv`` query heads share a KV head.
+        n_head, n_head_kv: numbers of query heads and KV heads; ``n_head // n_head_kv`` query heads share a KV head.
         n_embd_head_k, n_embd_head_v: elements of one head's key and value.
         type_k, type_v: ggml types of the stored rows.
-        v_trans: V is stored transposed, as llama.cpp does without flash attention.
-        n_bytes_row: bytes of one token's key and value, all KV heads.
+        v_trans: True if V is stored transposed, as llama.cpp does without flash attention.
+        n_bytes_row: bytes of one token's key and value in all KV heads.
     """
 
     il: int
@@ -30,7 +30,7 @@ class LayerGeometry:
 
     @property
     def v_quantized(self) -> bool:
-        """Values are stored in blocks with a scale, and Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v)."""
+        """Returns whether values are quantized, and so Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v)."""
         from gguf import GGMLQuantizationType as GGML
 
         return self.type_v not in (GGML.F32, GGML.F16, GGML.BF16)
@@ -38,7 +38,7 @@ class LayerGeometry:
 
 @dataclass(frozen=True)
 class KVCells:
-    """Rows of one layer: allocated, and holding a composite or a token."""
+    """Rows of one layer: the number allocated, and the number that hold a composite or a token."""
 
     n_rows: int
     n_rows_used: int
@@ -47,14 +47,14 @@ class KVCells:
 
 @dataclass(frozen=True)
 class CacheState:
-    """The cache as a whole, now.
+    """The current state of the whole cache.
 
     Attributes:
-        n_cells: cells of the cell list, llama.cpp's n_ctx.
-        n_cells_alloc: cells that there is memory for.
+        n_cells: size of the cell list, llama.cpp's n_ctx.
+        n_cells_alloc: cells with allocated memory.
         n_cells_used: index of the last used cell + 1.
-        n_composed: tokens that were compressed, 0 if the cache is a full one.
-        scoring: attention scores are being collected.
+        n_composed: tokens that were compressed, 0 for a full cache.
+        scoring: True while attention scores are collected.
         n_cells_swa: cells of the layers with a sliding window, which are not compressed; 0 if there are none.
         n_bytes: bytes of the K and V buffers of all other layers.
     """

@@ -1,4 +1,4 @@
-"""Tell whether a saved cache belongs to a model, its settings and this version of the library."""
+"""Checks that a saved cache fits the model, its settings and this version of the library."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from .errors import ConfigError, StateError
 
-#: parts of a model file that are hashed, evenly spread, and bytes of each: other weights differ in all of them
+#: number and bytes of the evenly spread parts of a model file that are hashed; other weights differ in every part
 N_PARTS, PART_BYTES = 256, 4096
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What cached keys and values depend on.
+    """The model, settings and versions that cached keys and values depend on.
 
     Attributes:
-        model_name: of the file, for humans.
-        model_id: ``model_id(path)``.
-        settings: options of the context that change what is stored, by their names in ``Llama(...)``.
-        versions: of what writes and reads a state.
+        model_name: name of the model's file, for people.
+        model_id: the result of ``model_id(path)``.
+        settings: context options that change the stored data, by their names in ``Llama(...)``.
+        versions: versions of the programs that write and read a state.
     """
 
     model_name: str
@@ -31,12 +31,12 @@ class Identity:
 
     @property
     def key(self) -> str:
-        """A short hash of everything that a saved cache has to agree with, for names of folders."""
+        """Returns a short hash of everything that a saved cache must match, for names of folders."""
         what = [self.model_id, sorted(self.settings.items(), key=str), self.versions.get("llama.cpp")]
         return hashlib.sha256(repr(what).encode()).hexdigest()[:32]
 
     def check_loads(self, saved: Identity, what: str) -> None:
-        """Raise StateError, with the first difference, unless a context of this identity can go on from ``saved``.
+        """Raises StateError with the first difference, unless a context of this identity can continue from ``saved``.
 
         Args:
             what: name of the saved cache, for the message.
@@ -44,14 +44,14 @@ class Identity:
         if saved.model_id != self.model_id:
             raise StateError(
                 f"{what} was made with the model {saved.model_name} ({saved.model_id[:8]}), "
-                f"this one is {self.model_name} ({self.model_id[:8]})"
+                f"this one is {self.model_name} ({self.model_id[:8]}): load it with its own model"
             )
         for name in sorted(saved.settings.keys() | self.settings.keys()):
             theirs, ours = saved.settings.get(name), self.settings.get(name)
             if theirs != ours:
-                raise StateError(f"{what} was made with {name}={theirs}, this context has {name}={ours}")
+                raise StateError(f"{what} was made with {name}={theirs}, this context has {name}={ours}: use the same")
         if saved.versions.get("llama.cpp") != self.versions.get("llama.cpp"):
-            raise StateError(f"{what} was written by {_programs(saved)}, this is {_programs(self)}: make it again")
+            raise StateError(f"{what} was written by {_programs(saved)}, this is {_programs(self)}: make a new one")
 
 
 def _programs(identity: Identity) -> str:
@@ -60,7 +60,7 @@ def _programs(identity: Identity) -> str:
 
 
 def model_id(model_path: Path) -> str:
-    """A hash of a model file's size, its beginning and parts from all over it: milliseconds for any size.
+    """Returns a hash of a model file's size and of evenly spread parts of it; takes milliseconds for any size.
 
     Raises:
         ConfigError: the file cannot be read.

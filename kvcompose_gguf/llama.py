@@ -1,4 +1,4 @@
-"""``Llama``: llama-cpp-python's class with a KV cache that shrinks after the prompt."""
+"""Adds KV-cache compression to llama-cpp-python's ``Llama``: the cache shrinks after the prompt is read."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ llama_cpp = library.load()
 
 T = TypeVar("T")
 
-#: options of a context that change the rotation of its keys
+#: context options that change the rotation of the keys
 _ROPE_SETTINGS = (
     "rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast",
     "yarn_beta_slow", "yarn_orig_ctx",
 )  # fmt: skip
 
-#: cells of an empty elastic cache, and those that are kept free behind a prompt
+#: cells of an empty elastic cache, and free cells that it reserves after a prompt
 START_CELLS = 256
 
 
@@ -60,40 +60,40 @@ START_CELLS = 256
 class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     """llama-cpp-python's ``Llama`` with KV-cache compression.
 
-    A prompt is prefilled, scored and composed before its first token is sampled; prompts that begin with the
-    compressed context continue on it. With ``kv_compressor=None`` this is the original class.
+    It prefills, scores and composes a prompt before it samples the first token. A later prompt that begins with the
+    compressed context continues from it. With ``kv_compressor=None`` it behaves like the original class.
 
-    Several threads may share one object: a call waits for those of other threads. While a stream is open, calls that
-    change the cache raise ``StateError``; exhaust the stream or ``close()`` it first. After ``close()``, or after the
-    end of a ``with`` block, everything raises ``StateError``.
+    Several threads may share one object: a call that uses the cache waits for the calls of other threads. While a
+    stream is open, calls that change the cache raise ``StateError``; exhaust the stream or ``close()`` it first. After
+    ``close()``, or after the end of a ``with`` block, every public attribute raises ``StateError``.
 
     Args:
-        kv_compressor: the method and its options, or ``None``.
+        kv_compressor: the method with its options; ``None``: keep the full cache.
         elastic: allocate memory only for the tokens that the cache holds. The cache then grows in steps, shrinks when
             it is composed and is small again after ``reset()``. False: allocate all of ``n_ctx``, as the original does.
-        **kwargs: as for ``llama_cpp.Llama``.
+        **kwargs: arguments of ``llama_cpp.Llama``.
     Raises:
-        UnsupportedError: this model, its cache or the other arguments cannot be combined with compression.
+        UnsupportedError: compression does not support this model, its cache or the other arguments.
     """
 
-    n_tokens: int  # of llama_cpp.Llama: tokens in the cache
+    n_tokens: int  # from llama_cpp.Llama: number of tokens in the cache
     _kv_session: KVSession | None = None
 
     def __init__(
         self, model_path: str, *, kv_compressor: Method | None = None, elastic: bool = True, **kwargs: Any
     ) -> None:
         self._access = Access()
-        self._stack = contextlib.ExitStack()  # what the original's close() closes, should this not get further
+        self._stack = contextlib.ExitStack()  # the original's close() needs it, even if __init__ fails early
         self._method: Method | None = None
         _check_method(kv_compressor)
-        #: figures of the cache's compression, None while it is a full one that nobody asked to compress
+        #: figures of the cache's compression; None while the cache is full and nobody asked to compress it
         self.kv_report: KVReport | None = None
-        self._composed: Composed | None = None  # None: the cache is a full one
+        self._composed: Composed | None = None  # None: the cache is full
         self._meter = Meter()
         self._own_identity: Identity | None = None
-        # embed() empties the cache before every batch: it would shrink and grow each time
+        # embed() empties the cache before every batch, so an elastic cache would shrink and grow each time
         self._elastic = elastic and not kwargs.get("embedding", False)
-        self._n_seen = 0  # tokens that came through eval(): image handlers decode past it
+        self._n_seen = 0  # tokens that eval() has evaluated; image handlers decode without it
         with start_small(START_CELLS if self._elastic else 0):
             super().__init__(model_path, **kwargs)
         try:
@@ -103,14 +103,14 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             raise
 
     def close(self) -> None:
-        """Free the context and the model, once running calls have ended; everything else then raises StateError."""
+        """Waits for running calls, then frees the context and the model; all later calls raise StateError."""
         with self._access.closing() as first:
             if not first:
                 return
             if self._kv_session is not None:
                 self._kv_session.close()
             super().close()
-            for name in ("_ctx", "_model", "_batch"):  # tokenizers, generators and others may hold them
+            for name in ("_ctx", "_model", "_batch"):  # tokenizers, generators and other objects may hold them
                 if name in self.__dict__:
                     seal(self.__dict__[name])
         seal(self)
@@ -124,10 +124,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @property
     def kv_compressor(self) -> Method | None:
-        """The method that the next prompt is compressed with.
+        """Returns the method that compresses the next prompt, or None.
 
-        It may be changed at any time: a prompt that another method has compressed is read again for the new one, and
-        for ``None`` into a full cache.
+        You can change it at any time. A prompt that another method has compressed is then read again for the new
+        method; with ``None`` it is read into a full cache.
         """
         return self._method
 
@@ -137,7 +137,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         _check_method(method)
         if method is not None:
             if method.simulated:
-                raise UnsupportedError(f"{type(method).__name__} is only simulated: kvcompose eval")
+                raise UnsupportedError(f"{type(method).__name__} is only simulated: run it with kvcompose eval")
             method = method.for_model(Path(self.model_path))
             method.check_budget(self._session.layers)  # raises if this context cannot be compressed
             self._session.set_fast_attention(True)
@@ -160,22 +160,22 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def compress(
         self, context: str | bytes | Sequence[int], on_progress: Callable[[Progress], None] | None = None
     ) -> KVReport:
-        """Prefill and compress a context now, without generating; prompts that begin with it continue on it.
+        """Prefills and compresses a context now, without generating; prompts that begin with it continue from it.
 
         Args:
-            context: text, tokenized as ``create_completion`` does, or token ids.
-            on_progress: called after every batch of tokens that is read or scored.
+            context: text, tokenized as ``create_completion`` does it, or token ids.
+            on_progress: called at the start of each step, and after every batch of tokens that is read or scored.
         Returns:
             The figures, also kept as ``kv_report``.
         Raises:
-            ConfigError: no ``kv_compressor``, or an empty context.
+            ConfigError: ``kv_compressor`` is None, or the context is empty.
             ContextLengthError: the context and at least one more token do not fit into ``n_ctx``.
         """
         if self.kv_compressor is None:
-            raise ConfigError("compress() needs Llama(..., kv_compressor=KVCompose(...))")
+            raise ConfigError("kv_compressor is None: set a method first, e.g. KVCompose(compression_ratio=0.75)")
         tokens = self._prompt_tokens(context)
         if not tokens:
-            raise ConfigError("the context is empty: it has no token")
+            raise ConfigError("the context is empty: give at least one token")
         self._meter = Meter(on_progress)
         try:
             return self._compress(tokens, self.kv_compressor)
@@ -185,69 +185,69 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     @property
     @reads_cache
     def session(self) -> KVSession:
-        """The context as numpy sees it: rows, scores, probes. Not for use while another thread decodes."""
+        """Returns numpy access to rows, scores and probes; do not use it while another thread decodes."""
         return self._session
 
     @reads_cache
     def decoder(self) -> Decoder:
-        """What scoring needs of this model."""
+        """Returns the interface through which scoring uses this model."""
         return _Decoder(self)
 
     @property
     @reads_model
     def n_ctx_train(self) -> int:
-        """Tokens that the model was made for."""
+        """Returns the context length, in tokens, that the model was trained for."""
         return int(self._model.n_ctx_train())
 
     @property
     @reads_cache
     def kv_layers(self) -> tuple[LayerGeometry, ...]:
-        """The layers that are compressed, in order."""
+        """Returns the layers that compression covers, in order."""
         return self._session.layers
 
     @changes_cache
     def prefill(self, context: str | bytes | Sequence[int]) -> int:
-        """Bring exactly ``context`` into a full cache; returns how many tokens had to be evaluated.
+        """Makes a full cache hold exactly ``context``; returns how many tokens had to be evaluated.
 
         Raises:
-            ContextLengthError: it does not fit into ``n_ctx``.
+            ContextLengthError: the context does not fit into ``n_ctx``.
         """
         return self._prefill(self._prompt_tokens(context))
 
     @changes_cache
     def write_values(self, values: Sequence[npt.NDArray[np.float32]]) -> None:
-        """Replace the values of first rows, for each layer float32 ``(n_head_kv, n_rows, n_embd_head_v)``."""
+        """Replaces the values of the first rows; takes float32 ``(n_head_kv, n_rows, n_embd_head_v)`` per layer."""
         if len(values) > len(self.kv_layers):
-            raise ConfigError(f"values of {len(values)} layers, the cache has {len(self.kv_layers)}")
+            raise ConfigError(f"values has {len(values)} layers; give at most the {len(self.kv_layers)} of the cache")
         for ikv, rows in enumerate(values):
             write_values(self._session, ikv, rows)
 
     @changes_cache
     def observe(self, context: str | bytes | Sequence[int], method: Method, suffix: Sequence[int] = ()) -> Evidence:
-        """Prefill a context and collect what ``method`` asks to see, for ``method.plan()``; the cache stays full.
+        """Prefills a context and returns the evidence that ``method.plan()`` needs; the cache stays full.
 
         Args:
-            context: as for ``compress``; what the cache has of it already is not evaluated again.
-            method: what ``for_model`` gives, if it has to know something about the model.
-            suffix: tokens that follow it in its prompt.
+            context: as for ``compress``; tokens that the cache holds already are not evaluated again.
+            method: a method; use the one that ``for_model`` returns if it depends on the model.
+            suffix: tokens that follow the context in its prompt.
         Raises:
-            ContextLengthError: it does not fit, or leaves no cell for the queries on top of it.
+            ContextLengthError: the context does not fit, or leaves no cell for the queries on top of it.
         """
         tokens = self._prompt_tokens(context)
         return self._evidence(tokens, self._attention(tokens, method.attention_request, suffix, method), method)
 
     @changes_cache
     def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
-        """Apply ``plan`` to the cache; prompts that begin with its tokens continue on it.
+        """Applies ``plan`` to the cache; prompts that begin with its tokens continue from it.
 
         Args:
-            n_room: free cells to allocate behind the composites; the cache grows by itself beyond them.
+            n_room: free cells to leave after the composites; the cache grows beyond them when needed.
         Raises:
             ConfigError: the plan does not fit this cache.
-            StateError: the cache is not exactly the plan's tokens, or is composed already.
+            StateError: the cache does not hold exactly the plan's tokens, or is composed already.
         """
         if self._composed is not None:
-            raise StateError(f"the cache is compressed already, from {self.n_context} tokens: reset() first")
+            raise StateError(f"the cache is compressed already, from {self.n_context} tokens: call reset() first")
         tokens = tuple(self._input_ids[: plan.n_tokens].tolist())
         windows = states.save_windows(self.ctx, self._session.state())
         composed = Composed(tokens, choice_of(self._method), plan.bits(), windows)
@@ -258,30 +258,30 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @property
     def n_context(self) -> int:
-        """Tokens of the compressed context, which cannot be cut; 0: the cache is a full one."""
+        """Returns the number of tokens of the compressed context, which cannot be cut; 0: the cache is full."""
         return 0 if self._composed is None else len(self._composed.tokens)
 
     @property
     def _compressed(self) -> list[int]:
-        """Tokens of the compressed context; empty: the cache is a full one."""
+        """Returns the tokens of the compressed context; empty: the cache is full."""
         return [] if self._composed is None else list(self._composed.tokens)
 
     @reads_cache
     def kv_cells(self, il: int) -> KVCells:
-        """Rows of the ``il``-th cached layer: allocated, and used by a composite or a token."""
+        """Returns how many rows of the ``il``-th cached layer are allocated, and how many are in use."""
         return self._session.cells(il)
 
     @property
     @reads_cache
     def kv_bytes(self) -> int:
-        """Bytes of all K and V buffers, now; sliding-window layers, which stay as they are, do not count."""
+        """Returns the current bytes of all K and V buffers, except those of sliding-window layers."""
         return self._session.state().n_bytes
 
     def _compress(self, tokens: list[int], method: Method, suffix: Sequence[int] = ()) -> KVReport:
-        """prefill -> scores -> plan -> compose; ``suffix`` is what follows the context in its prompt."""
+        """Runs prefill -> scores -> plan -> compose; ``suffix`` follows the context in its prompt."""
         n_tokens = len(tokens)
         if n_tokens >= self._n_ctx:
-            raise ContextLengthError(f"{n_tokens} tokens do not fit into n_ctx={self._n_ctx} with room for an answer")
+            raise ContextLengthError(f"{n_tokens} tokens and one more do not fit into n_ctx={self._n_ctx}: raise n_ctx")
 
         session = self._session
         compressing = n_tokens >= method.min_tokens
@@ -318,7 +318,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def _attention(
         self, tokens: list[int], request: AttentionRequest | None, suffix: Sequence[int], method: Method
     ) -> Attention:
-        """Prefill ``tokens`` and collect what ``request`` asks for."""
+        """Prefills ``tokens`` and returns the attention that ``request`` asks for."""
         if request is None:
             n_prefilled, seconds = _timed(lambda: self._prefill(tokens))
             return Attention([], n_prefilled, seconds, 0.0, 0)
@@ -327,10 +327,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 self._session, self.decoder(), request, tokens, suffix, self._tokens, method.max_score_bytes
             )
         finally:
-            self._requires_eval = True  # the logits are another decode's
+            self._requires_eval = True  # the last logits belong to another decode
 
     def _evidence(self, tokens: list[int], attention: Attention, method: Method) -> Evidence:
-        """What ``method`` may look at, now that ``tokens`` are in a full cache."""
+        """Returns the data that ``method`` reads; ``tokens`` must be in a full cache."""
         session, n_tokens, query_states = self._session, len(tokens), None
         if method.state_request is not None:
             queries = collect_queries(session, self.decoder(), method.state_request, tokens)
@@ -347,12 +347,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         )
 
     def _prefill(self, tokens: list[int], keep_prefix: bool = True) -> int:
-        """Bring exactly ``tokens`` into a full cache; returns how many had to be evaluated."""
+        """Makes a full cache hold exactly ``tokens``; returns how many had to be evaluated."""
         if len(tokens) > self._n_ctx:
-            raise ContextLengthError(f"{len(tokens)} tokens do not fit into n_ctx={self._n_ctx}")
+            raise ContextLengthError(f"{len(tokens)} tokens do not fit into n_ctx={self._n_ctx}: raise n_ctx")
         n_reused = 0 if self._composed or not keep_prefix else seam.common_prefix(self._input_ids.tolist(), tokens)
         if n_reused < self.n_tokens and self._session.state().n_cells_swa:
-            n_reused = 0  # sliding windows forget: going back needs tokens that they do not have any more
+            n_reused = 0  # sliding windows cannot go back: they have dropped the tokens before them
         if n_reused == 0 or not self._ctx.kv_cache_seq_rm(-1, n_reused, -1):
             self.reset()
             n_reused = 0
@@ -364,10 +364,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return len(tokens) - n_reused
 
     def _back_to_context(self) -> None:
-        """Forget what follows the compressed context, with the sliding windows as they were at its end."""
+        """Removes the tokens after the compressed context and restores the sliding windows as they were at its end."""
         assert self._composed is not None
         assert self._composed.windows is not None
-        n_context, self.n_tokens = self.n_context, 0  # if this does not get to its end, all is forgotten
+        n_context, self.n_tokens = self.n_context, 0  # after an error below, the cache counts as empty
         self._ctx.kv_cache_seq_rm(-1, n_context, -1)
         states.load_windows(self.ctx, self._composed.windows)
         self.n_tokens = n_context
@@ -389,12 +389,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     #
 
     def _tokens(self, text: str | bytes) -> list[int]:
-        """Tokens of a text that follows another one."""
+        """Returns the tokens of a text that follows another text."""
         raw = text.encode() if isinstance(text, str) else text
         return list(super().tokenize(raw, add_bos=False, special=True))
 
     def _prompt_tokens(self, prompt: str | bytes | Sequence[int]) -> list[int]:
-        """Tokens of a prompt, as ``create_completion`` makes them: BOS if the model wants one."""
+        """Returns the tokens of a prompt as ``create_completion`` makes them, with BOS if the model wants it."""
         if not isinstance(prompt, (str, bytes)):
             return [int(token) for token in prompt]
         bos = [self.token_bos()] if self.adds_bos else []
@@ -402,9 +402,9 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @reads_model
     def piece(self, token: int, special: bool = False) -> bytes:
-        """The bytes of a token; of a control token none, or with ``special`` its name."""
+        """Returns the bytes of a token; a control token has none, but its name with ``special``."""
         size = 64
-        while True:  # the bindings' detokenize() loses tokens of more than 32 bytes
+        while True:  # the bindings' detokenize() drops tokens of more than 32 bytes
             buffer = ctypes.create_string_buffer(size)
             n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
             if n >= 0:
@@ -412,7 +412,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             size = -n
 
     def _at_seam(self, tokens: list[int], context: Sequence[int] | None = None) -> list[int] | None:
-        """``tokens`` so that they begin with ``context``, the compressed one, or None if they do not continue it."""
+        """Returns ``tokens`` rewritten to begin with ``context``, or the compressed one; None if they diverge."""
         return seam.join(
             self._compressed if context is None else context,
             tokens,
@@ -427,26 +427,26 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     def generate(
         self, tokens: Sequence[int], *args: Any, reset: bool = True, **kwargs: Any
     ) -> Generator[int, Any, None]:
-        """As ``llama_cpp.Llama.generate``; a long prompt is compressed before its first token is sampled.
+        """Yields tokens like ``llama_cpp.Llama.generate``, but compresses a long prompt before it samples the first.
 
         Raises:
-            ConfigError: from the first ``next()``: there is no token to go on from.
+            ConfigError: from the first ``next()``: the prompt is empty.
         """
         with self._access.look():
             return self._access.stream(self._generate(list(tokens), *args, reset=reset, **kwargs))
 
     def _generate(self, tokens: list[int], *args: Any, reset: bool, **kwargs: Any) -> Generator[int, Any, None]:
         if not tokens and (reset or not self.n_tokens):
-            raise ConfigError("the prompt is empty: it has no token to go on from")
+            raise ConfigError("the prompt is empty: give at least one token")
         if reset and (self._method is not None or self._composed is not None):
             self._prepare(tokens, self._method)
         yield from super().generate(tokens, *args, reset=reset, **kwargs)
 
     def _prepare(self, tokens: list[int], method: Method | None) -> None:
-        """Leave a cache that holds the compressed beginning of ``tokens``, for generate() to go on from."""
+        """Makes the cache hold the compressed beginning of ``tokens``, from which generate() continues."""
         if self._composed is not None:
             n_context = self.n_context
-            # the last token's logits are needed, so at least one has to be left to evaluate
+            # sampling needs the last token's logits, so at least one token must be left to evaluate
             continues = len(tokens) > n_context and tuple(tokens[:n_context]) == self._composed.tokens
             if continues and self._composed.choice == choice_of(method):
                 if self._composed.windows is not None:
@@ -456,7 +456,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
                 return
             self.reset()
         if self.n_tokens > self._n_seen:
-            return  # part of the prompt is no text: its tokens cannot be evaluated again
+            return  # part of the prompt is not text, so its tokens cannot be evaluated again
         self.kv_report = None
         if method is None:
             return
@@ -465,7 +465,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._compress(tokens[:n_context], method, tokens[n_context:])
 
     def _create_completion(self, prompt: Any, suffix: str | None = None, echo: bool = False, **kwargs: Any) -> Any:
-        # only here are a prompt's tokens still unknown to the caller, whose offsets have to agree with them
+        # the caller does not know the tokens yet; later its offsets would no longer agree with new ones
         if self._composed is not None and suffix is None and not (echo and isinstance(prompt, str)):
             tokens = self._prompt_tokens(prompt)
             joined = self._at_seam(tokens)
@@ -475,7 +475,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @changes_cache
     def eval(self, tokens: Sequence[int]) -> None:
-        """As ``llama_cpp.Llama.eval``; never compresses."""
+        """Evaluates ``tokens`` like ``llama_cpp.Llama.eval``; never compresses."""
         self._begin_eval(len(tokens))
         for first in range(0, len(tokens), self.n_batch):
             part = tokens[first : first + self.n_batch]
@@ -485,8 +485,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     def _begin_eval(self, n: int) -> None:
         if 0 < self.n_tokens < self.n_context:
-            where = f"position {self.n_tokens} lies inside of {self.n_context} compressed tokens"
-            raise StateError(f"{where}: reset() first")
+            where = f"position {self.n_tokens} is inside the compressed context of {self.n_context} tokens"
+            raise StateError(f"{where}: call reset() first")
         if self._composed is not None and self.n_tokens == 0:
             self.reset()
         if self._elastic and n > START_CELLS and self._composed is None:
@@ -494,15 +494,15 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @changes_cache
     def eval_logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Evaluate ``tokens`` behind what is in the cache, all at once: the logits after each, ``(n, n_vocab)``.
+        """Evaluates ``tokens`` after the cached ones and returns the logits after each, float32 ``(n, n_vocab)``.
 
         Raises:
-            ContextLengthError: they do not fit into ``n_ctx``.
+            ContextLengthError: the tokens do not fit into ``n_ctx``.
         """
         if self.n_tokens + len(tokens) > self._n_ctx:
             raise ContextLengthError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self._n_ctx}")
         self._begin_eval(len(tokens))
-        self._requires_eval = True  # the last logits may be another token's when this is interrupted
+        self._requires_eval = True  # after an interruption, the last logits may belong to another token
         self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1)
         rows = np.empty((len(tokens), self.n_vocab()), dtype=np.float32)
         for first in range(0, len(tokens), self.n_batch):
@@ -518,44 +518,44 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @changes_cache
     def truncate(self, n_tokens: int) -> None:
-        """Forget what follows the first ``n_tokens`` tokens.
+        """Removes all tokens after the first ``n_tokens``.
 
         Raises:
-            StateError: these are not in the cache, lie inside of a compressed context, or the model has sliding
-                windows, which do not have what came before them any more (``can_truncate``).
+            StateError: the cache has fewer tokens, or ``n_tokens`` is inside the compressed context, or the model has
+                sliding windows, which no longer hold the tokens before them (``can_truncate``).
         """
         if not self.n_context <= n_tokens <= self.n_tokens:
             raise StateError(f"n_tokens={n_tokens} is not in [{self.n_context}, {self.n_tokens}]")
         if n_tokens < self.n_tokens and (not self.can_truncate or not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1)):
-            raise StateError(f"what follows token {n_tokens} of {self.n_tokens} cannot be forgotten alone")
+            raise StateError(f"n_tokens={n_tokens}: this cache cannot remove only its last tokens: call reset()")
         self.n_tokens = n_tokens
         self._requires_eval = True
 
     @property
     @reads_model
     def adds_bos(self) -> bool:
-        """Whether a text's tokens begin with BOS."""
+        """Returns whether the tokens of a text begin with BOS."""
         return bool(self._model.add_bos_token()) and self.token_bos() != -1
 
     @property
     @reads_cache
     def can_truncate(self) -> bool:
-        """Whether any number of last tokens can be forgotten: sliding windows do not have what came before them."""
+        """Returns whether ``truncate`` can remove any number of tokens; with sliding windows it cannot."""
         return not self._session.state().n_cells_swa
 
     @reads_model
     def is_end(self, token: int) -> bool:
-        """Whether ``token`` ends a generation: end of text, of turn, …"""
+        """Returns whether ``token`` ends a generation: end of text, end of turn, …"""
         return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
 
     def _reserve(self, n_cells: int) -> None:
-        """One step instead of several; contexts that cannot be compressed, or have no memory for it, grow in steps."""
+        """Allocates ``n_cells`` at once; a context that cannot be compressed, or lacks the memory, grows in steps."""
         with contextlib.suppress(UnsupportedError, NativeError):
             self._session.reserve(min(n_cells, self._session.state().n_cells))
 
     @changes_cache
     def reset(self) -> None:
-        """Forget everything; a compressed cache becomes a full one again, and an elastic one small."""
+        """Empties the cache; a compressed cache becomes a full one again, and an elastic cache becomes small."""
         super().reset()
         self._n_seen = 0
         self.kv_report = None
@@ -566,12 +566,12 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             self._reserve(0)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the constructor's arguments, as the original does: a pickled Llama has an empty cache."""
+        """Returns the constructor's arguments, as the original does; a pickled Llama has an empty cache."""
         return {**super().__getstate__(), "kv_compressor": self._method, "elastic": self._elastic}
 
     @reads_cache
     def save_state(self) -> Any:
-        """As ``llama_cpp.Llama.save_state``; a compressed cache is saved as it is, logits with ``logits_all`` only."""
+        """Returns a state like ``llama_cpp.Llama.save_state``, full or compressed; logits only with ``logits_all``."""
         data = states.save(self.ctx).tobytes()
         state: Any = llama_cpp.LlamaState(
             input_ids=self.input_ids.copy(),
@@ -586,10 +586,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @changes_cache
     def load_state(self, state: Any) -> None:
-        """As ``llama_cpp.Llama.load_state``; full and compressed states may follow each other.
+        """Restores a state like ``llama_cpp.Llama.load_state``, full or compressed, whatever the cache holds now.
 
         Raises:
-            StateError: the state is of another model, or its cache does not fit into this one.
+            StateError: the state belongs to another model, or does not fit into this cache.
         """
         self._restore(
             state.input_ids[: state.n_tokens],
@@ -610,10 +610,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         report: KVReport | None,
         choice: str | None,
     ) -> None:
-        """Fill the cache from saved bytes.
+        """Fills the cache from saved bytes.
 
         Args:
-            choice: under which a compressed context is continued; None: the one that it has.
+            choice: the ``Composed.choice`` under which a compressed context continues; None: the saved one.
         """
         if len(tokens) >= self._n_ctx:
             raise StateError(f"the state has {len(tokens)} tokens, too many for a context of n_ctx={self._n_ctx}")
@@ -629,10 +629,10 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @reads_cache
     def save_session(self, path: str | Path, extra: Mapping[str, Any] | None = None) -> SessionInfo:
-        """Write the cache and all that is needed to go on from it to a file, which is replaced when it is whole.
+        """Writes a session file for ``load_session``; replaces an old file only when the new one is complete.
 
         Args:
-            extra: what the caller wants to find again, JSON values.
+            extra: the caller's own values, stored as JSON.
         Raises:
             StateError: the file cannot be written.
             ConfigError: ``extra`` is not JSON, or the cache is empty.
@@ -641,33 +641,33 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @changes_cache
     def load_session(self, path: str | Path) -> SessionInfo:
-        """Go on from a file of ``save_session``; its context is continued under the present ``kv_compressor``.
+        """Loads a file of ``save_session``; its context continues under the current ``kv_compressor``.
 
         Raises:
             StateError: the file is missing or damaged, or was made with another model, cache type, setting or version.
-                The cache is as it was.
+                The cache is unchanged.
         """
         return self._load_session(Path(path), choice_of(self._method))
 
     @changes_cache
     def _load_session(self, path: Path, choice: str | None, name: str = "") -> SessionInfo:
-        """As ``load_session``; the context is continued under ``choice``, or None: only under the one that it has."""
+        """Does what ``load_session`` does, but continues under ``choice``; None: only under the saved choice."""
         name = name or str(path)
         with sessions.opened(path, name) as (saved, info):
             self.identity.check_loads(saved.identity, name)
             if len(saved.tokens) >= self._n_ctx:
-                raise StateError(f"{name} has {len(saved.tokens)} tokens, this context has room for {self._n_ctx}")
+                raise StateError(f"{name} has {len(saved.tokens)} tokens, n_ctx={self._n_ctx} is too small: raise it")
             if not 0 <= saved.tokens.min(initial=0) <= saved.tokens.max(initial=0) < self.n_vocab():
-                raise StateError(f"{name} has tokens that this model does not know")
+                raise StateError(f"{name} has tokens that are not in the vocabulary of this model")
             self._restore(saved.tokens, saved.state, saved.composed, saved.report, choice)
             return info
 
     def _snapshot(self, extra: Mapping[str, Any], allow_empty: bool = False) -> Snapshot:
-        """The cache and what belongs to it."""
+        """Returns the cache and its metadata, as a value to save."""
         if not self.n_tokens and not allow_empty:
-            raise ConfigError("the cache is empty: read something before you save it")
+            raise ConfigError("the cache is empty: evaluate a prompt before you save it")
         kv_bytes = 0
-        with contextlib.suppress(UnsupportedError):  # the cache of such a model can be saved, not compressed
+        with contextlib.suppress(UnsupportedError):  # the model supports saving, but not compression
             kv_bytes = self._session.state().n_bytes
         tokens = self._input_ids.astype(np.int32)
         data = states.save(self.ctx)
@@ -676,7 +676,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     @property
     @reads_model
     def identity(self) -> Identity:
-        """What the cached rows depend on: model, options of the context, versions."""
+        """Returns what the cached rows depend on: the model, context options and versions."""
         if self._own_identity is None:
             self._own_identity = identity_of(self)
         return self._own_identity
@@ -684,11 +684,11 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
 def _check_method(method: Any) -> None:
     if method is not None and not isinstance(method, Method):
-        raise ConfigError(f"kv_compressor={method!r} is not a method, e.g. KVCompose(compression_ratio=0.75)")
+        raise ConfigError(f"kv_compressor={method!r} is not a method: use e.g. KVCompose(compression_ratio=0.75)")
 
 
 def identity_of(llama: Llama) -> Identity:
-    """What the cached rows of ``llama`` depend on: its model, options of its context, versions."""
+    """Returns what the cached rows of ``llama`` depend on: the model, context options and versions."""
     params, kinds = llama.context_params, GGMLQuantizationType
     settings = {
         "type_k": kinds(params.type_k).name.lower(),
@@ -709,7 +709,7 @@ def identity_of(llama: Llama) -> Identity:
 
 
 class _Decoder:
-    """The scoring pass's view of a Llama (scoring.Decoder)."""
+    """Implements ``scoring.Decoder`` for a Llama."""
 
     def __init__(self, llama: Llama) -> None:
         self._llama = llama
@@ -723,7 +723,7 @@ class _Decoder:
     def decode(self, tokens: Sequence[int], pos: int) -> None:
         llama = self._llama
         llama._batch.set_batch(batch=tokens, n_past=pos, logits_all=False)
-        llama._batch.batch.logits[len(tokens) - 1] = False  # no output: the model's head is not computed
+        llama._batch.batch.logits[len(tokens) - 1] = False  # no output, so the output layer is not computed
         llama._ctx.decode(llama._batch)
         self.meter.add(len(tokens))
 

@@ -1,4 +1,4 @@
-"""Text that a surrogate is fitted to: of many kinds, from what is on every machine with Python, and from the model."""
+"""Texts of many kinds to fit a surrogate to: from files that come with Python, and from the model itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .evaluation.texts import load_texts
 if TYPE_CHECKING:
     from .llama import Llama
 
-#: what a text written by the model begins with; a model that does not speak a language writes what it does speak
+#: beginnings for texts that the model writes; a model that lacks a language continues in one that it knows
 BEGINNINGS = (
     "Once upon a time", "The history of", "Es war einmal", "Dear Sir or Madam,", "Il était une fois", "def main():",
     "Había una vez", "In this article we", "从前", "В начале", "## Introduction\n\n", "昔々、",
@@ -26,29 +26,29 @@ BEGINNINGS = (
 PEOPLE = (
     "Alice", "Bruno", "Chiara", "Dmitri", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Karim", "Lena", "Marta",
 )  # fmt: skip
-#: shares of the longest passage
+#: lengths, as shares of the longest passage
 LENGTHS = (0.25, 0.5, 1.0)
 MIN_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A text to fit to, or to be validated with."""
+    """A text for fitting or validation."""
 
     kind: str
     tokens: list[int]
 
 
 def passage(llama: Llama, number: int, longest: int, files: Sequence[Path] = ()) -> Passage:
-    """The ``number``-th passage: its kind, its length and its text depend on nothing else but the model.
+    """Returns passage ``number``; its kind, length and text depend only on the arguments.
 
     Args:
-        longest: tokens of the longest ones.
-        files: texts of the user, which every second passage is from.
+        longest: length of the longest passages in tokens.
+        files: the user's texts; every second passage comes from them.
     Raises:
-        ConfigError: a file that cannot be read, or is too short.
+        ConfigError: a file cannot be read, or is too short.
     """
-    # the periods of kinds (7), lengths (3) and files (2) have no common divisor
+    # the periods of kinds (7), lengths (3) and files (2) have no common divisor, so all combinations occur
     length = max(MIN_TOKENS, int(longest * LENGTHS[number % len(LENGTHS)]))
     rng = random.Random(number)
     if files and number % 2:
@@ -62,20 +62,20 @@ def passage(llama: Llama, number: int, longest: int, files: Sequence[Path] = ())
 
 
 def written(llama: Llama, rng: random.Random, n_tokens: int) -> list[int]:
-    """What the model writes by itself, in several languages if it knows them."""
+    """Returns text that the model writes by itself, in several languages if it knows them."""
     tokens = list(llama.tokenize(rng.choice(BEGINNINGS).encode(), add_bos=llama.adds_bos))
     new_paragraph = list(llama.tokenize(b"\n\n", add_bos=False))
     llama.set_seed(rng.randrange(1 << 31))
     llama.reset()
     for token in llama.generate(list(tokens), temp=1.0, top_k=0, top_p=0.95, min_p=0.02):
-        tokens += new_paragraph if llama.is_end(token) else [token]  # what would end it lets it begin anew
+        tokens += new_paragraph if llama.is_end(token) else [token]  # an end token starts a new paragraph instead
         if len(tokens) >= n_tokens:
             break
     return tokens[:n_tokens]
 
 
 def documentation(rng: random.Random) -> str:
-    """Python's reference, from any place of it."""
+    """Returns Python's reference from a random place on."""
     try:
         from pydoc_data import topics
     except ImportError:  # some distributions leave it out
@@ -85,13 +85,13 @@ def documentation(rng: random.Random) -> str:
 
 
 def code(rng: random.Random) -> str:
-    """A module of Python's library."""
+    """Returns a module of Python's standard library."""
     files = _modules()
     return _from_anywhere(rng.choice(files).read_text("utf-8"), rng) if files else prose(rng)
 
 
 def table(rng: random.Random) -> str:
-    """Rows of CSV, JSON, Markdown or a log."""
+    """Returns rows of CSV, JSON, Markdown or a log."""
     nouns = load_texts("generated").nouns
     columns = rng.sample(nouns, 4)
 
@@ -122,7 +122,7 @@ def table(rng: random.Random) -> str:
 
 
 def facts(rng: random.Random) -> str:
-    """Prose that is full of things to look up: numbers, passwords, who has what."""
+    """Returns prose full of facts to look up: numbers, passwords, and who has what."""
     texts = load_texts("generated")
 
     def fact() -> str:
@@ -142,7 +142,7 @@ def facts(rng: random.Random) -> str:
 
 
 def dialogue(rng: random.Random) -> str:
-    """Two people who take turns."""
+    """Returns a dialogue of two people."""
     sentences = load_texts("generated").sentences
     pair = rng.sample(PEOPLE, 2)
     turns = (
@@ -158,13 +158,13 @@ def dialogue(rng: random.Random) -> str:
 
 
 def prose(rng: random.Random) -> str:
-    """Generated sentences, in their order."""
+    """Returns generated sentences, in order."""
     sentences = load_texts("generated").sentences
     first = rng.randrange(len(sentences) - 500)
     return " ".join(sentences[first : first + 500])
 
 
-#: a text of each kind; that of ``written`` needs the model
+#: generators of each kind; only ``written`` needs the model
 KINDS: dict[str, Callable[[random.Random], str]] = {
     "documentation": documentation,
     "code": code,
@@ -183,15 +183,15 @@ def _modules() -> list[Path]:
 
 
 def _from_anywhere(text: str, rng: random.Random) -> str:
-    """``text`` from one of its lines on, with at least half of it left."""
+    """Returns ``text`` from a random line on, with at least half of it left."""
     return text[text.rfind("\n", 0, rng.randrange(len(text) // 2 + 1)) + 1 :]
 
 
 def _cut(llama: Llama, text: str, n_tokens: int, name: str) -> list[int]:
-    """The first ``n_tokens`` tokens of the text, or what it has, as those of a prompt."""
+    """Returns up to ``n_tokens`` tokens from the beginning of the text, as a prompt has them."""
     tokens = list(llama.tokenize(text[: 12 * n_tokens].encode(), add_bos=llama.adds_bos))
     if len(tokens) < MIN_TOKENS:
-        raise ConfigError(f"{name}: {len(tokens)} tokens from one of its lines on, {MIN_TOKENS} are needed")
+        raise ConfigError(f"{name}: {len(tokens)} tokens after a random line, {MIN_TOKENS} are needed")
     return tokens[:n_tokens]
 
 

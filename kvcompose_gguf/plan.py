@@ -1,4 +1,4 @@
-"""The decision of what stays, as a value."""
+"""The plan: which tokens stay in the cache, as a value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IntArray = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class TokenMask:
-    """What every KV head may see of a full cache: an unstructured compression, simulated to know what it would give.
+    """The tokens of a full cache that every KV head may see; simulates an unstructured compression.
 
     Attributes:
         n_tokens: context tokens N.
@@ -27,35 +27,35 @@ class TokenMask:
 
     @property
     def n_kept(self) -> npt.NDArray[np.float64]:
-        """Tokens of every layer, mean over its heads, float64 ``(n_layer,)``."""
+        """Returns the visible tokens of every layer, mean over its heads, float64 ``(n_layer,)``."""
         return np.array([visible.sum(axis=1).mean() for visible in self.visible])
 
     def biases(self) -> list[npt.NDArray[np.float32]]:
-        """For ``KVSession.biased``."""
+        """Returns the mask as biases for ``KVSession.biased``."""
         return [np.where(visible, np.float32(0), np.float32(-np.inf)) for visible in self.visible]
 
 
 @dataclass(frozen=True, eq=False)
 class CompositionPlan:
-    """Which tokens every KV head of every layer keeps.
+    """The tokens that every KV head of every layer keeps.
 
     Attributes:
-        n_tokens: context tokens N that the plan was made for.
-        cells: for each layer int32 ``(n_head_kv, n_kept[l])``, token indices in ``[0, N)``, strictly ascending
-            within a head. Column j is composite token j in position order.
+        n_tokens: context tokens N that the plan is for.
+        cells: for each layer int32 ``(n_head_kv, n_kept[l])``, token indices in ``[0, N)``, strictly ascending within a
+            head. Column j is composite token j in position order.
     Raises:
-        ConfigError: an array of another shape or dtype, an index out of range or out of order.
+        ConfigError: an array has another shape or dtype, or an index is out of range or out of order.
     """
 
     n_tokens: int
     cells: tuple[IntArray, ...]
 
     def __post_init__(self) -> None:
-        # copies, so that nobody else's array is frozen or can change the plan
+        # copies, so that the caller's arrays are not frozen and cannot change the plan
         object.__setattr__(self, "cells", tuple(np.array(cells) for cells in self.cells))
         for il, cells in enumerate(self.cells):
             if cells.ndim != 2 or cells.dtype != np.int32:
-                raise ConfigError(f"cells[{il}] is {cells.dtype} {cells.shape}, int32 (n_head_kv, n_kept) is needed")
+                raise ConfigError(f"cells[{il}] is {cells.dtype} {cells.shape}; int32 (n_head_kv, n_kept) is needed")
             if cells.size and (cells.min() < 0 or cells.max() >= self.n_tokens):
                 raise ConfigError(f"cells[{il}] has indices outside of [0, {self.n_tokens})")
             if cells.shape[1] > 1 and not (np.diff(cells, axis=1) > 0).all():
@@ -67,7 +67,7 @@ class CompositionPlan:
 
     @property
     def n_kept(self) -> npt.NDArray[np.int64]:
-        """Composite tokens of every layer, int64 ``(n_layer,)``."""
+        """Returns how many composite tokens every layer keeps, int64 ``(n_layer,)``."""
         return np.array([cells.shape[1] for cells in self.cells], dtype=np.int64)
 
     def bits(self) -> npt.NDArray[np.uint8]:
@@ -102,6 +102,6 @@ class CompositionPlan:
 
     @classmethod
     def keep_all(cls, n_tokens: int, n_head_kv: list[int]) -> CompositionPlan:
-        """The plan that removes nothing, for a cache whose layers have ``n_head_kv[l]`` KV heads."""
+        """Returns the plan that removes nothing, for a cache with ``n_head_kv[l]`` KV heads in layer l."""
         everything = np.arange(n_tokens, dtype=np.int32)
         return cls(n_tokens, tuple(np.tile(everything, (n, 1)) for n in n_head_kv))

@@ -1,4 +1,4 @@
-"""Pictures of results; needs the extra ``plot``, which is imported when it is used."""
+"""Draws pictures of results. Needs the extra ``plot``, which is imported on first use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def check_plot(file: Path) -> None:
-    """Raise ConfigError unless ``file`` is of a kind that can be drawn, and matplotlib is there."""
+    """Raises ConfigError unless ``file`` has a supported format and matplotlib is installed."""
     if file.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"plot={str(file)!r} does not end in one of {', '.join(SUFFIXES)}")
     try:
@@ -29,7 +29,7 @@ def check_plot(file: Path) -> None:
 
 
 def plot_bench(result: BenchResult, file: Path) -> None:
-    """Decoding speed and memory of the KV cache against the context size, side by side, a line a variant.
+    """Draws decoding speed and KV cache memory against the context size, side by side, one line per variant.
 
     Raises:
         ConfigError: as :func:`check_plot`.

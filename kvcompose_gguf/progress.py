@@ -1,4 +1,4 @@
-"""How far a prompt has been read and scored."""
+"""Reports how far a prompt has been read and scored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Step = Literal["reading", "scoring"]
 
 @dataclass(frozen=True)
 class Progress:
-    """``n_done`` of ``n_total`` tokens of a step have been evaluated."""
+    """The progress of one step: ``n_done`` of its ``n_total`` tokens are evaluated."""
 
     step: Step
     n_done: int
@@ -22,7 +22,7 @@ class Meter:
     """Counts evaluated tokens and reports each batch.
 
     Args:
-        report: called after every batch, in the thread that decodes; None: nothing is reported.
+        report: called at the start of a step and after every batch, in the thread that decodes; None: no reports.
     """
 
     def __init__(self, report: Callable[[Progress], None] | None = None) -> None:
@@ -30,12 +30,12 @@ class Meter:
         self._progress: Progress | None = None
 
     def begin(self, step: Step, n_total: int) -> None:
-        """Start to count a step of ``n_total`` tokens."""
+        """Starts counting a step of ``n_total`` tokens."""
         self._progress = Progress(step, 0, n_total)
         self._tell()
 
     def add(self, n_tokens: int) -> None:
-        """Count evaluated tokens, of the step that has begun."""
+        """Adds evaluated tokens to the current step; before the first step it does nothing."""
         if self._progress is not None:
             n_done = min(self._progress.n_done + n_tokens, self._progress.n_total)
             self._progress = Progress(self._progress.step, n_done, self._progress.n_total)

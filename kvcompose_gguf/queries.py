@@ -1,4 +1,4 @@
-"""Whose attention judges a context: the values that a method asks with, and what it is given."""
+"""What a method asks for (the queries that score a context), and the evidence that it receives."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .kernels.types import FloatArray
 
 @dataclass(frozen=True)
 class Repeat:
-    """The context itself, a second time on top of its cache.
+    """The context itself, evaluated a second time on top of its cache.
 
     Attributes:
-        chunk: query tokens that are on top of the context at a time; ``None``: all of them, in a cache of 2N.
-        fraction: share of the context that is run again, in pieces from all over.
-        instruction: text before every chunk, e.g. KVzip's; its own tokens are queries as well.
+        chunk: number of query tokens on top of the context at a time; ``None``: all of them, in a cache of 2N cells.
+        fraction: share of the context that is evaluated again, in pieces spread over all of it.
+        instruction: text before every chunk, e.g. KVzip's; its tokens are queries too.
         continuation: text before every chunk but the first, followed by the 8 tokens before the chunk; empty: the
             ``instruction``.
-        own: a token is judged by the chunk that repeats it alone, as by KVzip; needs all of the context.
+        own: score a token only by the chunk that repeats it, as KVzip does; needs the whole context.
     Raises:
-        ConfigError: one of these out of its range; so are those of the requests below.
+        ConfigError: an option is out of range. The requests below raise it too.
     """
 
     chunk: int | None = 512
@@ -46,12 +46,12 @@ class Repeat:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a text")
         check_flag("own", self.own)
         if self.own and self.fraction != 1:
-            raise ConfigError(f"own=True needs fraction=1, all of the context, not {self.fraction}")
+            raise ConfigError(f"own=True needs the whole context, fraction=1, not {self.fraction}")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Texts of the user, each on top of the context, ``chunk`` tokens at a time."""
+    """The user's texts, each evaluated on top of the context, ``chunk`` tokens at a time."""
 
     texts: Sequence[str]
     chunk: int | None = 512
@@ -60,13 +60,13 @@ class Prompts:
         is_list = isinstance(self.texts, (list, tuple))
         if not is_list or not self.texts or not all(isinstance(text, str) and text for text in self.texts):
             raise ConfigError(f"texts={self.texts!r} is not a list of texts")
-        object.__setattr__(self, "texts", tuple(self.texts))  # equal requests have equal hashes
+        object.__setattr__(self, "texts", tuple(self.texts))  # equal requests must have equal hashes
         _check_chunk(self.chunk)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The last ``size`` tokens of the prompt; they may lie behind the context, in the question."""
+    """The last ``size`` tokens of the prompt; they may lie after the context, in the question."""
 
     size: int
 
@@ -77,7 +77,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Prefill:
-    """The context's own tokens while they are prefilled."""
+    """The context's own tokens during the prefill."""
 
 
 Queries = Repeat | Prompts | Window | Prefill
@@ -85,11 +85,11 @@ Queries = Repeat | Prompts | Window | Prefill
 
 @dataclass(frozen=True)
 class AttentionRequest:
-    """The attention that a method needs: equal requests have equal answers.
+    """The attention that a method needs. Equal requests get equal answers.
 
     Attributes:
         queries: the query tokens.
-        aggregation: over these, ``"max"``, or ``"mean"`` over those that could see the token.
+        aggregation: over the queries: ``"max"``, or ``"mean"`` over those that can see the token.
     """
 
     queries: Queries
@@ -103,7 +103,7 @@ class AttentionRequest:
 
 @dataclass(frozen=True)
 class StateRequest:
-    """Query vectors and the means to rotate them: the last ``n_queries`` context tokens, at most ``n_ubatch``."""
+    """Query vectors of the last ``n_queries`` context tokens (at most ``n_ubatch``), and a function to rotate them."""
 
     n_queries: int
 
@@ -117,10 +117,10 @@ class QueryStates:
     """Query vectors of one layer before their rotation.
 
     Attributes:
-        queries: float32 ``(n_head, n_queries, n_embd_head_k)``, scaled: the product of a rotated one with a cached key
-            is the attention logit.
-        rotate: RoPE of rows float32 ``(n_rows, n_embd_head_k)`` for positions int32 ``(n_rows,)``, with the model's own
-            frequencies and scaling, and Hadamard-rotated if the cached keys are.
+        queries: float32 ``(n_head, n_queries, n_embd_head_k)``, scaled so that the product of a rotated query with a
+            cached key is the attention logit.
+        rotate: applies RoPE to rows float32 ``(n_rows, n_embd_head_k)`` at positions int32 ``(n_rows,)``, with the
+            model's own frequencies and scaling; also Hadamard-rotates them if the cached keys are.
     """
 
     queries: FloatArray
@@ -129,19 +129,19 @@ class QueryStates:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a method may look at: a context in a full cache, and the attention it asked for.
+    """The data a method reads: a context in a full cache, and the attention that the method requested.
 
     Attributes:
         n_tokens: context tokens N.
         layers: the cached layers, in order.
-        attention: for each layer float32 ``(n_head, N)``, the request's aggregate over its queries of their attention
-            probability on each context token, not renormalised; empty if no attention was asked for.
-        n_window: last context tokens that were queries of a ``Window`` themselves: later ones have not seen them all.
-        keys, values: of a layer by its number, float32 ``(n_head_kv, N, n_embd_head)``, as they are cached: keys
-            with their rotation, and both Hadamard-rotated if they are quantized. Read only when called.
-        states: query vectors of a layer, for methods with a ``state_request``.
-        unrotate: of a layer by its number, what gives keys float32 ``(n_rows, n_embd_head_k)`` as they are cached, and
-            their positions int32 ``(n_rows,)``, back as they were before their rotation.
+        attention: for each layer float32 ``(n_head, N)``: attention probabilities on each context token, aggregated
+            over the requested queries and not renormalised. Empty if the method requests no attention.
+        n_window: number of last context tokens that are queries of a ``Window``; later queries cannot see all of them.
+        keys, values: for a layer number return float32 ``(n_head_kv, N, n_embd_head)`` as cached: keys with their
+            rotation, and both Hadamard-rotated if they are quantized. Called only when needed.
+        states: returns a layer's query vectors, for methods with a ``state_request``.
+        unrotate: for a layer number returns a function that undoes the rotation of cached keys float32
+            ``(n_rows, n_embd_head_k)`` at positions int32 ``(n_rows,)``.
     """
 
     n_tokens: int
@@ -158,10 +158,10 @@ class Evidence:
             check_layers("attention", self.attention, [(layer.n_head, self.n_tokens) for layer in self.layers])
 
     def read(self, which: Literal["keys", "values", "states", "unrotate"], l: int) -> Any:
-        """``keys``, ``values``, ``states`` or ``unrotate`` of layer ``l``.
+        """Returns ``keys``, ``values``, ``states`` or ``unrotate`` of layer ``l``.
 
         Raises:
-            ConfigError: this evidence is without them.
+            ConfigError: this evidence does not include them.
         """
         reader = getattr(self, which)
         if reader is None:
@@ -177,15 +177,15 @@ def _check_chunk(chunk: int | None) -> None:
 def check_layers(
     name: str, arrays: Sequence[FloatArray], shapes: Sequence[tuple[int, int]], infinite: bool = False
 ) -> None:
-    """One float32 array of the given shape a layer, finite, or with ``infinite`` also +infinity.
+    """Checks for one finite float32 array of the given shape per layer; ``infinite`` also allows +infinity.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: an array does not fit.
     """
     if len(arrays) != len(shapes):
-        raise ConfigError(f"{name} has {len(arrays)} layers, the cache has {len(shapes)}")
+        raise ConfigError(f"{name} has {len(arrays)} layers; the cache has {len(shapes)}")
     for l, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
         if array.shape != shape or array.dtype != np.float32:
-            raise ConfigError(f"{name}[{l}] is {array.dtype} {array.shape}, float32 {shape} is needed")
+            raise ConfigError(f"{name}[{l}] is {array.dtype} {array.shape}; float32 {shape} is needed")
         if not (array > -np.inf if infinite else np.isfinite(array)).all():
             raise ConfigError(f"{name}[{l}] {'has NaN or -infinity' if infinite else 'is not finite'}")

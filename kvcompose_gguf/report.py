@@ -1,4 +1,4 @@
-"""What a compression did."""
+"""The figures that describe one compression."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 @dataclass(frozen=True, eq=False)
 class KVReport:
-    """Figures of one compression.
+    """The result of one compression: kept tokens, bytes and times.
 
     Attributes:
-        n_tokens: tokens of the context.
-        n_kept: composite tokens of every layer, int64 ``(n_layer,)``.
+        n_tokens: number of tokens of the context.
+        n_kept: number of composite tokens in every layer, int64 ``(n_layer,)``.
         kv_bytes_full: bytes of the context's rows in a full cache.
-        kv_bytes_kept: bytes of the rows kept.
-        kv_bytes_before, kv_bytes: bytes that the cache had and has allocated, including room for new tokens.
+        kv_bytes_kept: bytes of the kept rows.
+        kv_bytes_before, kv_bytes: bytes allocated for the cache before and now, including room for new tokens.
         prefill_seconds, score_seconds, plan_seconds, compose_seconds: wall time of the steps.
-        n_prefilled: tokens evaluated by the prefill; less than ``n_tokens`` if a prefix was in the cache.
-        scoring_chunk: query tokens at a time, as it was possible; 0 if they were the prefill's own.
-        n_sink, n_recent: first and last tokens of the context that every head keeps; fewer than the method asks for
-            where its budget does not buy them.
+        n_prefilled: number of tokens that the prefill evaluated; less than ``n_tokens`` if the cache held a prefix.
+        scoring_chunk: number of query tokens at a time, as many as ``n_ctx`` allowed; 0: only the prefill's queries.
+        n_sink, n_recent: number of first and last context tokens that every head keeps; fewer than the method asks for
+            if its budget does not cover them.
     """
 
     n_tokens: int
@@ -42,26 +42,26 @@ class KVReport:
     n_recent: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values, for ``from_json``."""
+        """Returns the fields as JSON values, for ``from_json``."""
         return {**vars(self), "n_kept": self.n_kept.tolist()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> KVReport:
-        """The report that ``to_json`` was called on.
+        """Returns the report that ``to_json`` was called on.
 
         Raises:
-            TypeError, ValueError: other fields, or values that are not a report's.
+            KeyError, TypeError, ValueError, OverflowError: the fields or their values are not a report's.
         """
         kinds = {field.name: int if field.type == "int" else float for field in fields(cls)}
         numbers = {name: kinds[name](value) for name, value in values.items() if name != "n_kept"}
         report = cls(**numbers, n_kept=np.array(values["n_kept"], dtype=np.int64))  # type: ignore[arg-type]
         if report.n_tokens < 1 or report.n_kept.ndim != 1 or not report.n_kept.size:
-            raise ValueError("a report of no context")
+            raise ValueError("the report has no tokens or no layers")
         return report
 
     @property
     def compression_ratio(self) -> float:
-        """Fraction of the context's KV entries that was removed."""
+        """Returns the fraction of the context's KV entries that was removed."""
         return 1 - float(self.n_kept.sum()) / (len(self.n_kept) * self.n_tokens)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Cached keys and values as numpy arrays."""
+"""Reads and writes cached keys and values as numpy arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .native.session import KVSession
 
 
 def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens: int) -> FloatArray:
-    """Keys or values of the first ``n_tokens`` tokens in a full cache, as :func:`read_rows`.
+    """Returns keys or values of the first ``n_tokens`` tokens in a full cache, as :func:`read_rows`.
 
     Raises:
         StateError: the cache is composed, or has fewer tokens.
@@ -21,15 +21,15 @@ def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens
     state = session.state()
     if state.n_composed or state.n_cells_used < n_tokens:
         held = f"{state.n_composed} compressed tokens" if state.n_composed else f"{state.n_cells_used} tokens"
-        raise StateError(f"the cache has {held} now: {n_tokens} tokens of a full one cannot be read any more")
+        raise StateError(f"the cache has {held} now: the {n_tokens} tokens of the full cache cannot be read any more")
     return read_rows(session, ikv, which, n_tokens)
 
 
 def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: int) -> FloatArray:
-    """The first ``n_rows`` rows of cached layer ``ikv``, float32 ``(n_head_kv, n_rows, n_embd_head)``.
+    """Returns the first ``n_rows`` rows of cached layer ``ikv``, float32 ``(n_head_kv, n_rows, n_embd_head)``.
 
-    As they are stored: keys with their rotation, and both Hadamard-rotated if they are quantized (llama-kv-cache.cpp,
-    attn_rot_k and attn_rot_v), which keeps norms and products. What they hold is not checked.
+    Rows are returned as stored: keys with their rotation, and both Hadamard-rotated if they are quantized
+    (llama-kv-cache.cpp, attn_rot_k and attn_rot_v), which keeps norms and products. Their contents are not checked.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
@@ -53,11 +53,11 @@ def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: in
 
 
 def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
-    """Replace the values of layer ``ikv``'s first rows by float32 ``(n_head_kv, n_rows, n_embd_head_v)``.
+    """Replaces the values of layer ``ikv``'s first rows by float32 ``(n_head_kv, n_rows, n_embd_head_v)``.
 
     Raises:
-        UnsupportedError: values are quantized, and so Hadamard-rotated.
-        ConfigError: another shape, or more rows than the layer uses.
+        UnsupportedError: values are quantized, so they are Hadamard-rotated.
+        ConfigError: the shape is wrong, or the layer uses fewer rows.
     """
     layer = session.layers[ikv]
     if layer.v_quantized:
@@ -65,7 +65,7 @@ def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
     n_used, shape = session.cells(ikv).n_rows_used, (layer.n_head_kv, layer.n_embd_head_v)
     if values.ndim != 3 or values.shape[::2] != shape or values.shape[1] > n_used:
         needed = f"({shape[0]}, at most {n_used}, {shape[1]})"
-        raise ConfigError(f"values of layer {ikv} are {values.shape}, {needed} is needed")
+        raise ConfigError(f"values of layer {ikv} are {values.shape}; {needed} is needed")
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -74,7 +74,7 @@ def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
         return
     rows = np.ascontiguousarray(values.transpose(1, 0, 2).reshape(n_rows, n_head_kv * n_embd_head))
     rows = quantize(rows, GGMLQuantizationType(layer.type_v))
-    data = rows.view(np.uint8).reshape(n_rows, n_head_kv * n_embd_head, -1)  # bf16 comes as bytes
+    data = rows.view(np.uint8).reshape(n_rows, n_head_kv * n_embd_head, -1)  # bf16 arrives as bytes
     if not layer.v_trans:
         session.store(ikv, "v", data.ravel(), 0)
         return

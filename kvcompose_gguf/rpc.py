@@ -1,8 +1,8 @@
-"""llama.cpp's RPC backend: layers of a model, and their part of the KV cache, in other processes or machines.
+"""llama.cpp's RPC backend: runs layers of a model, and their part of the KV cache, in other processes or machines.
 
-Each machine runs ``kvcompose rpc-server``; the one that holds the model calls :func:`add_rpc_server` for each of them
-and loads it with ``n_gpu_layers=-1``, or a number of layers to keep the rest. The protocol is llama.cpp's, without
-authentication or encryption: for networks that are trusted.
+Each machine runs ``kvcompose rpc-server``. The machine with the model calls :func:`add_rpc_server` for each of them and
+loads the model with ``n_gpu_layers=-1``, or with a smaller number to keep the other layers. The protocol is llama.cpp's
+and has no authentication or encryption, so use it only in trusted networks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
 
 
 def add_rpc_server(endpoint: str, timeout: float = 5.0) -> None:
-    """Make the devices of a server available to every model that is loaded from now on with ``n_gpu_layers`` != 0.
+    """Adds a server's devices to every model that is loaded from now on with ``n_gpu_layers`` != 0.
 
     Args:
         endpoint: ``"host:port"``.
         timeout: seconds to wait for an answer.
     Raises:
-        ConfigError: nobody listens there.
+        ConfigError: no server listens there.
         LibraryError: the library was built without RPC.
     """
     host, separator, port = endpoint.rpartition(":")
@@ -33,7 +33,7 @@ def add_rpc_server(endpoint: str, timeout: float = 5.0) -> None:
     try:  # ggml ends the process when it cannot connect
         socket.create_connection((host, int(port)), timeout).close()
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"endpoint={endpoint!r}: nobody answers there ({error})") from error
+        raise ConfigError(f"endpoint={endpoint!r}: no answer, is kvcompose rpc-server running? ({error})") from error
     lib = _library()
     registry = lib.ggml_backend_rpc_add_server(endpoint.encode())
     if not registry:
@@ -42,14 +42,14 @@ def add_rpc_server(endpoint: str, timeout: float = 5.0) -> None:
 
 
 def serve(host: str, port: int, n_threads: int) -> None:
-    """Offer this machine's CPU to other processes; returns when the server is stopped.
+    """Offers this machine's CPU to other processes; returns when the server is stopped.
 
     Raises:
-        ConfigError: the address is taken or not this machine's.
+        ConfigError: the address is taken, or does not belong to this machine.
         LibraryError: the library was built without RPC.
     """
     lib = _library()
-    try:  # ggml only prints that it could not listen
+    try:  # ggml only prints an error if it cannot listen
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))

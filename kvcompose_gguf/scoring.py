@@ -1,4 +1,4 @@
-"""Prefill a context and collect the attention that queries pay to it."""
+"""Prefills a context and collects the attention that queries pay to it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .native.session import KVSession
 from .progress import Meter
 from .queries import AttentionRequest, Prefill, Prompts, Queries, StateRequest, Window
 
-#: tokens of the pieces that ``scoring_fraction`` takes: long enough for each to be text
+#: number of tokens per piece for ``scoring_fraction``; each piece is long enough to be text
 PIECE = 64
 
-#: tokens before a chunk that a continuation quotes, as KVzip does (kvpress, kvzip_press.py)
+#: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
 N_TAIL = 8
 
 
 class Decoder(Protocol):
-    """What scoring needs of a model."""
+    """The interface through which scoring uses a model."""
 
     n_batch: int
     n_ubatch: int
@@ -32,31 +32,31 @@ class Decoder(Protocol):
     meter: Meter
 
     def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
-        """Bring exactly ``tokens`` into the cache; returns how many were evaluated.
+        """Makes the cache hold exactly ``tokens``; returns how many were evaluated.
 
         Args:
-            keep_prefix: what the cache has of them already need not be evaluated again.
+            keep_prefix: reuse the leading tokens that the cache holds already; False: evaluate all of them.
         """
 
     def decode(self, tokens: Sequence[int], pos: int) -> None:
-        """Evaluate at most ``n_batch`` tokens at positions ``pos, pos + 1, …`` without output."""
+        """Evaluates at most ``n_batch`` tokens at positions ``pos, pos + 1, …`` without output."""
 
     def on_top(self, pos: int) -> AbstractContextManager[None]:
-        """What is decoded inside of the ``with``, from position ``pos`` on, is forgotten at its end."""
+        """Removes at the end of the ``with`` block all tokens that it has decoded from position ``pos`` on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What queries have paid to a context that is in the cache now (KVCompose steps 1 to 3).
+    """The attention that queries pay to a context in the cache (KVCompose steps 1 to 3).
 
     Attributes:
-        layers: for each layer float32 ``(n_head, N)``, the request's aggregate over the queries of their attention
-            probability on each context token, not renormalised.
-        n_prefilled: context tokens evaluated.
-        prefill_seconds, score_seconds: wall time of the prefill, and of the decodes of queries; those of ``Window``
-            are part of both prefill and scoring, and counted as scoring, those of ``Prefill`` as prefill.
-        chunk: queries at a time: a chunk of the repeat or the prompts, the whole window, else 0.
-        n_window: last context tokens that were queries of a ``Window``.
+        layers: for each layer float32 ``(n_head, N)``: attention probabilities on each context token, aggregated over
+            the requested queries and not renormalised.
+        n_prefilled: number of context tokens evaluated.
+        prefill_seconds, score_seconds: wall time of the prefill, and of decoding the queries. Queries of ``Window``
+            belong to both and count as scoring; queries of ``Prefill`` count as prefill.
+        chunk: number of queries at a time: a chunk of the repeat or the prompts, or the whole window; otherwise 0.
+        n_window: number of last context tokens that are queries of a ``Window``.
     """
 
     layers: list[FloatArray]
@@ -76,12 +76,12 @@ def collect_attention(
     tokenize: Callable[[str], Sequence[int]] | None = None,
     max_bytes: int = 64 << 20,
 ) -> Attention:
-    """Prefill ``tokens`` and collect the attention that ``request`` asks for.
+    """Prefills ``tokens`` and returns the attention that ``request`` asks for.
 
     Args:
-        suffix: what follows the context in its prompt, whose last tokens are the queries of ``Window``.
-        tokenize: tokens of a text, for ``Prompts`` and instructions.
-        max_bytes: bound of the working memory beside the scores.
+        suffix: tokens that follow the context in its prompt; the prompt's last tokens are the queries of ``Window``.
+        tokenize: returns the tokens of a text, for ``Prompts`` and instructions.
+        max_bytes: limit of the working memory, not counting the scores.
     Raises:
         ContextLengthError: the context leaves no cell for queries on top of it.
         ConfigError: there are no queries.
@@ -94,10 +94,10 @@ def collect_attention(
 def collect_queries(
     session: KVSession, decoder: Decoder, request: StateRequest, tokens: Sequence[int]
 ) -> list[FloatArray]:
-    """Queries of the last context tokens, which are evaluated again, before their rotation.
+    """Evaluates the last context tokens again, and returns their queries as they are before the rotation.
 
     Returns:
-        for each layer float32 ``(n_head, n_queries, n_embd_head_k)``, scaled as ``QueryStates`` says.
+        For each layer float32 ``(n_head, n_queries, n_embd_head_k)``, scaled as ``QueryStates`` says.
     """
     n_tokens = len(tokens)
     n_queries = min(request.n_queries, n_tokens, decoder.n_ubatch)
@@ -116,7 +116,7 @@ def collect_queries(
 
 
 def spread(tokens: Sequence[int], fraction: float) -> list[int]:
-    """A share of ``tokens``: pieces of PIECE neighbours, evenly spread from the first token to the last."""
+    """Returns a share of ``tokens``: pieces of PIECE neighbours, evenly spread from the first token to the last."""
     n_pieces = max(1, round(fraction * len(tokens) / PIECE))
     if fraction == 1 or n_pieces * PIECE >= len(tokens):
         return list(tokens)
@@ -125,7 +125,7 @@ def spread(tokens: Sequence[int], fraction: float) -> list[int]:
 
 
 def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: int) -> int:
-    """Query tokens that are on top of the context at a time.
+    """Returns how many query tokens fit on top of the context at a time.
 
     Raises:
         ContextLengthError: the context leaves no cell free, or ``scoring_chunk=None`` and the repeat does not fit.
@@ -182,19 +182,19 @@ class _Collector:
         introduction: Callable[[int], list[int]] = lambda first: [],
         own: bool = False,
     ) -> Attention:
-        """Every chunk starts at position N, sees the context and itself so far, and is removed again.
+        """Scores with chunks on top of the context: each starts at position N, sees the context and its own beginning.
 
-        The reference runs one repeat of N tokens at positions N to 2N-1 instead (kvcompose_press.py), here
-        ``Repeat(chunk=None)``.
+        Each chunk is removed before the next. The reference instead evaluates one repeat of N tokens at positions N to
+        2N-1 (kvcompose_press.py); ``Repeat(chunk=None)`` does the same.
 
         Args:
-            introduction: tokens before the chunk that starts at a token of its query, queries as well.
-            own: tokens are judged by the chunk that repeats them, of a query that is the context.
+            introduction: returns the tokens to put before the chunk that starts at a given token; they are queries too.
+            own: score a token only by the chunk that repeats it; the query must be the context.
         """
         n_tokens = len(tokens)
         n_query = max(map(len, queries), default=0)
         if n_query == 0:
-            raise ConfigError("there is no query token to score with")
+            raise ConfigError("there is no query token to score with: give a context and prompts that are not empty")
         n_words = max(len(introduction(0)), len(introduction(n_query)))
         chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.session.state().n_cells)
         chunks = [
@@ -226,12 +226,12 @@ class _Collector:
         return Attention(joined, n_prefilled, prefilled - start, time.perf_counter() - prefilled, chunk)
 
     def of_window(self, size: int, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
-        """The prompt's last ``size`` tokens judge; those behind the context are evaluated again after it."""
+        """Scores with the prompt's last ``size`` tokens; those after the context are removed from the cache again."""
         n_tokens, n_prompt = len(tokens), len(tokens) + len(suffix)
         first = max(0, n_prompt - size)
         n_cells = self.session.state().n_cells
         if n_prompt > n_cells:
-            raise ContextLengthError(f"a prompt of {n_prompt} tokens does not fit into n_ctx={n_cells}")
+            raise ContextLengthError(f"a prompt of {n_prompt} tokens does not fit into n_ctx={n_cells}: raise n_ctx")
 
         start = time.perf_counter()
         n_prefilled = self.decoder.prefill(tokens[:first], True)
@@ -255,9 +255,9 @@ class _Collector:
         )  # fmt: skip
 
     def of_prefill(self, tokens: Sequence[int]) -> Attention:
-        """The context's own tokens judge while they are prefilled, so what the cache has of them is no use."""
+        """Scores with the context's own tokens during the prefill, so all of them are evaluated again."""
         start = time.perf_counter()
-        self.decoder.prefill([], False)  # a compressed cache cannot be scored
+        self.decoder.prefill([], False)  # empties the cache: a compressed one cannot be scored
         with self.scoring(len(tokens)):
             n_prefilled = self.decoder.prefill(tokens, False)
             prefilled = time.perf_counter()
@@ -266,7 +266,7 @@ class _Collector:
         return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, 0)
 
     def divide_by_queries(self, scores: list[FloatArray], first: int, end: int) -> None:
-        """Sums to means, in place: token i was seen by the queries at ``[max(first, i), end)``."""
+        """Turns sums into means, in place: the queries at ``[max(first, i), end)`` see token i."""
         if not self.use_max:
             n_queries = end - np.maximum(first, np.arange(scores[0].shape[1]))
             for score in scores:

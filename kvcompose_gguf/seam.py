@@ -1,18 +1,18 @@
-"""Continue on a compressed context when a tokenizer merges across its end.
+"""Continues from a compressed context when the tokenizer merges text across its end.
 
-`"...done." + "\\nWhat?"` is tokenized with one token for `".\\n"`, but the context in the cache ends with `"."`.
+The tokenizer turns `"...done." + "\\nWhat?"` into tokens with one for `".\\n"`, but the cached context ends with `"."`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-#: tokens at the end of the context that a merge may have changed
+#: number of tokens at the end of the context that a merge may change
 MAX_SEAM = 8
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading tokens that ``a`` and ``b`` share."""
+    """Returns how many leading tokens ``a`` and ``b`` share."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 
@@ -23,13 +23,13 @@ def join(
     piece: Callable[[int], bytes],
     tokenize: Callable[[bytes], Sequence[int]],
 ) -> list[int] | None:
-    """``prompt`` rewritten to begin with ``context``, if their text agrees and only the tokens at the seam differ.
+    """Returns ``prompt`` rewritten to begin with ``context``, if their texts agree and only tokens at the seam differ.
 
     Args:
-        piece: text of a token, ``b""`` for control tokens, which are never merged.
-        tokenize: tokens of a piece of text, without BOS and without control tokens.
+        piece: returns the text of a token, ``b""`` for control tokens, which are never merged.
+        tokenize: returns the tokens of a text, without BOS and control tokens.
     Returns:
-        The context, the rest of the seam's text tokenized on its own, and the prompt's tokens after it. ``None`` if
+        The context, then the rest of the seam's text tokenized on its own, then the prompt's tokens after it. ``None``:
         the prompt diverges from the context.
     """
     start = common_prefix(context, prompt)

@@ -134,7 +134,7 @@ def serve(
     threads: shared.Threads = None,
     threads_batch: Annotated[
         int | None,
-        _model("--threads-batch", "-tb", min=1, help="Number of CPU threads for prompts. By default as --threads, or all cores."),
+        _model("--threads-batch", "-tb", min=1, help="CPU threads for prompts. By default as --threads, or all cores."),
     ] = None,
     n_gpu_layers: Annotated[
         int, _model("--n-gpu-layers", "-ngl", min=-1, help="Number of layers to compute on a GPU. -1 takes all layers.")

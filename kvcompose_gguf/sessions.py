@@ -1,9 +1,9 @@
-"""Session files: a context, compressed or not, from which any later process goes on without reading it again.
+"""Reads and writes session files: any later process continues from the saved context without reading its text again.
 
-Layout, little-endian: MAGIC, uint32 format version, uint32 bytes of the header, the header (JSON), then its sections,
-each at a multiple of ALIGN bytes, and the SHA-256 of everything before. Sections: ``tokens`` int32; ``kept`` the plan,
-a bit a token (``CompositionPlan.bits``), zlib; ``windows``; ``state`` llama.cpp's own bytes, which are loaded straight
-from the mapped file.
+Layout, little-endian: MAGIC; uint32 format version; uint32 size of the header in bytes; the header (JSON); the
+sections, each at a multiple of ALIGN bytes; the SHA-256 of everything before it. Sections: ``tokens``, int32;
+``kept``, the plan with one bit per token (``CompositionPlan.bits``), zlib-compressed; ``windows``, the state of the
+sliding-window layers; ``state``, llama.cpp's own bytes, loaded straight from the mapped file.
 """
 
 from __future__ import annotations
@@ -35,25 +35,34 @@ ENDING = ".kvc"
 
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
-#: what a damaged or foreign header makes the code below raise
-_MALFORMED = (struct.error, ValueError, LookupError, TypeError, OverflowError, RecursionError, zlib.error)
+#: exceptions that a damaged or foreign header causes in the code below
+_MALFORMED = (
+    struct.error,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """What a session file says about itself.
+    """The description of a session file.
 
     Attributes:
-        path, n_bytes: of the file.
-        created: seconds since 1970.
-        n_tokens: tokens in the cache, those of the compressed context included.
-        n_context: tokens of the compressed context; 0: the cache is a full one.
-        model_name, model_id: of the model's file (``identity.model_id``).
-        method: that compressed the context, with its options; empty if none did.
-        report: figures of the compression, if it is known.
-        kv_bytes: bytes of the cached rows when they were saved.
+        path, n_bytes: the file and its size.
+        created: time of writing, seconds since 1970.
+        n_tokens: number of tokens in the cache, including the compressed context.
+        n_context: number of tokens of the compressed context; 0: the cache is full.
+        model_name, model_id: name and ``identity.model_id`` of the model's file.
+        method: the method that compressed the context, with its options; empty: no method.
+        report: figures of the compression, or None.
+        kv_bytes: bytes of the cache when it was saved, as ``Llama.kv_bytes``.
         extra: the caller's own values.
-        versions: of the programs that wrote it.
+        versions: versions of the programs that wrote the file.
     """
 
     path: Path
@@ -72,13 +81,13 @@ class SessionInfo:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A context's cache and what belongs to it.
+    """A context's cache and its metadata.
 
     Attributes:
-        identity: of the model, settings and versions.
-        tokens: int32 ``(n_tokens,)``, all that the cache has.
-        state: uint8 ``(n_bytes,)``, ``states.save``.
-        composed: the compressed context, if there is one.
+        identity: the model, settings and versions.
+        tokens: int32 ``(n_tokens,)``, all tokens in the cache.
+        state: uint8 ``(n_bytes,)``, the result of ``states.save``.
+        composed: the compressed context, or None.
         report, kv_bytes, extra: as in ``SessionInfo``.
     """
 
@@ -92,12 +101,12 @@ class Snapshot:
 
 
 def sessions_dir() -> Path:
-    """The folder of sessions that were saved by name."""
+    """Returns the folder of the sessions that are saved by name."""
     return Path(platformdirs.user_data_dir("kvcompose-gguf")) / "sessions"
 
 
 def session_path(name: str) -> Path:
-    """The file of a session: a path if ``name`` has a separator or ends in .kvc, else that name in ``sessions_dir()``.
+    """Returns a session's file: ``name`` as a path if it has a separator or ends in .kvc, else in ``sessions_dir()``.
 
     Raises:
         ConfigError: the name is empty or begins with a dot.
@@ -105,22 +114,22 @@ def session_path(name: str) -> Path:
     if name.endswith(ENDING) or "/" in name or "\\" in name:
         return Path(name)
     if not name or name.startswith("."):
-        raise ConfigError(f"session={name!r} is neither a name nor a path that ends in {ENDING}")
+        raise ConfigError(f"session={name!r} must be a name without a leading dot, or a path that ends in {ENDING}")
     return sessions_dir() / f"{name}{ENDING}"
 
 
 def list_sessions(folder: Path | None = None) -> list[Path]:
-    """The session files of a folder, ``sessions_dir()`` by default, newest first."""
+    """Returns the session files of a folder, newest first; the default is ``sessions_dir()``."""
     files = list((sessions_dir() if folder is None else folder).glob(f"*{ENDING}"))
     return sorted(files, key=lambda file: (-file.stat().st_mtime, file.name))
 
 
 def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str = "") -> SessionInfo:
-    """Write a session file, for this user alone; ``file`` is the old one until the new one is whole and on the disk.
+    """Writes a session file that only this user can read; an old file stays until the new one is whole and on disk.
 
     Raises:
         ConfigError: ``extra`` is not JSON.
-        StateError: the file cannot be written, or would have more than ``max_bytes``.
+        StateError: the file cannot be written, or would be larger than ``max_bytes``.
     """
     composed = snapshot.composed
     sections: list[tuple[str, Any]] = [("tokens", snapshot.tokens.astype("<i4"))]
@@ -146,7 +155,7 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
     try:
         head = json.dumps(header).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"extra={snapshot.extra!r} cannot be saved: {error}") from error
+        raise ConfigError(f"extra={snapshot.extra!r} cannot be saved as JSON: {error}") from error
 
     parts: list[Any] = [_PREFIX.pack(MAGIC, FORMAT, len(head)), head]
     at = _PREFIX.size + len(head)
@@ -155,7 +164,7 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
         at += -at % ALIGN + memoryview(data).nbytes
     n_bytes = at + _DIGEST_BYTES
     if max_bytes is not None and n_bytes > max_bytes:
-        raise StateError(f"{name or file} is not saved: {n_bytes} bytes are more than {max_bytes}")
+        raise StateError(f"{name or file} is not saved: it needs {n_bytes} bytes, the limit is {max_bytes}")
 
     def hashed() -> Iterator[Any]:
         digest = hashlib.sha256()
@@ -178,12 +187,12 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
 
 @contextlib.contextmanager
 def opened(file: Path, name: str = "") -> Iterator[tuple[Snapshot, SessionInfo]]:
-    """A session file, wholly checked; its arrays are views of the mapped file, valid inside of the ``with``.
+    """Checks a session file wholly, and yields it; arrays are views of the mapped file, valid in the ``with`` block.
 
     Args:
-        name: of the file in messages, its path by default.
+        name: name of the file in messages, by default its path.
     Raises:
-        StateError: there is no such file, it is damaged, or it has another format.
+        StateError: the file does not exist, is damaged, or has another format.
     """
     name = name or str(file)
     raw = _mapped(file, name)
@@ -197,13 +206,13 @@ def opened(file: Path, name: str = "") -> Iterator[tuple[Snapshot, SessionInfo]]
 
 
 def describe(file: Path, check: bool = True, name: str = "") -> SessionInfo:
-    """What a session file says about itself.
+    """Returns the description of a session file.
 
     Args:
-        name: of the file in messages, its path by default.
+        name: name of the file in messages, by default its path.
         check: verify the checksum, which reads the whole file.
     Raises:
-        StateError: as ``opened``.
+        StateError: in the same cases as ``opened``.
     """
     name = name or str(file)
     raw = _mapped(file, name)
@@ -226,20 +235,20 @@ def _mapped(file: Path, name: str) -> npt.NDArray[np.uint8]:
 
 
 def _header(name: str, raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, npt.NDArray[np.uint8]]]:
-    """The header and views of the sections; nothing is verified but that they fit the file."""
+    """Returns the header and views of the sections; checks only that the sections fit the file."""
     try:
         magic, version, n_head = _PREFIX.unpack(raw[: _PREFIX.size].tobytes())
         if magic != MAGIC:
-            raise StateError(f"{name} is no session file of kvcompose")
+            raise StateError(f"{name} is not a session file of kvcompose")
         if version != FORMAT:
-            raise StateError(f"{name} has session format {version}, this version reads format {FORMAT}: make it again")
+            raise StateError(f"{name} has session format {version}, this version reads format {FORMAT}: make a new one")
         header = json.loads(raw[_PREFIX.size : _PREFIX.size + n_head].tobytes())
         at, sections = _PREFIX.size + n_head, {}
-        for name, n_bytes in header["sections"]:
+        for section, n_bytes in header["sections"]:
             if type(n_bytes) is not int or n_bytes < 0:
-                raise ValueError(f"section {name!r} has {n_bytes!r} bytes")
+                raise ValueError(f"section {section!r} has {n_bytes!r} bytes")
             at += -at % ALIGN
-            sections[str(name)] = raw[at : at + n_bytes]
+            sections[str(section)] = raw[at : at + n_bytes]
             at += n_bytes
     except StateError:
         raise
@@ -259,7 +268,7 @@ def _info(file: Path, header: dict[str, Any], sections: dict[str, npt.NDArray[np
     report, extra = header["report"], header["extra"]
     report = None if report is None else KVReport.from_json(report)
     if not isinstance(extra, dict):
-        raise ValueError("extra is not a table")
+        raise ValueError("extra is not an object")
     return SessionInfo(
         file, n_bytes, float(header["created"]), len(sections["tokens"]) // 4, int(header["n_context"]),
         str(header["model"]["name"]), str(header["model"]["id"]), str(header["method"]),
@@ -275,7 +284,7 @@ def _snapshot(
     composed = None
     if info.n_context:
         if not 0 < info.n_context <= len(tokens):
-            raise ValueError(f"a context of {info.n_context} tokens in a cache of {len(tokens)}")
+            raise ValueError(f"the context has {info.n_context} tokens, the cache {len(tokens)}")
         n_heads, n_row = int(header["n_heads"]), -(-info.n_context // 8)
         bits = zlib.decompressobj().decompress(sections["kept"].tobytes(), n_heads * n_row)
         kept = np.frombuffer(bits, dtype=np.uint8).reshape(n_heads, n_row)

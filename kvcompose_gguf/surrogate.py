@@ -1,10 +1,10 @@
-"""Predict the attention of a repeat of the context from what the cache has of it: ``KVCompose(scoring="surrogate")``.
+"""Predicts the attention of a repeat of the context from cached data: ``KVCompose(scoring="surrogate")``.
 
-For every layer and KV head a ridge regression of log(attention + EPS), the attention being what KVCompose's repeat pays
-to a token at most, mean over the group. It sees a token's key twice: as it was before its rotation, and as a query at
-the end of the context meets it, R(i - N) k_i. The second is what carries over to longer contexts: the logit of a query
-is linear in it, with its distance. The idea of a predictor is that of KVzap (hidden states, gates trained in PyTorch);
-this one is fitted in minutes on the CPU and needs nothing but the cache.
+A ridge regression of log(attention + EPS) for every layer and KV head. The target is the highest attention that
+KVCompose's repeat pays to a token, mean over the group. The features contain a token's key twice: before its rotation,
+and as a query at the end of the context sees it, R(i - N) k_i. The second generalises to longer contexts, because a
+query's logit is linear in it and includes the distance. The idea of a predictor comes from KVzap (hidden states, gates
+trained in PyTorch). This one is fitted in minutes on the CPU and reads only the cache.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .kernels.types import FloatArray
 from .methods.base import map_layers
 from .queries import Evidence
 
-VERSION = 1  # of features and file
+VERSION = 1  # version of features and file
 
-#: added to attention before its logarithm: what is below is all the same
+#: added to attention before the logarithm; values far below it do not differ
 EPS = 1e-5
 
-#: tokens whose features are in memory at a time, in each thread
+#: tokens with features in memory at a time, in each thread
 CHUNK = 512
 
-#: layers that are in memory as float32 at a time
+#: layers in memory as float32 at a time
 N_THREADS = 4
 
 #: block of the Hadamard rotation of quantized values (llama-kv-cache.cpp, build_input_v_rot)
@@ -48,14 +48,14 @@ class Surrogate:
     """A fitted predictor of one model file.
 
     Attributes:
-        model_name: of the file, for humans.
-        model_sha256: of the file.
+        model_name: name of the file, for display.
+        model_sha256: hash of the file.
         weights: for each layer float32 ``(n_head_kv, n_features)``.
-        settings: what it was fitted with.
-        quality: what was measured on passages that were held out.
-        version: of the features and the file.
+        settings: options of the fit.
+        quality: measurements on held-out passages.
+        version: version of the features and the file.
     Raises:
-        ConfigError: another version, or weights that are not finite.
+        ConfigError: the version differs, or a weight is not finite.
     """
 
     model_name: str
@@ -73,15 +73,15 @@ class Surrogate:
                 raise ConfigError(f"weights of layer {l} are not finite float32 (n_head_kv, n_features)")
 
     def predict(self, evidence: Evidence) -> list[FloatArray]:
-        """The attention that each token would get: for each layer float32 ``(n_head_kv, N)``, in [0, 1].
+        """Returns each token's predicted attention: for each layer float32 ``(n_head_kv, N)``, in [0, 1].
 
         Raises:
-            ConfigError: it was fitted to a model of another shape.
+            ConfigError: the surrogate was fitted to a model of another shape.
         """
         shapes = [weights.shape for weights in self.weights]
         needed = [(layer.n_head_kv, n_features(layer)) for layer in evidence.layers]
         if shapes != needed:
-            raise ConfigError(f"the surrogate of {self.model_name} has weights {shapes}, the model needs {needed}")
+            raise ConfigError(f"the surrogate of {self.model_name} has weights {shapes}; the model needs {needed}")
 
         def predict(l: int) -> FloatArray:
             layer = evidence.layers[l]
@@ -99,7 +99,7 @@ class Surrogate:
         return map_layers(predict, len(evidence.layers), N_THREADS)
 
     def to_bytes(self) -> bytes:
-        """The file that ``from_bytes`` reads: an .npz without pickles."""
+        """Returns the contents of the file that ``from_bytes`` reads: an .npz without pickles."""
         about = {name: getattr(self, name) for name in ("model_name", "model_sha256", "settings", "quality", "version")}
         arrays = {f"weights{l}": weights for l, weights in enumerate(self.weights)}
         stream = io.BytesIO()
@@ -108,10 +108,10 @@ class Surrogate:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Surrogate:
-        """The surrogate of a file.
+        """Returns the surrogate stored in a file's contents.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: the contents are not a surrogate.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -120,7 +120,7 @@ class Surrogate:
             return cls(weights=weights, **about)
         except ConfigError:
             raise
-        except Exception as error:  # zipfile, numpy and json have many
+        except Exception as error:  # zipfile, numpy and json raise many classes
             raise ConfigError(f"not a surrogate: {error}") from error
 
 
@@ -129,12 +129,12 @@ class Surrogate:
 #
 
 
-#: groups of features, in their order
+#: groups of features, in order
 FEATURES = ("plain", "at_end", "plain_squared", "values", "values_squared", "norms", "places", "constant")
 
 
 def n_features(layer: LayerGeometry) -> int:
-    """Features of a token in one head of the layer."""
+    """Returns the number of features of a token in one head of the layer."""
     return sum(_widths(layer))
 
 
@@ -144,9 +144,9 @@ def _widths(layer: LayerGeometry) -> list[int]:
 
 
 def features(evidence: Evidence, l: int) -> Iterator[FloatArray]:
-    """Features of a layer's tokens, some at a time and in their order: float32 ``(n_head_kv, n_tokens, n_features)``.
+    """Yields features of a layer's tokens, some tokens at a time: float32 ``(n_head_kv, n_tokens, n_features)``.
 
-    A token's own key and value and the length of the context decide them, so they could be had while it is prefilled.
+    They depend only on the token's own key and value and on the context length, so a prefill could compute them.
     """
     to_end = _to_end(evidence, l)
     for part in _parts(evidence, l):
@@ -168,7 +168,7 @@ def features(evidence: Evidence, l: int) -> Iterator[FloatArray]:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What features are made of, of some tokens: float32 ``(n_head_kv, n, d)``, and places ``(n, 11)``."""
+    """Inputs of the features of some tokens: float32 ``(n_head_kv, n, d)``, and positions ``(n, 11)``."""
 
     cached: FloatArray
     plain: FloatArray
@@ -190,9 +190,9 @@ def _parts(evidence: Evidence, l: int) -> Iterator[_Part]:
 
 
 def _to_end(evidence: Evidence, l: int) -> FloatArray:
-    """What turns cached keys back by the whole length of the context, ``keys @ matrix``."""
+    """Returns the matrix that rotates cached keys back by the whole context length, ``keys @ matrix``."""
     d = evidence.layers[l].n_embd_head_k
-    # linear, so it is what becomes of the rows of the identity
+    # the rotation is linear, so its matrix is the rotated identity
     matrix: FloatArray = evidence.read("unrotate", l)(
         np.eye(d, dtype=np.float32), np.full(d, evidence.n_tokens, dtype=np.int32)
     )
@@ -200,7 +200,7 @@ def _to_end(evidence: Evidence, l: int) -> FloatArray:
 
 
 def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:
-    """float32 ``(n, 11)``: where tokens are in the context, from its beginning, from its end, and as a share."""
+    """Returns the tokens' positions from the beginning, from the end, and as a share; float32 ``(n, 11)``."""
     i = np.arange(first, first + n, dtype=np.float32)
     share, before_end = i / n_tokens, n_tokens - i
     columns = [
@@ -211,7 +211,7 @@ def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:
 
 
 def plain_values(values: FloatArray, layer: LayerGeometry) -> FloatArray:
-    """``values`` ``(n_head_kv, N, n_embd_head_v)`` without the Hadamard rotation of quantized ones."""
+    """Returns ``values`` ``(n_head_kv, N, n_embd_head_v)`` without the Hadamard rotation of quantized values."""
     disabled = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") not in ("", "0")
     if not layer.v_quantized or layer.n_embd_head_v % N_HADAMARD_V or disabled:
         return values
@@ -224,13 +224,13 @@ def plain_values(values: FloatArray, layer: LayerGeometry) -> FloatArray:
 
 
 def target_of(attention: FloatArray) -> FloatArray:
-    """What is regressed on."""
+    """Returns the regression target for ``attention``."""
     target: FloatArray = np.log(attention + np.float32(EPS))
     return target
 
 
 def attention_of(prediction: FloatArray) -> FloatArray:
-    """The inverse of ``target_of``, for predictions that may be anything."""
+    """Inverts ``target_of``, for any prediction; clips the result to [0, 1]."""
     bounded = np.clip(prediction, np.float32(np.log(EPS)), np.float32(0))
     attention: FloatArray = np.maximum(np.exp(bounded) - np.float32(EPS), 0)
     return attention
@@ -244,24 +244,24 @@ ENDING = ".surrogate.npz"
 
 
 def find_surrogate(model_path: Path) -> Surrogate | None:
-    """The surrogate of a model file: the user's own, or else the one that the package has, or None.
+    """Returns the surrogate of a model file: the user's own, or else the one in the package, or None.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is damaged.
     """
     return find_measured(model_path, ENDING, Surrogate.from_bytes)
 
 
 def load_surrogate(model_path: Path) -> Surrogate:
-    """As ``find_surrogate``; ConfigError, which names the command, if there is none."""
+    """Same as ``find_surrogate``, but raises a ConfigError that names the command if there is none."""
     surrogate = find_surrogate(model_path)
     if surrogate is None:
-        raise ConfigError(f"{model_path} has no surrogate yet, make one: kvcompose calibrate {model_path}")
+        raise ConfigError(f"{model_path} has no surrogate yet; make one with: kvcompose calibrate {model_path}")
     return surrogate
 
 
 def save_surrogate(surrogate: Surrogate) -> Path:
-    """Keep a surrogate in the user's cache, where ``load_surrogate`` finds it; returns the file."""
+    """Saves a surrogate in the user's cache, where ``load_surrogate`` finds it; returns the file."""
     file = calibrations_dir() / f"{surrogate.model_sha256}{ENDING}"
     write_file(file, surrogate.to_bytes())
     return file

@@ -1,4 +1,4 @@
-"""Fit a surrogate: read passages, repeat them, regress what the repeat paid to a token on what the cache has of it."""
+"""Fits a surrogate: reads and repeats passages, and regresses the repeat's attention to each token on cached data."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ if TYPE_CHECKING:
 
 Float64Array = npt.NDArray[np.float64]
 
-#: every so many passages one is held out, to validate with
+#: one passage in this many is held out for validation
 HOLD_OUT = 5
-#: of the ridge, per token, for features of variance 1
+#: ridge penalty per token, for features with variance 1
 RIDGE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """What a surrogate is fitted to.
+    """Options of a fit.
 
     Attributes:
-        n_passages: texts that are read, every fifth of them to validate with.
-        longest: tokens of the longest ones; others have a half and a quarter of them.
-        files: the user's texts, which every second passage is from.
-        scoring_chunk: of the repeat whose attention is learnt, as ``KVCompose.scoring_chunk``; the whole repeat, the
-            paper's, finds a little more than one in chunks, and predicting it costs no more.
+        n_passages: number of passages; every fifth is for validation.
+        longest: length of the longest passages in tokens; others have a half or a quarter of it.
+        files: the user's texts; every second passage comes from them.
+        scoring_chunk: chunk of the repeat that supplies the target attention, as ``KVCompose.scoring_chunk``. The whole
+            repeat, as in the paper, scores slightly better than chunks, and predicting it costs the same.
     Raises:
-        ConfigError: an option out of its range.
+        ConfigError: an option is out of range.
     """
 
     n_passages: int = 40
@@ -65,28 +65,28 @@ class FitOptions:
         for name in ("n_passages", "longest", "scoring_chunk"):
             check_positive(name, getattr(self, name))
         if self.n_passages < HOLD_OUT:
-            raise ConfigError(f"n_passages={self.n_passages}, at least {HOLD_OUT} are needed: one is to validate with")
+            raise ConfigError(f"n_passages={self.n_passages}, at least {HOLD_OUT} are needed: one is for validation")
         if self.longest < MIN_TOKENS:
             raise ConfigError(f"longest={self.longest}, at least {MIN_TOKENS} tokens are needed")
 
     @property
     def fitted(self) -> list[int]:
-        """Numbers of the passages that it is fitted to."""
+        """Returns the numbers of the passages to fit to."""
         return [number for number in range(self.n_passages) if number % HOLD_OUT != HOLD_OUT - 1]
 
     @property
     def held_out(self) -> list[int]:
-        """Numbers of the passages that it is validated with."""
+        """Returns the numbers of the passages for validation."""
         return [number for number in range(self.n_passages) if number % HOLD_OUT == HOLD_OUT - 1]
 
 
 def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -> Path:
-    """Fit a surrogate to a model, print how good it is, and return the file, where ``KVCompose`` finds it.
+    """Fits a surrogate to a model, prints its quality, and returns the file in which ``KVCompose`` finds it.
 
-    An interrupted call with the same options goes on behind the last passage that was kept.
+    After an interruption, a call with the same options continues after the last saved passage.
 
     Raises:
-        ConfigError: no model, one whose context is shorter than the passages, or a text that cannot be used.
+        ConfigError: the model does not exist, its context is shorter than the passages, or a text cannot be used.
     """
     model_path = resolve_model(model)
     with open_vocabulary(model_path) as vocabulary:
@@ -99,7 +99,7 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
     sha256 = model_sha256(model_path)
     journal = calibrations_dir() / f"{sha256}.{digest}.sums.npz"
     sums = Sums.read(journal)
-    sums.write(journal)  # what cannot be written is better known before than after
+    sums.write(journal)  # fail now, not after the work, if the folder is not writable
 
     method = KVCompose(compression_ratio=0.0, scoring="repeat", scoring_chunk=options.scoring_chunk)
     n_repeated = min(options.longest, options.scoring_chunk or options.longest)
@@ -135,14 +135,14 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
 
 @dataclass(frozen=True)
 class _Reader:
-    """Passages as the model reads them."""
+    """Reads passages with the model."""
 
     llama: Llama
     method: KVCompose
     options: FitOptions
 
     def read(self, number: int) -> tuple[Passage, Evidence, list[FloatArray]]:
-        """A passage, what the cache has of it, and what its repeat pays: a layer float32 ``(n_head_kv, N)``."""
+        """Returns a passage, its cached data, and its repeat's attention, for each layer float32 ``(n_head_kv, N)``."""
         text = passage(self.llama, number, self.options.longest, [Path(name) for name in self.options.files])
         self.llama.reset()
         evidence = self.llama.observe(text.tokens, self.method)
@@ -166,10 +166,10 @@ def _digest(file: Path) -> str:
 
 
 class Sums:
-    """What a ridge regression needs of all tokens so far, for every layer and KV head; its size is that of no text.
+    """Sufficient statistics of a ridge regression for every layer and KV head; the size does not depend on the text.
 
-    Features are shifted and scaled by the mean and the deviation that they had in the first passage, so that their
-    products keep their digits; the last feature is the constant.
+    Features are shifted and scaled by their mean and deviation in the first passage, so that their products keep their
+    precision. The last feature is the constant.
     """
 
     LISTS = ("shifts", "scales", "grams", "moments")
@@ -177,18 +177,18 @@ class Sums:
     def __init__(self) -> None:
         self.n_passages = 0
         self.n_tokens = 0
-        self.shifts: list[FloatArray] = []  # (n_head_kv, n_features), as scales
+        self.shifts: list[FloatArray] = []  # (n_head_kv, n_features), and so are the scales
         self.scales: list[FloatArray] = []
         self.grams: list[Float64Array] = []  # (n_head_kv, n_features, n_features)
         self.moments: list[Float64Array] = []  # (n_head_kv, n_features)
 
     def add(self, evidence: Evidence, repeated: Sequence[FloatArray]) -> None:
-        """Count the tokens of a passage, and what its repeat pays to them, a layer float32 ``(n_head_kv, N)``."""
+        """Adds a passage's tokens and its repeat's attention to them, for each layer float32 ``(n_head_kv, N)``."""
         layers = range(len(evidence.layers))
         tables = [np.concatenate([*features(evidence, l)], axis=1) for l in layers] if not self.shifts else None
         if tables is not None:
             for table in tables:
-                # a constant's mean and deviation are not exact: its place is the intercept
+                # the mean and deviation of a constant are not exact; the intercept covers it
                 shift, constant = table.mean(axis=1, dtype=np.float64).astype(np.float32), np.ptp(table, axis=1) == 0
                 shift[:, -1] = 0
                 self.shifts.append(shift)
@@ -211,7 +211,7 @@ class Sums:
         self.n_passages += 1
 
     def solve(self) -> tuple[FloatArray, ...]:
-        """For each layer the weights of features as they are, float32 ``(n_head_kv, n_features)``."""
+        """Returns for each layer the weights of unscaled features, float32 ``(n_head_kv, n_features)``."""
         return tuple(map_layers(self._solve, len(self.grams)))
 
     def _solve(self, l: int) -> FloatArray:
@@ -225,17 +225,17 @@ class Sums:
         return weights.astype(np.float32)
 
     def write(self, file: Path) -> None:
-        """Keep it; ConfigError if the folder cannot be written, which the result will need as well."""
+        """Saves the sums; raises ConfigError if the folder, which the result needs too, is not writable."""
         arrays = {f"{name}{l}": array for name in self.LISTS for l, array in enumerate(getattr(self, name))}
         try:
             with replaced(file) as unfinished:
                 np.savez(unfinished, counts=[self.n_passages, self.n_tokens, len(self.grams)], **arrays)
         except OSError as error:
-            raise ConfigError(f"{file.parent}, where calibrations are kept, cannot be written: {error}") from error
+            raise ConfigError(f"cannot write to {file.parent}, the folder of the calibrations: {error}") from error
 
     @classmethod
     def read(cls, file: Path) -> Sums:
-        """What was kept in ``file``, or an empty one."""
+        """Returns the sums saved in ``file``, or empty ones."""
         sums = cls()
         damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
         with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as arrays:

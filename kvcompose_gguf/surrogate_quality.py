@@ -1,4 +1,4 @@
-"""How close predicted attention is to the repeat's: per layer, and in the plan that comes of it."""
+"""Compares predicted attention with the repeat's, per layer and in the resulting plans."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from .methods.kvcompose import KVCompose
 from .plan import CompositionPlan
 from .queries import Evidence
 
-#: fractions removed that are looked at
+#: the fractions removed that are compared
 RATIOS = (0.5, 0.75, 0.9)
 
 
 def compare(predicted: Sequence[FloatArray], repeated: Sequence[FloatArray], evidence: Evidence) -> dict[str, Any]:
-    """Figures of one passage, for attention float32 ``(n_head_kv, N)`` of each layer.
+    """Returns the figures of one passage, for attention float32 ``(n_head_kv, N)`` of each layer.
 
     Returns:
         rank: for each layer Spearman's correlation over tokens, mean over KV heads.
-        overlap: for each layer and ratio the share of a head's tokens that both keep, if every layer keeps the same
+        overlap: for each layer and ratio, the share of a head's tokens that both keep if every layer keeps the same
             number; mean over KV heads.
-        kept: for each ratio the share of all kept tokens that are the repeat's, in KVCompose's plans.
-        attention: for each ratio what the repeat pays to what is kept, as a share of what it pays to its own choice.
-        budgets: for each ratio the correlation of the layers' ``n_kept``.
+        kept: for each ratio, the share of all kept tokens that the repeat's plan also keeps, in KVCompose's plans.
+        attention: for each ratio, the repeat's attention to the kept tokens, relative to its attention to its own
+            choice.
+        budgets: for each ratio, the correlation of the layers' ``n_kept``.
     """
     rank, overlap = [], []
     for p, r in zip(predicted, repeated, strict=True):
@@ -39,7 +40,7 @@ def compare(predicted: Sequence[FloatArray], repeated: Sequence[FloatArray], evi
     given_scores = [aggregate.add_mean_across_heads(attention) for attention in predicted]
     kept, attention, budgets = [], [], []
     for ratio in RATIOS:
-        method = KVCompose(compression_ratio=ratio, n_sink=0)  # what is forced would agree anyway
+        method = KVCompose(compression_ratio=ratio, n_sink=0)  # without sinks, which would agree in any case
         wanted, given = method.plan(evidence, wanted_scores), method.plan(evidence, given_scores)
         kept.append(_n_common(given, wanted) / max(1, _n_common(wanted, wanted)))
         attention.append(_sum_kept(given, wanted_scores) / _sum_kept(wanted, wanted_scores))
@@ -48,12 +49,12 @@ def compare(predicted: Sequence[FloatArray], repeated: Sequence[FloatArray], evi
 
 
 def rank_correlation(a: FloatArray, b: FloatArray) -> float:
-    """Spearman's; equal values rank in their order."""
+    """Returns Spearman's correlation; equal values rank in index order."""
     return _correlation(_ranks(a), _ranks(b))
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of passages, each what ``compare`` gives and its ``kind``; rounded for a file."""
+    """Returns means over passages, each with the figures of ``compare`` and a ``kind``; rounded for a file."""
     names = ("rank", "overlap", "kept", "attention", "budgets")
     means = {name: np.mean([result[name] for result in results], axis=0).round(4).tolist() for name in names}
     by_kind: dict[str, list[float]] = {}
@@ -64,7 +65,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def quality_tables(quality: dict[str, Any]) -> list[Table]:
-    """What ``summary`` gives, for the terminal: by layer, of whole plans, and by kind of text."""
+    """Returns the figures of ``summary`` as tables: by layer, for whole plans, and by kind of text."""
     removed = [f"{ratio:.0%} removed" for ratio in quality["ratios"]]
     layers = Table("layer", "rank correlation", *(f"same tokens, {text}" for text in removed), box=None)
     for l, (rank, overlap) in enumerate(zip(quality["rank"], quality["overlap"], strict=True)):
@@ -87,7 +88,7 @@ def _overlap(a: FloatArray, b: FloatArray, ratio: float) -> float:
 
 
 def _n_common(a: CompositionPlan, b: CompositionPlan) -> int:
-    """Tokens that the same head keeps in both plans."""
+    """Returns how many tokens the same head keeps in both plans."""
     n_common = 0
     for cells_a, cells_b in zip(a.cells, b.cells, strict=True):
         for head_a, head_b in zip(cells_a, cells_b, strict=True):
@@ -107,7 +108,7 @@ def _ranks(values: FloatArray) -> npt.NDArray[np.float64]:
 
 
 def _correlation(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
-    """Pearson's; of constants 1 if both are, else 0."""
+    """Returns Pearson's correlation; for constants 1 if both are constant, else 0."""
     if a.std() == 0 or b.std() == 0:
         return float(a.std() == b.std())
     return float(np.corrcoef(a, b)[0, 1])

@@ -1,4 +1,4 @@
-"""The terminal's view of a report: answers side by side, kept tokens per layer, bytes and seconds."""
+"""Terminal tables of a report: answers side by side, kept tokens per layer, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _BENCH_COLUMNS = (
 
 
 def print_demo(result: DemoResult, console: Console) -> None:
-    """Answers side by side, layers, memory and time."""
+    """Prints the answers side by side, the layers, and memory and time."""
     console.print(answer_table(result))
     console.print(layer_bars(result.report))
     console.print(cost_table(result))
 
 
 def answer_table(result: DemoResult) -> Table:
-    """A row per question, with both answers and whether they are right, and the counts below."""
+    """Returns a table with a row per question: both answers, marked right or wrong, and the counts below."""
     table = Table(show_footer=True, expand=True)
     rounds = {"full cache": result.full, f"{result.report.compression_ratio:.0%} removed": result.compressed}
     table.add_column("the sentence to finish", ratio=4)
@@ -44,7 +44,7 @@ def answer_table(result: DemoResult) -> Table:
 
 
 def layer_bars(report: KVReport) -> Table:
-    """Tokens that every layer keeps, as horizontal bars on the scale of the whole context."""
+    """Returns horizontal bars of the tokens that every layer keeps, on the scale of the whole context."""
     table = Table.grid(padding=(0, 1), expand=True)
     table.add_column(justify="right")
     table.add_column(ratio=1)
@@ -56,7 +56,7 @@ def layer_bars(report: KVReport) -> Table:
 
 
 def cost_table(result: DemoResult) -> Table:
-    """Bytes and seconds of both rounds."""
+    """Returns a table of the bytes and seconds of both rounds."""
     report, full, compressed = result.report, result.full, result.compressed
     n_questions = len(result.questions)
     table = Table("", "full cache", "compressed", caption="allocated: with the room for new tokens", expand=True)
@@ -70,7 +70,7 @@ def cost_table(result: DemoResult) -> Table:
 
 
 def bench_table(result: BenchResult, n_tokens: int) -> Table:
-    """Time and memory of every variant at one context size, a row each."""
+    """Returns a table of time and memory of every variant at one context size, one row each."""
     rows = result.of_size(n_tokens)
     table = Table(
         title=f"{n_tokens:,} tokens of context, {rows[0].n_ctx:,} cells",

@@ -3,10 +3,10 @@
 
     python scripts/bench_answers.py [--model smollm2] [--samples 20] [--modes repeat,window] [--type-kv 8]
 
-Regime: prompts of N tokens, the demo document's sentences in seeded order with one needle sentence at a seeded depth.
-The prompt is prefilled once, scored in every mode without the question, and composed at every ratio from the same
-scores. Greedy, 16 tokens; right if the needle's number occurs. The last line is one JSON document. Give it the machine
-alone.
+Regime: prompts of N tokens, made of the demo document's sentences in seeded order, with one needle sentence at a seeded
+depth. Each prompt is prefilled once, scored in every mode without the question, and composed at every ratio from the
+same scores. Answers are greedy, 16 tokens, and right if they contain the needle's number. The last line is one JSON
+document. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLACES = ("boathouse", "library", "old mill", "north gate", "wine cellar", "bake
 
 
 def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, str]:
-    """Context tokens, the sentence to finish and the number that finishes it."""
+    """Returns the context tokens, the sentence to finish, and the number that finishes it."""
     rng = np.random.default_rng(seed)
     sentences = [s.strip() for s in re.split(r"(?<=[.!?])\s+", document().replace("#", "")) if len(s.strip()) > 20]
     sentences = [sentences[i] for i in rng.permutation(len(sentences))]

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What do scores, scoring modes and the elastic cache cost, as ratios to the same work without them?
+"""What do scores, scoring modes and the elastic cache cost, relative to the same work without them?
 
     python scripts/bench_native.py [MODEL] [--n-tokens 2048,8000] [--repeats 5] [--threads 2]
 
-* scores: one decode of 512 tokens on top of N (KVCompose's repeat), with scoring, without it on the package's flash
-  attention, and without it on llama.cpp's own;
-* modes: a whole prefill and what each mode adds to it;
-* elastic: prefill and decoding with a cache that grows against one that is allocated whole.
+* scores: one decode of 512 tokens on top of N (KVCompose's repeat), with scoring, without scoring on the package's
+  flash attention, and without scoring on llama.cpp's own;
+* modes: a whole prefill, and the time that each mode adds to it;
+* elastic: prefill and decoding with a cache that grows, and with one that is allocated at once.
 
-Sides alternate within one process, one warm-up each, medians. The last line of output is a JSON document.
+The sides alternate within one process, with one warm-up each; medians. The last line of output is a JSON document.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ N_DECODE = 64
 
 
 def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, ``repeats`` times in turn after a warm-up."""
+    """Returns the seconds of each side, which run ``repeats`` times in turn after a warm-up."""
     for side in sides.values():
         side()
     samples: dict[str, list[float]] = {name: [] for name in sides}
@@ -49,7 +49,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def show(title: str, samples: dict[str, list[float]], base: str) -> dict[str, Any]:
-    """Print medians and ratios to ``base``, sample by sample; returns them for the document."""
+    """Prints medians, and ratios to ``base`` sample by sample; returns them for the document."""
     out: dict[str, Any] = {"samples": samples, "ratio": {}}
     for name, values in samples.items():
         ratios = [value / other for value, other in zip(values, samples[base], strict=True)]
@@ -130,7 +130,7 @@ def bench_elastic(make: Callable[..., Llama], ids: list[int], n_ctx: int, repeat
 
         def steps(llama: Llama = llama) -> None:
             llama.reset()
-            for first in range(0, len(ids), 256):  # too few at a time to be made room for at once
+            for first in range(0, len(ids), 256):  # too few at a time to allocate room for all at once
                 llama.eval(ids[first : first + 256])
 
         def decode(llama: Llama = llama) -> None:

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""``kvcompose serve`` beside llama-server: token rates of one client, and latencies under load.
+"""Compares ``kvcompose serve`` with llama-server: token rates of one client, and latencies under load.
 
     python scripts/bench_server.py rate MODEL --llama-server BIN [--n-tokens 512,8000] [--repeats 5]
     python scripts/bench_server.py load MODEL [--llama-server BIN] [--clients 8] [--minutes 10]
 
-``rate``: both servers run, one request at a time, sides alternating; a prompt is read once, then continued by
-``--n-predict`` tokens for every repeat; tokens a second are of the client's clock, from the first to the last token.
-``load``: one server after the other; every client sends its own seeded sequence of requests, the same to both servers:
-prompts of 40 to 3,000 tokens, some continuing an earlier one, answers of 8 to 128 tokens. Memory is the process's
-resident set. The last line is one JSON document. Give it the machine alone.
+``rate``: both servers run, one request at a time, with alternating sides. A prompt is read once, then continued by
+``--n-predict`` tokens in every repeat. The client's clock gives the tokens per second, from the first to the last
+token.
+``load``: one server after the other. Every client sends its own seeded sequence of requests, the same to both servers:
+prompts of 40 to 3,000 tokens, some of which continue an earlier one, and answers of 8 to 128 tokens. Memory is the
+process's resident set. The last line is one JSON document. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from bench_speed import cpu_name
 from kvcompose_gguf.evaluation.texts import load_texts
 from kvcompose_gguf.run import resolve_model
 
-#: shares of the requests under load: tokens of the prompt, tokens of the answer
+#: the mix of requests under load: tokens of the prompt, tokens of the answer
 LENGTHS = ((40, 128), (40, 32), (300, 64), (300, 16), (1000, 32), (1000, 96), (3000, 8), (3000, 64))
-#: how often a request continues the client's previous one, as a conversation does
+#: how often a request continues the client's previous one, as in a conversation
 P_CONTINUE = 0.3
 
 
 @dataclass
 class Running:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     process: psutil.Process
@@ -56,7 +57,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(command: Sequence[str]) -> Iterator[Running]:
-    """Starts a server, until the end of the ``with``."""
+    """Starts a server for the duration of the ``with`` block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -83,7 +84,7 @@ def _is_healthy(url: str) -> bool:
 
 @dataclass
 class Answer:
-    """When the tokens of an answer came, in seconds after the request; its final event."""
+    """Arrival times of an answer's tokens in seconds after the request, and its final event."""
 
     times: list[float] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +95,7 @@ class Answer:
 
 
 def ask(client: httpx2.Client, url: str, **body: Any) -> Answer:
-    """A streamed completion; RuntimeError if it fails."""
+    """Returns a streamed completion; raises RuntimeError if it fails."""
     answer, start = Answer(), time.perf_counter()
     with client.stream("POST", f"{url}/completion", json={"stream": True, "ignore_eos": True, **body}) as response:
         if response.status_code != 200:
@@ -115,15 +116,15 @@ def ask(client: httpx2.Client, url: str, **body: Any) -> Answer:
 
 
 def tokens_of(url: str, n: int) -> list[int]:
-    """Prose, no sentence twice."""
-    text = " ".join(load_texts("generated").prose(n))  # a word is a token or more
+    """Returns prose in which no sentence repeats."""
+    text = " ".join(load_texts("generated").prose(n))  # a word is at least one token
     return list(httpx2.post(f"{url}/tokenize", json={"content": text}, timeout=60).json()["tokens"][:n])
 
 
 def ours(args: argparse.Namespace, n_parallel: int, n_ctx: int) -> list[str]:
     return [
         sys.executable, "-m", "kvcompose_gguf", "serve", "-m", str(args.path), "-c", str(n_ctx), "-np", str(n_parallel),
-        "--threads", str(args.threads), "--kv-compress", str(args.ratio),
+        "--threads", str(args.threads), "--compression-ratio", str(args.ratio),
     ]  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def rate(args: argparse.Namespace) -> dict[str, Any]:
                 for name, (url, more) in sides.items():
                     answer = ask(client, url, prompt=prose[:n], n_predict=args.n_predict, seed=repeat, **more)
                     if repeat == 0:
-                        first[name] = answer.times[0]  # the prompt is read now, and in the cache from then on
+                        first[name] = answer.times[0]  # the prompt has been read now, and stays in the cache
                     else:
                         rates[name].append(answer.rate)
             result[str(n)] = {
@@ -185,7 +186,7 @@ def rate(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class Load:
-    """What many clients saw."""
+    """Measurements of many clients."""
 
     first: list[tuple[int, float]] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -198,7 +199,7 @@ class Load:
 def client_of(number: int, url: str, prose: list[int], end: float, load: Load) -> None:
     random_ = random.Random(number)
     prompt: list[int] = []
-    # a connection for each request: llama-server closes those that are kept, and clients may see that as an error
+    # one connection per request: llama-server closes idle connections, which clients may see as an error
     with httpx2.Client(timeout=3600, limits=httpx2.Limits(max_keepalive_connections=0)) as client:
         while time.monotonic() < end:
             n_prompt, n_predict = random_.choice(LENGTHS)
@@ -258,14 +259,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("rate", "load"))
     parser.add_argument("model", help="a fetched model's name or a .gguf file")
-    parser.add_argument("--llama-server", help="llama-server's program, of the pinned source")
+    parser.add_argument("--llama-server", help="llama-server executable, built from the pinned source")
     parser.add_argument("--ratio", type=float, default=0.75)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--n-tokens", default="512,8000", help="rate: of the prompts")
-    parser.add_argument("--n-predict", type=int, default=128, help="rate: of the answers")
+    parser.add_argument("--n-tokens", default="512,8000", help="rate: prompt lengths")
+    parser.add_argument("--n-predict", type=int, default=128, help="rate: answer length")
     parser.add_argument("--repeats", type=int, default=5, help="rate")
     parser.add_argument("--clients", type=int, default=8, help="load")
-    parser.add_argument("--parallel", type=int, default=4, help="load: slots, of 4,096 tokens")
+    parser.add_argument("--parallel", type=int, default=4, help="load: number of slots, 4,096 tokens each")
     parser.add_argument("--minutes", type=float, default=10, help="load")
     args = parser.parse_args()
     args.path = Path(resolve_model(args.model))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""How much faster is decoding from a compressed cache, and what does compressing cost beside the prefill?
+"""How much faster is decoding from a compressed cache, and how long does compressing take relative to the prefill?
 
     python scripts/bench_speed.py [--model smollm2] [--n-tokens 8000] [--ratio 0.75] [--threads 2]
 
-Regime: one prompt of N seeded tokens, flash attention, f16 cache; then 32-token runs at position N from the full and
-from the compressed cache, alternating in one process. The last line is one JSON document. Give it the machine alone.
+Regime: one prompt of N seeded tokens, flash attention, f16 cache. Then 32-token runs at position N from the full and
+from the compressed cache alternate in one process. The last line is one JSON document. Run nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def cpu_name() -> str:
 
 
 def context_tokens(llama: Llama, n_tokens: int) -> list[int]:
-    """Prose, repeated as often as it takes: the speed does not depend on what it says."""
+    """Returns prose, repeated to the length; the speed does not depend on its content."""
     tokens = llama._prompt_tokens(document())
     return (tokens * (n_tokens // len(tokens) + 1))[:n_tokens]
 
 
 def decode_seconds(llama: Llama, n_tokens: int, n_decode: int) -> float:
-    """Wall time of ``n_decode`` single-token decodes at position ``n_tokens``, which are forgotten again."""
+    """Returns the wall time of ``n_decode`` single-token decodes at position ``n_tokens``; removes the tokens again."""
     start = time.perf_counter()
     for token in range(1000, 1000 + n_decode):
         llama.eval([token])

@@ -3,10 +3,10 @@
 
     python scripts/bench_ttft.py MODEL [--method kvcompose,scoring=surrogate] [--n-tokens 4000,8000] [--repeats 5]
 
-Regime: one process and one context; a prompt of N seeded tokens of prose, greedy, until the first token is there. Every
-repeat measures on the same prompt, each time from an empty cache: llama.cpp as it is ("plain"), our attention kernel
-without a compression ("read"), and the method ("compressed"). The last line is one JSON document. Give it the machine
-alone.
+Regime: one process and one context. A prompt of N seeded tokens of prose is read, greedy, until the first token. Every
+repeat measures the same prompt, each time from an empty cache: unmodified llama.cpp ("plain"), our attention kernel
+without compression ("read"), and the method ("compressed"). The last line is one JSON document. Run nothing else on
+the machine meanwhile.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Build the patched llama.cpp and put it where kvcompose_gguf finds it (kvcompose_gguf/lib).
+"""Builds the patched llama.cpp and puts it where kvcompose_gguf finds it (kvcompose_gguf/lib).
 
     python scripts/build_native.py
     CMAKE_ARGS="-DGGML_CUDA=on" python scripts/build_native.py      (GGML_METAL, GGML_VULKAN, … alike)
 
-A result is kept in the user's cache by a hash of version, patches and flags: the next checkout or CI run copies it.
+The user's cache keeps the result under a hash of version, patches and flags; the next checkout or CI run copies it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LIB_DIR = ROOT / "kvcompose_gguf" / "lib"
 FLAGS = [
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
-    "-DGGML_RPC=ON",  # small, and nothing listens unless `kvcompose rpc-server` is started
-    # next to each other in one folder, without the symlinks that a wheel cannot hold
+    "-DGGML_RPC=ON",  # small; it listens only if `kvcompose rpc-server` is started
+    # all libraries in one folder, without symlinks, which a wheel cannot hold
     "-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON",
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
     "-DCMAKE_INSTALL_RPATH=" + ("@loader_path" if sys.platform == "darwin" else "$ORIGIN"),
@@ -41,12 +41,12 @@ FLAGS = [
 
 
 def user_flags() -> list[str]:
-    """CMAKE_ARGS without the flag that tells llama-cpp-python not to build a llama.cpp of its own."""
+    """Returns CMAKE_ARGS without the flag that stops llama-cpp-python from building its own llama.cpp."""
     return [flag for flag in shlex.split(os.environ.get("CMAKE_ARGS", "")) if not flag.startswith("-DLLAMA_BUILD=")]
 
 
 def cpu_id() -> str:
-    """ggml compiles for the CPU it is built on, so a cache that moves with $HOME must not be reused on another."""
+    """Identifies the CPU: ggml compiles for the build machine's CPU, so another CPU must not reuse the build."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -71,7 +71,7 @@ def need(program: str, hint: str) -> str:
 
 
 def build(target: Path, flags: list[str], jobs: int, stock: bool) -> None:
-    """Compile into ``target``, which appears only when everything has worked."""
+    """Compiles into ``target``, which appears only after everything has succeeded."""
     need("git", "install git")
     cmake = need("cmake", "`pip install cmake ninja`, or your system's package")
     pin = read_pin()
@@ -93,21 +93,21 @@ def build(target: Path, flags: list[str], jobs: int, stock: bool) -> None:
         patterns = ("*.so", "*.dylib", "*.dll", "*.metallib")
         for path in (p for pattern in patterns for p in (work / "build" / "bin").rglob(pattern)):
             shutil.copy(path, out / path.name)
-        if not stock and "-fsanitize" not in " ".join(flags):  # which needs its runtime loaded first
+        if not stock and "-fsanitize" not in " ".join(flags):  # a sanitized library needs its runtime loaded first
             check_symbols(out)
 
         _, bindings = unpack(pin, work / "sdist")
         shutil.copytree(bindings, out / "bindings" / "llama_cpp", ignore=shutil.ignore_patterns("lib", "__pycache__"))
         shutil.copy(bindings.parent / "LICENSE.md", out / "bindings" / "LICENSE.llama-cpp-python.md")
         shutil.copy(tree / "LICENSE", out / "LICENSE.llama.cpp")
-        with contextlib.suppress(OSError):  # another process may have been faster with the same build
+        with contextlib.suppress(OSError):  # another process may have finished the same build first
             os.replace(out, target)
     if not target.exists():
         raise BuildError(f"{target} could not be written")
 
 
 def check_symbols(folder: Path) -> None:
-    """A patch that did not apply leaves a library that loads and lacks our functions."""
+    """Raises if the library lacks our functions; after a failed patch it would still load."""
     library = next((p for p in folder.iterdir() if p.stem in ("libllama", "llama")), None)
     if library is None:
         raise BuildError(f"the build left no libllama in {folder}: {sorted(p.name for p in folder.iterdir())}")
@@ -116,11 +116,11 @@ def check_symbols(folder: Path) -> None:
 
 
 def cached_build(jobs: int | None = None, stock: bool = False, flags: list[str] | None = None) -> Path:
-    """The libraries in the user's cache, compiled if they are not there yet.
+    """Returns the folder of the libraries in the user's cache; compiles them if they are missing.
 
     Args:
-        stock: llama.cpp as it is, which tests compare with.
-        flags: for cmake instead of those in CMAKE_ARGS.
+        stock: build unmodified llama.cpp, which tests compare with.
+        flags: flags for cmake, instead of those in CMAKE_ARGS.
     """
     flags = user_flags() if flags is None else flags
     target = CACHE / "native" / build_key(flags, stock)
@@ -132,7 +132,7 @@ def cached_build(jobs: int | None = None, stock: bool = False, flags: list[str] 
 
 
 def ensure(jobs: int | None = None) -> Path:
-    """kvcompose_gguf/lib filled from the cache; returns it."""
+    """Fills kvcompose_gguf/lib from the cache; returns it."""
     target = cached_build(jobs)
     stamp = LIB_DIR / "BUILD_KEY"
     if not stamp.exists() or stamp.read_text() != target.name:
@@ -144,9 +144,9 @@ def ensure(jobs: int | None = None) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-j", "--jobs", type=int, help="compiler processes, default: one per core")
+    parser.add_argument("-j", "--jobs", type=int, help="number of compiler processes; default: one per core")
     parser.add_argument(
-        "--stock", action="store_true", help="llama.cpp without patches, for the tests: stays in the cache"
+        "--stock", action="store_true", help="build llama.cpp without patches for the tests; it stays in the cache"
     )
     args = parser.parse_args()
     if args.stock:

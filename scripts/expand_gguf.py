@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The same weights as bfloat16, for evaluations: prompts are read faster where the CPU multiplies bfloat16.
+"""Writes the same weights as bfloat16, for evaluations: prompts are read faster if the CPU multiplies bfloat16.
 
     python scripts/expand_gguf.py smollm2 smollm2-bf16.gguf
 
-Quantized tensors are dequantized and rounded to 8 bits of mantissa, all else is copied. On a CPU with AVX512-BF16, one
+Quantized tensors are dequantized and rounded to 8 bits of mantissa; the rest is copied. On a CPU with AVX512-BF16, one
 thread reads 2,048 tokens of SmolLM2-135M (Q4_1) in 6.3 s instead of 16.2 s; decoding gets no faster.
 """
 
@@ -22,11 +22,11 @@ F32, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16
 
 
 def expand(source: Path, out: Path) -> None:
-    """Write the model file ``source`` with bfloat16 weights to ``out``."""
+    """Writes the model file ``source`` with bfloat16 weights to ``out``."""
     reader = GGUFReader(source)
     writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
     for key, value in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture":  # the writer's own
+        if key.startswith("GGUF.") or key == "general.architecture":  # the writer adds these itself
             continue
         element = value.types[-1] if value.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(key, value.contents(), value.types[0], sub_type=element)

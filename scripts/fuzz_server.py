@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Requests at random against ``kvcompose serve`` on a tiny model, made by schemathesis from the server's description.
+"""Sends random requests to ``kvcompose serve`` on a tiny model; schemathesis makes them from the server's description.
 
     pip install schemathesis
     python scripts/fuzz_server.py [--examples 300] [--seed 1]
 
-Any answer of 500, and any end of the server, is a finding; 501 says that something is not offered, 503 that the queue
-is full, 504 that a request took longer than the second that it has here. After the run the server has to answer an
-ordinary request as it did before it.
+Status 500, or the end of the server, counts as a finding. Allowed are 501 (not offered), 503 (the queue is full) and
+504 (a request took longer than its limit of one second). After the run the server must answer an ordinary request as it
+did before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ enabled = true
 expected-statuses = ["2xx", "3xx", "4xx", 501, 503, 504]
 """
 
-#: shows tools, so that requests with them get further than "not offered"
+#: shows tools, so that requests with tools are not refused as "not offered"
 TEMPLATE = """{% if tools %}{{ tools | tojson }}<tool_call>{% endif -%}
 {% for m in messages %}{{ m.role }}: {{ m.content }}
 {% endfor %}"""
@@ -47,7 +47,7 @@ def answer(address: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=300, help="of every route and kind of request")
+    parser.add_argument("--examples", type=int, default=300, help="number for every route and kind of request")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -70,11 +70,11 @@ def main() -> None:
             ]  # fmt: skip
             ended = subprocess.run(command, cwd=theirs, capture_output=True, text=True)
             print(ended.stdout[-6000:], ended.stderr[-2000:])
-            assert answer(address) == before, "the server answers otherwise now"
+            assert answer(address) == before, "the server's answer has changed"
             metrics = httpx2.get(f"{address}/metrics").text
             print(re.findall(r"^llamacpp:(?:tokens_predicted|prompt_tokens)_total .*", metrics, re.MULTILINE))
             assert set(folder.iterdir()) == {model, settings, slots, theirs}, list(folder.iterdir())
-            print(f"{len(list(slots.rglob('*')))} files in the folder of slots, none beside it")
+            print(f"{len(list(slots.rglob('*')))} files in the slots' folder, none outside of it")
     sys.exit(ended.returncode)
 
 

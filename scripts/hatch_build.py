@@ -1,4 +1,4 @@
-"""Build hook: a wheel carries the native library, an editable install leaves it in the checkout."""
+"""Build hook: a wheel includes the native library; an editable install leaves it in the checkout."""
 
 from __future__ import annotations
 

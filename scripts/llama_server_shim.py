@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""A server behind llama-server's command line, for llama.cpp's own server tests.
+"""Offers llama-server's command line for llama.cpp's own server tests.
 
     LLAMA_SERVER_BIN_PATH=$PWD/scripts/llama_server_shim.py KVC_TEST_MODEL=smollm2 pytest unit/test_basic.py
 
-Whatever model a test asks for, it gets ``KVC_TEST_MODEL``. The server is ``kvcompose serve``, or the llama-server that
-``KVC_TEST_SERVER`` names, so that both can be compared on one model. Options that are not ours are accepted and do
-nothing, so that a test of what they do fails by itself and not because the server did not start.
+Every test gets ``KVC_TEST_MODEL``, whichever model it asks for. The server is ``kvcompose serve``, or the llama-server
+that ``KVC_TEST_SERVER`` names, so that one model can compare both. Options that we do not have are accepted and
+ignored, so that a test of such an option fails on its own, and not because the server did not start.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-#: of llama-server's options, those that name a model, and how many values they have
+#: llama-server's options that name a model, and how many values each takes
 MODEL_OPTIONS = {"--hf-repo": 1, "--hf-file": 1, "--model": 1, "--model-url": 1, "--offline": 0}
 
-#: of vectors where a test does not say: the models that they are for have one of their own
+#: for embeddings if a test names no pooling: the models of those tests define their own
 POOLING = "mean"
 
 
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_llama_server(program: str) -> None:
-    """Becomes llama-server, with our model in the place of a test's."""
+    """Replaces this process by llama-server, with our model instead of the test's."""
     given, arguments, has_model = iter(sys.argv[1:]), [program], False
     for argument in given:
         if argument in MODEL_OPTIONS:

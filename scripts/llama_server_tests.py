@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""llama.cpp's own server tests against ``kvcompose serve``: a table of what passes, beside llama-server itself.
+"""Runs llama.cpp's own server tests against ``kvcompose serve`` and prints the results, next to llama-server's own.
 
     python scripts/llama_server_tests.py LLAMA_CPP [--llama-server BIN] [--model smollm2] [--files basic,security,...]
 
 LLAMA_CPP is a checkout of the pinned version (patches/LLAMA_CPP_VERSION), BIN a llama-server built from it. The tests
-ask for small models by name and get ``--model`` instead (scripts/llama_server_shim.py), so those that expect a certain
-model's tokens or words fail, which llama-server's column shows. Needs what tools/server/tests/requirements.txt lists,
-and pytest-timeout. The last line is one JSON document.
+ask for small models by name and get ``--model`` instead (scripts/llama_server_shim.py). So tests that expect a certain
+model's tokens or words fail, as llama-server's column shows. Needs the packages in
+tools/server/tests/requirements.txt, and pytest-timeout. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import os
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree  # pytest's own report
+import xml.etree.ElementTree as ElementTree  # parses pytest's own report
 from collections import Counter
 from pathlib import Path
 
-#: of those that can be run without a network and other models
+#: the test files that need no network and no other models
 FILES = (
     "tokenize,basic,security,metrics,template,ignore_eos,completion,chat_completion,slot_save,infill,embedding,"
     "ctx_shift,tool_call"
 )
 
-#: the tests' session begins with a start of all servers that they know, to download models
+#: the tests' session first starts all servers that it knows, to download models; this skips it
 PLUGIN = """
 def pytest_collection_finish(session):
     import utils
@@ -38,7 +38,7 @@ Outcome = tuple[str, str]
 
 
 def run(tests: Path, names: list[str], model: str, server: str | None) -> dict[str, dict[str, Outcome]]:
-    """What became of each test of each file, and why."""
+    """Runs the tests; returns each test's outcome and reason, by file."""
     env = os.environ | {
         "LLAMA_SERVER_BIN_PATH": str(Path(__file__).parent.resolve() / "llama_server_shim.py"),
         "KVC_TEST_MODEL": model,

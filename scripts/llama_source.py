@@ -1,4 +1,4 @@
-"""The pinned llama.cpp source: fetch, verify, unpack, patch. Shared by build_native.py and patches.py."""
+"""Fetches, verifies, unpacks and patches the pinned llama.cpp source. Shared by build_native.py and patches.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATCHES = ROOT / "patches"
 CACHE = Path(platformdirs.user_cache_dir("kvcompose-gguf"))
 
-# patches have to come out of git the same everywhere, whatever the user's configuration
+# git must write patches in the same way everywhere, whatever the user's configuration
 GIT = [
     "git", "-c", "user.name=kvcompose-gguf", "-c", "user.email=kvcompose-gguf@localhost", "-c", "commit.gpgsign=false",
     "-c", "core.autocrlf=false", "-c", "init.defaultBranch=main", "-c", "format.useAutoBase=false",
@@ -36,7 +36,7 @@ class BuildError(SystemExit):
 
 @dataclass(frozen=True)
 class Pin:
-    """patches/LLAMA_CPP_VERSION."""
+    """The contents of patches/LLAMA_CPP_VERSION."""
 
     bindings: str
     archive: str
@@ -52,7 +52,7 @@ def patch_files() -> list[Path]:
     return sorted(PATCHES.glob("*.patch"))
 
 
-#: folders of patches/src, and where their files belong in llama.cpp
+#: folders of patches/src, and the places of their files in llama.cpp
 OWN_SOURCES = {"llama": "src", "ggml-cpu": "ggml/src/ggml-cpu"}
 
 
@@ -61,12 +61,12 @@ def own_sources() -> list[Path]:
 
 
 def place_of(source: Path) -> Path:
-    """Where one of our own files goes, relative to llama.cpp's root."""
+    """Returns the path of one of our own files, relative to llama.cpp's root."""
     return Path(OWN_SOURCES[source.parent.name]) / source.name
 
 
 def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
-    """Run ``command``; on failure end with the last lines of what it printed."""
+    """Runs ``command``; if it fails, ends the script with the last lines of its output."""
     result = subprocess.run(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
@@ -76,12 +76,12 @@ def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None 
 
 
 def archive_path(pin: Pin) -> Path:
-    """The source archive in the user's cache, downloaded once through pip and checked every time."""
+    """Returns the source archive in the user's cache; downloads it once through pip, and checks its hash every time."""
     path = CACHE / "sources" / pin.archive
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            # pip asks an archive for its metadata; LLAMA_BUILD=OFF keeps that from compiling anything
+            # pip asks an archive for its metadata; LLAMA_BUILD=OFF keeps this from compiling
             env = os.environ | {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
             run(
                 [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python",
@@ -92,12 +92,12 @@ def archive_path(pin: Pin) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != pin.sha256:
         path.unlink()
-        raise BuildError(f"{pin.archive} has sha256 {digest}, {pin.sha256} is pinned: removed it, try again")
+        raise BuildError(f"{pin.archive} has sha256 {digest}, not {pin.sha256}; the file was removed: try again")
     return path
 
 
 def unpack(pin: Pin, folder: Path) -> tuple[Path, Path]:
-    """Unpack into ``folder``; returns the folders of llama.cpp and of the bindings' package."""
+    """Unpacks into ``folder``; returns the folders of llama.cpp and of the bindings' package."""
     with tarfile.open(archive_path(pin)) as archive:
         if sys.version_info >= (3, 12):
             archive.extractall(folder, filter="data")
@@ -108,9 +108,9 @@ def unpack(pin: Pin, folder: Path) -> tuple[Path, Path]:
 
 
 def patched_tree(pin: Pin, folder: Path, n_patches: int | None = None) -> Path:
-    """llama.cpp in ``folder`` as a git repository of its own: commit ``pristine``, then one commit a patch.
+    """Makes ``folder`` a git repository of llama.cpp; returns its tree: commit ``pristine``, then one commit per patch.
 
-    `git apply` inside of another repository changes nothing and exits 0; `git am` in a repository of its own cannot.
+    `git apply` inside another repository changes nothing and exits 0; `git am` in a separate repository avoids this.
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
         llama, _ = unpack(pin, Path(unpacked))
@@ -129,7 +129,7 @@ def patched_tree(pin: Pin, folder: Path, n_patches: int | None = None) -> Path:
 
 
 def export_patches(tree: Path, folder: Path) -> list[Path]:
-    """Write the commits of ``tree`` after ``pristine`` as patch files into ``folder``."""
+    """Writes the commits of ``tree`` after ``pristine`` as patch files into ``folder``."""
     options = ["--zero-commit", "--no-signature", "--no-numbered", "--full-index", "--keep-subject"]
     run([*GIT, "format-patch", "-q", *options, "-o", str(folder), "pristine..HEAD"], cwd=tree)
     return sorted(folder.glob("*.patch"))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Work on the patches of llama.cpp.
+"""Works on the patches of llama.cpp.
 
-python scripts/patches.py tree DIR      a patched git tree to edit: commits after `pristine` are the patches
-python scripts/patches.py export DIR    write the tree's commits and our own files in it back to patches/
-python scripts/patches.py check         the patches apply, and export again byte by byte
-python scripts/patches.py prefixes      every prefix of the series compiles (an hour on 2 cores)
+python scripts/patches.py tree DIR      make a patched git tree to edit; commits after `pristine` are the patches
+python scripts/patches.py export DIR    write the tree's commits, and our own files in it, back to patches/
+python scripts/patches.py check         check that the patches apply, and export again byte by byte
+python scripts/patches.py prefixes      compile every prefix of the series (an hour on 2 cores)
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check() -> None:
             raise BuildError(f"exported {[p.name for p in made]}, patches/ has {[p.name for p in want]}")
         changed = [a.name for a, b in zip(made, want, strict=True) if a.read_bytes() != b.read_bytes()]
         if changed:
-            raise BuildError(f"not the same after applying and exporting: {changed}")
+            raise BuildError(f"changed by applying and exporting: {changed}")
     print(f"{len(want)} patches apply and export byte-identical")
 
 
@@ -66,7 +66,7 @@ def prefixes() -> None:
         work = Path(name)
         for n in range(1, len(patch_files()) + 1):
             source = patched_tree(read_pin(), work / f"llama.cpp-{n}", n)
-            build = work / "build"  # unchanged files are compiled once: the path of the sources stays the same
+            build = work / "build"  # a fixed path lets unchanged files be compiled only once
             shutil.rmtree(work / "llama.cpp", ignore_errors=True)
             source.rename(work / "llama.cpp")
             run(["cmake", "-S", str(work / "llama.cpp"), "-B", str(build), "-G", "Ninja", *FLAGS, *user_flags()])

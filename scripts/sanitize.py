@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Run the native tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer (Linux, GCC or Clang).
+"""Runs the native tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer (Linux, GCC or Clang).
 
     python scripts/sanitize.py [pytest arguments]      (default: the tests of the native part)
 
-The build takes minutes and is kept in the user's cache. Ends with pytest's exit code; a finding ends the process of the
-tests with a report. What UBSan says is printed; lines about llama.cpp's own sources are theirs.
+The build takes minutes and stays in the user's cache. Exits with pytest's exit code. A finding of AddressSanitizer ends
+the test process with a report. UBSan's findings are printed; lines about llama.cpp's own sources are not ours.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TESTS = ["scores", "compose", "native", "elastic", "kv_types", "architectures", 
 
 
 def runtime(name: str) -> str:
-    """Path of the compiler's shared sanitizer runtime."""
+    """Returns the path of the compiler's shared sanitizer runtime."""
     compiler = os.environ.get("CXX", "c++")
     command = [compiler, f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -44,7 +44,7 @@ def main() -> None:
     env = os.environ | {
         "LLAMA_CPP_LIB_PATH": str(target),
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')} {runtime('libstdc++.so')}",
-        # Python keeps what it has until the end
+        # Python keeps some memory until it exits
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""How much do cheap scores agree with the repeat's?
+"""How well do cheap scores agree with the repeat's?
 
     python scripts/score_agreement.py MODEL [--n-tokens 2048] [--samples 6]
 
-On contexts of RULER's tasks, for every layer and KV head: Spearman's rank correlation with the whole repeat's scores,
-and the share of the tokens kept at 50, 75 and 87.5 % removed that the repeat keeps as well, if every layer keeps as
-many. Means over heads, layers and contexts; seconds are one thread's.
+Measures on contexts of RULER's tasks, for every layer and KV head: Spearman's rank correlation with the whole repeat's
+scores; and, at 50, 75 and 87.5 % removed, the share of the kept tokens that the repeat also keeps if every layer keeps
+the same number. Means over heads, layers and contexts; the seconds are those of one thread.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
         scores = {}
         for spec, method in methods.items():
             if method.attention_request is None or "prefill" not in spec:
-                llama.prefill(context)  # not a part of the method's seconds
+                llama.prefill(context)  # not part of the method's seconds
             start = time.perf_counter()
             scores[spec] = method.scores(llama.observe(context, method))
             seconds[spec].append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""The whole chain in a process of its own, for devices: prints scores, bytes and logits as JSON.
+"""Runs the whole chain in its own process, for devices; prints scores, bytes and logits as JSON.
 
     python chain.py MODEL OPTIONS [ENDPOINT …]
 """
@@ -17,7 +17,7 @@ import tiny
 
 N = 300
 
-#: caches that the device tests run with
+#: cache types for the device tests
 CACHES = [
     pytest.param({"flash_attn": False, "type_k": 0, "type_v": 0}, id="transposed-v"),
     pytest.param({"flash_attn": True, "type_k": 1, "type_v": 1}, id="flash"),
@@ -26,8 +26,8 @@ CACHES = [
 
 
 def run(path: Path, options: dict[str, Any], endpoints: list[str] = [], env: dict[str, str] | None = None) -> dict[str, Any]:  # noqa: B006
-    """What :func:`main` prints for a model of tiny.GQA_QUIET's weights, in another process: a device that was added
-    stays, and an error of a server ends the process."""
+    """Returns what :func:`main` prints for a model with tiny.GQA_QUIET's weights, run in another process, because an added
+    device stays and a server's error ends the process."""
     command = [sys.executable, __file__, str(path), json.dumps(options), *endpoints]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -35,7 +35,7 @@ def run(path: Path, options: dict[str, Any], endpoints: list[str] = [], env: dic
 
 
 def compare(device: dict[str, Any], local: dict[str, Any], score_error: float, logit_error: float) -> None:
-    """Assert that both are the same chain, and print how far apart they are."""
+    """Asserts that both runs of the chain agree, and prints the largest differences."""
     assert device["rows"] == local["rows"]
     assert device["bytes"] < 0.6 * device["bytes_full"]
     biased = ["plain", "biased"] if "biased" in local else []

@@ -1,4 +1,4 @@
-"""Models and libraries for the tests."""
+"""Fixtures: models and libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinyConfig], Path]:
-    """Path of the GGUF of a tiny configuration, written once."""
+    """Returns the path of a tiny configuration's GGUF, which is written once."""
     folder = tmp_path_factory.mktemp("tiny")
     paths: dict[tiny.TinyConfig, Path] = {}
 
@@ -39,7 +39,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.TinyC
 
 @pytest.fixture
 def make_llama(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Any:
-    """Builds a Llama on a tiny model and closes it after the test. f32 caches, so that numpy is comparable."""
+    """Builds a Llama on a tiny model and closes it after the test. The caches are f32, to compare with numpy."""
     from kvcompose_gguf import Llama  # loads the library, which the pure tests do without
 
     made: list[Llama] = []
@@ -68,19 +68,19 @@ def start(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Iterator[Callable[..
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    """Path of the real model, fetched into the user's cache once."""
+    """Returns the path of the real model, which is fetched into the user's cache once."""
     from kvcompose_gguf import models
 
     return str(models.fetch("smollm2"))
 
 
 def last_logits(llama: Llama) -> np.ndarray:
-    """Logits of the latest decode's last token, float32 (n_vocab,)."""
+    """Returns the logits of the latest decode's last token, float32 (n_vocab,)."""
     return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).copy()
 
 
 def greedy(llama: Llama, prompt: list[int], n: int) -> list[int]:
-    """The next ``n`` greedy tokens."""
+    """Returns the next ``n`` greedy tokens."""
     out: list[int] = []
     for token in llama.generate(prompt, temp=0.0):
         out.append(token)

@@ -1,4 +1,4 @@
-"""Llama objects that are closed, shared by threads, or streamed from."""
+"""Tests Llama objects that are closed, shared by threads, or have an open stream."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_call_that_changes_the_cache_waits_for_no_stream_but_says_so(make_llam
     for change in changes:
         with pytest.raises(StateError, match="stream"):
             change()
-    assert llama.kv_bytes > 0  # looking is allowed
+    assert llama.kv_bytes > 0  # reading is allowed
     assert llama.save_state().n_tokens == llama.n_tokens
     assert llama.tokenize(b"a", add_bos=False) is not None
     assert first + [next(stream) for _ in range(4)] == want
@@ -154,7 +154,7 @@ def test_a_stream_that_ends_or_is_dropped_gives_the_cache_back(make_llama):
     for _ in llama.create_completion(QUESTION, stream=True, max_tokens=3):
         pass
     llama.reset()
-    next(llama.create_completion(QUESTION, stream=True, max_tokens=3))  # dropped at once
+    next(llama.create_completion(QUESTION, stream=True, max_tokens=3))  # the stream is dropped at once
     llama.reset()
     broken = llama.create_completion(QUESTION, stream=True, max_tokens=3, stopping_criteria=_fails)
     with pytest.raises(ZeroDivisionError):
@@ -205,7 +205,7 @@ def test_a_call_waits_for_the_one_before(make_llama):
         first = pool.submit(llama.create_completion, QUESTION, max_tokens=1, stopping_criteria=gate)
         assert inside.wait(60)
         second = pool.submit(lambda: llama.kv_bytes)
-        assert llama.tokenize(b"a", add_bos=False) is not None  # the vocabulary waits for nobody
+        assert llama.tokenize(b"a", add_bos=False) is not None  # vocabulary calls do not wait
         assert not second.done()
         go_on.set()
         assert first.result()["object"] == "text_completion"
@@ -234,7 +234,7 @@ def test_closing_waits_for_what_runs(make_llama):
 
 
 def share(llama: Any, n_threads: int, n_calls: int, seed: int) -> dict[str, int]:
-    """Random calls of several threads on one Llama; counts of right answers and of the package's errors."""
+    """Runs random calls from several threads on one Llama; returns counts of right answers and of package errors."""
     texts = [tiny.tokens(CONFIG, n, seed=s) for s, n in enumerate((9, 30, 150, 292))]
     llama.kv_compressor = None
     want = {}

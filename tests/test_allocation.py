@@ -1,4 +1,4 @@
-"""Every allocation against its rule, written down again in plain loops."""
+"""Compares every allocation with its rule, written as plain loops."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def specified_ranking(
 @pytest.mark.parametrize(
     ("n_total", "budgets"), [(3, [1, 1, 1]), (4, [2, 1, 1]), (11, [4, 4, 3]), (30, [10, 10, 10]), (0, [0, 0, 0])]
 )
-def test_uniform_gives_what_is_left_to_the_first_layers(n_total: int, budgets: list[int]) -> None:
+def test_uniform_gives_the_remainder_to_the_first_layers(n_total: int, budgets: list[int]) -> None:
     n_kept = Uniform().n_kept(equal(3, 10), n_total, 0)
     assert n_kept.tolist() == budgets
     assert n_kept.dtype == np.int64
@@ -161,7 +161,7 @@ def test_a_pyramid_out_of_its_range_is_refused(options: dict[str, float], messag
 
 
 #
-# all of them
+# every allocation
 #
 
 

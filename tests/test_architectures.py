@@ -1,4 +1,4 @@
-"""The whole chain on every attention that llama.cpp builds differently: scores, keep-all, masked = compacted, refusals."""
+"""Runs the whole chain on every attention variant of llama.cpp: scores, keep-all, masked = compacted, refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvcompose_gguf import CompositionPlan, KVCompose, UnsupportedError
 from kvcompose_gguf.native.session import KVSession
 
 N = 200
-#: small batches: a window's cache is then smaller than the context, and forgets
+#: small batches: a window's cache is then smaller than the context and evicts old cells
 SMALL = {"n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "swa_full": False}
 
 both_ways = pytest.mark.parametrize("flash_attn", [False, True], ids=["no-flash", "flash"])
@@ -63,7 +63,7 @@ def test_scores_equal_numpy(make_llama, name, flash_attn):
             seen.append(model.forward(context[start : start + 128])[1][il][..., :N])
             model.truncate(N)
         error = np.abs(got[ikv] - np.concatenate(seen, axis=1).max(axis=1))
-        # a rounded key now and then, and in the deepest layers what has come of it
+        # tolerates single rounded keys, and their effect on the deepest layers
         assert error.max() <= (2e-3 if flash_attn else 1e-4), f"layer {il}: {error.max():.2e}, mean {error.mean():.2e}"
         assert error.mean() <= 2e-5
 

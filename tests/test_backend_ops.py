@@ -1,5 +1,5 @@
-"""Every op that our graphs add has a kernel on the device backends of the pinned llama.cpp: a new version that drops one
-is noticed without having the device."""
+"""Checks that every op in our graphs has a kernel on the device backends of the pinned llama.cpp, without a device. A new
+version that drops one fails here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import llama_source  # noqa: E402
 
-#: calls in our own sources that make graph nodes, and what a backend has to support for them
+#: calls in our own sources that make graph nodes, and the ops that a backend must support for them
 OPS = {
     "mul_mat": ["GGML_OP_MUL_MAT"],
     "soft_max_ext": ["GGML_OP_SOFT_MAX"],
@@ -35,7 +35,7 @@ OPS = {
     "view_3d": ["GGML_OP_VIEW"],
     "view_4d": ["GGML_OP_VIEW"],
 }
-#: where each backend answers what it can do
+#: where each backend lists its supported ops
 SUPPORTS_OP = {
     "cuda": ("ggml-cuda/ggml-cuda.cu", "ggml_backend_cuda_device_supports_op"),
     "metal": ("ggml-metal/ggml-metal-device.m", "ggml_metal_device_supports_op"),
@@ -51,7 +51,7 @@ POOL_2D = {
 
 @cache
 def source(path: str) -> str:
-    """A file of the pinned llama.cpp's ggml/src."""
+    """Returns a file of the pinned llama.cpp's ggml/src."""
     with tarfile.open(llama_source.archive_path(llama_source.read_pin())) as archive:
         member = next(name for name in archive.getnames() if name.endswith(f"vendor/llama.cpp/ggml/src/{path}"))
         return archive.extractfile(member).read().decode()
@@ -59,7 +59,7 @@ def source(path: str) -> str:
 
 @cache
 def function(path: str, name: str) -> str:
-    """The body of a C function, by its braces."""
+    """Returns the body of a C function, found by its braces."""
     text = source(path)
     start = re.search(rf"^(static )?bool {name}\([^;{{]*\{{", text, re.MULTILINE).end()
     depth = 1

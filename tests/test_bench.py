@@ -1,4 +1,4 @@
-"""The benchmark, as it is, on a tiny model; what is compared with numbers is exact, times only have to be there."""
+"""Runs the real benchmark on a tiny model. Numbers are compared exactly; times must only be present."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MEASURED = ["full f16", "full q8_0", "KVCompose 0.5 f16", "KVCompose 0.75 f16", 
 
 @pytest.fixture(scope="module")
 def document(tiny_model: Callable[[tiny.TinyConfig], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON file of a real run."""
+    """Returns the JSON file of a real run."""
     file = tmp_path_factory.mktemp("bench") / "out.json"
     arguments = [
         "bench", str(tiny_model(tiny.GQA)), "--n-tokens", str(N_TOKENS), "--compression-ratio", "0.5,0.75",
@@ -52,7 +52,7 @@ def measured(result: BenchResult) -> dict[str, Measurement]:
 
 
 def made_up(sizes: Sequence[int] = (1000, 2000), variants: int = 9) -> BenchResult:
-    """A result without a run, with more variants than there are colours."""
+    """Returns a result without a run, with more variants than colours."""
     environment = Environment(
         "2026-01-01T00:00:00+00:00", "0.1.0", "0" * 40, "CPU", "a CPU", 2, "Linux", "3.11", 2, 2, "m.gguf", 10**8, "random"
     )
@@ -78,7 +78,7 @@ def test_every_variant_is_measured_with_equally_many_cells(result: BenchResult) 
     assert result.complete
 
 
-def test_every_sample_is_there_and_positive(result: BenchResult) -> None:
+def test_every_sample_is_present_and_positive(result: BenchResult) -> None:
     for m in result.measurements:
         assert len(m.decode_seconds) == REPEATS
         assert all(0 < seconds < math.inf for seconds in (*m.decode_seconds, m.prefill_seconds))
@@ -105,7 +105,7 @@ def test_less_is_allocated_for_fewer_rows_and_smaller_types(measured: dict[str, 
     assert all(m.kv_bytes > m.kv_bytes_rows for m in measured.values())
 
 
-def test_memory_is_that_of_each_variants_own_process(measured: dict[str, Measurement]) -> None:
+def test_memory_is_measured_in_each_variants_own_process(measured: dict[str, Measurement]) -> None:
     for m in measured.values():
         assert m.baseline_bytes > 10_000_000  # an interpreter with numpy
         if sys.platform == "linux":
@@ -165,18 +165,22 @@ def test_a_waiting_worker_takes_no_cpu_time_and_a_dead_one_is_noticed(
         worker.read()
         assert worker.decode() > 0
         process = psutil.Process(worker.pid)
-        time.sleep(0.2)  # OpenMP's threads spin for some milliseconds
-        before = process.cpu_times()
-        time.sleep(0.5)
-        after = process.cpu_times()
-        assert after.user + after.system - before.user - before.system < 0.05
+
+        def seconds_used() -> float:
+            before = process.cpu_times()
+            time.sleep(0.5)
+            after = process.cpu_times()
+            return after.user + after.system - before.user - before.system
+
+        # OpenMP's threads spin for a while first, on a machine with other work for longer
+        assert any(seconds_used() < 0.05 for _ in range(120))
         process.kill()
         with pytest.raises(NativeError, match=r"full f16 at n_tokens=32: the process ended with exit code"):
             worker.decode()
     assert not psutil.pid_exists(process.pid)
 
 
-def test_a_workers_error_says_whose_it_is(tmp_path: Path) -> None:
+def test_a_workers_error_names_its_variant(tmp_path: Path) -> None:
     file = tmp_path / "no.gguf"
     file.write_bytes(b"not a model")
     with (
@@ -280,14 +284,14 @@ def test_without_matplotlib_only_the_picture_is_refused(monkeypatch: pytest.Monk
     [
         ([], "model is missing"),
         (["no.gguf"], "model='no.gguf' is neither a file nor one of gemma-3-270m, smollm2"),
-        (["m.gguf", "--n-tokens", ""], "n_tokens=[] has to be"),
-        (["m.gguf", "--n-tokens", "1k"], "n_tokens='1k' is not a list of integers"),
-        (["m.gguf", "--n-tokens", "100,100"], "n_tokens=[100, 100] has to be a list of different values"),
-        (["m.gguf", "--n-tokens", "100,1"], "n_tokens=1 is too few"),
+        (["m.gguf", "--n-tokens", ""], "n_tokens=[] must be"),
+        (["m.gguf", "--n-tokens", "1k"], "n_tokens='1k' is not a comma-separated list of integers"),
+        (["m.gguf", "--n-tokens", "100,100"], "n_tokens=[100, 100] must be a list of different values"),
+        (["m.gguf", "--n-tokens", "100,1"], "n_tokens=1 is too small"),
         (["m.gguf", "--n-tokens", "4096"], "n_tokens=4096 is too large"),
-        (["m.gguf", "--compression-ratio", " "], "compression_ratio=[] has to be"),
-        (["m.gguf", "--compression-ratio", "0.5,"], "compression_ratio='0.5,' is not a list of numbers"),
-        (["m.gguf", "--compression-ratio", "0.5,1"], "compression_ratio=1.0, the fraction removed, is not in [0, 1)"),
+        (["m.gguf", "--compression-ratio", " "], "compression_ratio=[] must be"),
+        (["m.gguf", "--compression-ratio", "0.5,"], "compression_ratio='0.5,' is not a comma-separated list of numbers"),
+        (["m.gguf", "--compression-ratio", "0.5,1"], "compression_ratio=1.0: the fraction removed must be in [0, 1)"),
         (["m.gguf", "--compression-ratio", "-0.1"], "compression_ratio=-0.1"),
         (["m.gguf", "--compression-ratio", "nan"], "compression_ratio=nan"),
         (["m.gguf", "--kv-types", "f16,q9"], "kv_types='q9' is not one of f32, f16"),
@@ -300,10 +304,10 @@ def test_without_matplotlib_only_the_picture_is_refused(monkeypatch: pytest.Monk
         (["m.gguf", "--plot", "out.gif"], "plot='out.gif' does not end in one of .svg, .png, .pdf"),
         (["m.gguf", "--text", "no.txt"], "text='no.txt' cannot be read"),
         (["m.gguf", "--text", "empty.txt"], "text='empty.txt' is empty"),
-        (["m.gguf", "--from", "out.json"], "exclude each other"),
+        (["m.gguf", "--from", "out.json"], "cannot be combined"),
         (["--from", "no.json"], "from='no.json' is not a JSON file of"),
         (["--from", "empty.txt"], "from='empty.txt' is not a JSON file of"),
-        (["--from", "newer.json"], "schema=2, this version reads 1"),
+        (["--from", "newer.json"], "schema=2; this version reads 1"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_run(

@@ -1,4 +1,4 @@
-"""Budgets: what one buys (budget.py), and how one is spread over layers (kernels/aggregate.py)."""
+"""Budgets: the composites that one buys (budget.py), and their allocation to layers (kernels/aggregate.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ fewer_examples = settings(thorough, max_examples=60)  # of what goes through a p
 
 counts = st.integers(1, 5)
 ratios = st.one_of(st.sampled_from([0.0, 0.5, 0.75, 0.9]), st.floats(0, 1, exclude_max=True))
-# few values make ties, which is where a budget goes wrong
+# few distinct values make ties, where allocations go wrong
 score_values = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1, width=32))
 
 

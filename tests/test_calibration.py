@@ -26,14 +26,14 @@ from kvcompose_gguf.queries import Evidence
 
 SMALL = CalibrateOptions(n_needles=1, n_lengths=2, n_depths=2, shortest=400, longest=700, n_errors=3)
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
-# the tiny models' tokens are bytes, of which SentencePiece does not make spaces again
+# the tiny models' tokens are bytes, which SentencePiece does not turn back into spaces
 NEEDLES = tuple((beginning, end.replace(" ", "-"), question) for beginning, end, question in trials.NEEDLES)
 GOOD = Calibration("m.gguf", "abc", ((0.5, 1.25), (0.0, 3.0)), (0.25, 0.75), {"n_needles": 3})
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of calibrations."""
+    """Returns an empty folder of calibrations."""
     monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     return tmp_path / "kvcompose-gguf" / "calibrations"
 
@@ -45,7 +45,7 @@ def spelled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def forced(spelled: None, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Answers that the model seems to give, in turns; by default the right one."""
+    """Makes the model seem to give these answers in turn; by default the right one."""
     texts = [f" X: {NEEDLES[0][1]}.".encode()]
 
     def answer(llama: Any, question: list[int], max_tokens: int, *, one_line: bool) -> Reply:
@@ -79,8 +79,8 @@ def test_a_calibration_comes_back_from_its_file(folder):
     [
         ({"version": 2}, "version=2"), ({"version": None}, "version"), ({"heads": []}, "0 layers"),
         ({"heads": [[1.0, 2.0]]}, "1 layers and 2 errors"), ({"heads": [[1.0], []]}, "layers"),
-        ({"heads": [1.0, 2.0]}, "not lists"), ({"heads": None}, "not lists"), ({"errors": 1.0}, "not lists"),
-        ({"heads": [[1.0], [math.nan]]}, "nan"), ({"heads": [[1.0], [-1e-9]]}, "number from 0"),
+        ({"heads": [1.0, 2.0]}, "list of lists"), ({"heads": None}, "list of lists"), ({"errors": 1.0}, "list of lists"),
+        ({"heads": [[1.0], [math.nan]]}, "nan"), ({"heads": [[1.0], [-1e-9]]}, "number of at least 0"),
         ({"heads": [[1.0], ["1"]]}, "'1'"), ({"heads": [[1.0], [True]]}, "True"), ({"errors": [0.5, 0.6]}, "sum"),
         ({"errors": [1.5, -0.5]}, "-0.5"), ({"errors": [math.inf, 0]}, "inf"), ({"model_sha256": 5}, "model_sha256"),
         ({"settings": [1]}, "settings"), ({"unknown": 1}, "unknown"),
@@ -159,7 +159,7 @@ def test_attention_to_the_place_is_the_twins(make_llama, belongs, name):
     llama.prefill(prompt)
     got = trials.attention_to(llama, prompt, choices, belongs, place)
     model = tiny.NumpyLlama(config)
-    # the query that chose a token is at the position before it
+    # the query that predicts a token is at the position before it
     attention = model.forward(prompt + choices[:-1])[1]
     queries = [len(prompt) - 1 + i for i, belong in enumerate(belongs) if belong]
     want = np.array([attention[layer.il][:, queries, 40:61].sum(axis=(1, 2)) for layer in llama.session.layers])
@@ -289,7 +289,7 @@ def test_a_wrong_answer_does_not_count_and_other_tokens_of_a_right_one_do_not(ma
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"n_needles": 6}, "n_needles=6, allowed are 1 to 5"), ({"n_lengths": 0}, "n_lengths"),
+        ({"n_needles": 6}, "n_needles=6; allowed: 1 to 5"), ({"n_lengths": 0}, "n_lengths"),
         ({"shortest": 100}, "shortest"), ({"shortest": 500, "longest": 400}, "shortest"), ({"n_depths": 0}, "n_depths"),
         ({"n_errors": 0}, "n_errors"), ({"n_random": -1}, "n_random"), ({"n_random": 31}, "n_random=31"),
     ],
@@ -305,7 +305,7 @@ def test_wrong_options_are_refused(options, words):
 
 
 def journal_of(file: Path) -> Path:
-    """The finished trials of the only calibration beside them."""
+    """Returns the journal of finished trials beside the only calibration."""
     (journal,) = file.parent.glob(f"{file.stem}.*.trials.jsonl")
     return journal
 
@@ -377,7 +377,7 @@ def test_a_cache_folder_that_cannot_be_written_is_refused_before_anything_is_mea
     folder.parent.mkdir()
     folder.write_text("a file in its place")
     monkeypatch.setattr(calibrate, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match=f"{folder}, where calibrations are kept, cannot be written"):
+    with pytest.raises(ConfigError, match=f"cannot write to {folder}, the folder of the calibrations"):
         calibrate.calibrate(str(tiny_model(tiny.GQA)), SMALL, threads=1)
 
 
@@ -397,7 +397,7 @@ def test_prompts_longer_than_the_model_reads_are_refused(folder, tiny_model):
         calibrate.calibrate(str(tiny_model(tiny.GQA)), options, threads=1)
 
 
-def test_tokens_that_do_not_spell_their_text_are_refused(make_llama):
+def test_tokens_that_do_not_reproduce_their_text_are_refused(make_llama):
     with pytest.raises(UnsupportedError, match="--data-free"):
         trials.needle_prompt(make_llama(**ONE_THREAD), SMALL, 0)
 

@@ -1,4 +1,4 @@
-"""Physically smaller caches compute what masking would."""
+"""Compares physically smaller caches with masking: both compute the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random_plan(config: tiny.TinyConfig, n_kept: list[int], seed: int = 3) -> Co
 
 
 def masked(config: tiny.TinyConfig, context: list[int], plan: CompositionPlan) -> NumpyLlama:
-    """The numpy model after the context, with everything that the plan drops hidden from later tokens."""
+    """Returns the numpy model after the context; later tokens cannot see what the plan drops."""
     visible = []
     for cells in plan.cells:
         mask = np.zeros((config.n_head_kv, N), dtype=bool)

@@ -1,4 +1,4 @@
-"""CompressKV's choice of tokens and its budgets against the paper's rules, written down again in plain loops."""
+"""Compares CompressKV's choice of tokens and its budgets with the paper's rules, written as plain loops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODELS = {
 
 
 def make_evidence(model: str, n_tokens: int, n_window: int, values: int = 0) -> Evidence:
-    """Random attention, or with ties: of ``values`` different values."""
+    """Returns random attention; ``values`` limits the number of distinct values, which makes ties."""
     rng = np.random.default_rng((len(model), n_tokens))
     layers = [LayerGeometry(il, *heads, 4, 4, 1, 1, False, 64) for il, heads in enumerate(MODELS[model])]
     shapes = [(layer.n_head, n_tokens) for layer in layers]
@@ -117,7 +117,7 @@ def ranked(n_layer: int, n_tokens: int) -> Ranked:
 
 
 def specified_budgets(errors: list[float], n_tokens: int, n_total: int, floor: int) -> list[int]:
-    """error_aware_layer_budget_allocation of the authors' pred_compresskv.py, with bounds for what it has no answer to."""
+    """The authors' error_aware_layer_budget_allocation (pred_compresskv.py), plus limits for cases that it ignores."""
     n_layer = len(errors)
     low = max(floor, min(32, n_total // n_layer))
     high = min(n_tokens, math.ceil(3 * n_total / n_layer))
@@ -152,7 +152,7 @@ def test_the_papers_formula_where_nothing_is_cut():
     assert ByEvictionError(errors).n_kept(ranked(4, 4096), 4 * 256, 0).tolist() == [
         32 + round(e * (256 * 4 - 32 * 4)) for e in errors
     ]
-    # a layer that loses everything has 3B; the rest goes round, one by one
+    # a layer with all of the error gets 3B; the rest is dealt out one by one
     assert ByEvictionError((1.0, 0.0, 0.0, 0.0)).n_kept(ranked(4, 4096), 4 * 256, 0).tolist() == [768, 86, 85, 85]
     assert ByEvictionError((0.0, 0.0, 0.0, 1.0)).n_kept(ranked(4, 300), 4 * 256, 0).tolist() == [242, 241, 241, 300]
 
@@ -171,7 +171,7 @@ def test_a_long_context_is_divided_at_once():
     assert set(n_kept[1:]) <= {96774, 96775}
 
 
-def test_budgets_that_cannot_be_are_refused():
+def test_impossible_budgets_are_refused():
     for errors in ((0.5, 0.6), (-0.5, 1.5), (math.nan, 1.0), (), (math.inf, 0.0)):
         with pytest.raises(ConfigError, match="errors="):
             ByEvictionError(errors)

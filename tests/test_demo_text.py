@@ -1,4 +1,4 @@
-"""The demo's document and questions agree with each other, and are asked in the right order; no model is needed."""
+"""Checks that the demo's document and questions fit together, and that it asks in the right order; needs no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvcompose_gguf.demo import QUESTIONS, Answers, Question, document
 
 
 def test_the_document_is_a_few_thousand_tokens_long() -> None:
-    # SmolLM2 makes 1.2 tokens of a word here: 2,300 to 3,200 tokens
+    # SmolLM2 makes 1.2 tokens per word here: 2,300 to 3,200 tokens
     assert 1_900 < len(document().split()) < 2_600
 
 
@@ -57,7 +57,7 @@ def test_answers_are_judged_by_the_expected_words() -> None:
 
 
 class FakeLlama:
-    """Knows one answer, and forgets it when its cache is compressed."""
+    """A fake model that knows one answer, and forgets it when its cache is compressed."""
 
     def __init__(self, template: bool = False) -> None:
         self.kv_compressor: KVCompose | None = KVCompose(compression_ratio=0.5)
@@ -76,7 +76,7 @@ class FakeLlama:
         return self.kv_report
 
     def create_completion(self, prompt: str, **options: Any) -> Any:
-        # with a compressor the first completion would compress, and there would be no full cache to compare with
+        # with a compressor the first completion would compress, and no full cache would be left to compare with
         assert (self.kv_compressor is None) == (self.kv_report is None)
         assert options["temperature"] == 0
         self.prompts.append(prompt)

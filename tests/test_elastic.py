@@ -1,4 +1,4 @@
-"""A cache that has memory for what it holds: the same answers as a fixed one, in fewer bytes."""
+"""Checks that an elastic cache gives the same answers as a fixed one in fewer bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_large_context_starts_small(make_llama):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_logits_are_those_of_a_fixed_cache_to_the_bit(make_llama, cache):
+def test_logits_equal_those_of_a_fixed_cache_to_the_bit(make_llama, cache):
     small, fixed = (make_llama(n_ctx=2048, n_batch=128, elastic=elastic, **cache) for elastic in (True, False))
     seen = set()
     for start in range(0, 800, 100):
@@ -98,7 +98,7 @@ def test_more_room_than_the_context_has_is_refused(make_llama):
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
-def test_a_position_shift_moves_the_cells_that_there_are(make_llama, flash_attn):
+def test_a_position_shift_moves_the_existing_cells(make_llama, flash_attn):
     logits = []
     for elastic in (True, False):
         llama = make_llama(n_ctx=2048, flash_attn=flash_attn, elastic=elastic)

@@ -1,4 +1,4 @@
-"""``kvcompose eval`` as a command, on a tiny model whose answers are nonsense."""
+"""Runs ``kvcompose eval`` as a command on a tiny model, which gives nonsense answers."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def model_path(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a run, and what the command printed."""
+    """Returns the folder of a run, and the command's output."""
     out = tmp_path_factory.mktemp("eval") / "new" / "run"
     return out, invoke(*arguments(model_path, out)).output
 
 
 @pytest.fixture
 def folder(finished: tuple[Path, str], tmp_path: Path) -> Path:
-    """A copy of the finished run."""
+    """Returns a copy of the finished run."""
     return Path(shutil.copytree(finished[0], tmp_path / "copy"))
 
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
-    """The samples that are done from now on."""
+    """Records the samples that are run from now on."""
     jobs: list[tuple[str, int, str]] = []
     do = Worker.do
 
@@ -77,7 +77,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[tuple[Any, ...]]:
-    """What the command asks the runner for, which does nothing: model, options, folder, jobs and threads."""
+    """Records what the command passes to a fake runner: model, options, folder, jobs and threads."""
     calls: list[tuple[Any, ...]] = []
 
     def run(model: str, options: EvalOptions, out: Path, *, jobs: Any, threads: int, console: Any) -> RunFolder:
@@ -132,7 +132,7 @@ def test_edited_caches_answer_differently_in_as_many_bytes(finished: tuple[Path,
         assert answers[task, METHODS[2], 0.9].kl != plain.kl
 
 
-def test_the_same_command_again_does_nothing_twice(model_path: Path, folder: Path, done: list[Any]) -> None:
+def test_the_same_command_again_repeats_no_sample(model_path: Path, folder: Path, done: list[Any]) -> None:
     before = {file: (folder / file).read_bytes() for file in ("answers.jsonl", "samples.jsonl", "summary.json")}
     (folder / "summary.json").unlink()
     (folder / "report.md").unlink()
@@ -142,7 +142,7 @@ def test_the_same_command_again_does_nothing_twice(model_path: Path, folder: Pat
     assert (folder / "report.md").exists()
 
 
-def test_only_what_is_left_is_done(model_path: Path, folder: Path, done: list[Any]) -> None:
+def test_only_unfinished_samples_are_run(model_path: Path, folder: Path, done: list[Any]) -> None:
     samples = folder / "samples.jsonl"
     first = samples.read_text("utf-8").splitlines(keepends=True)[0]
     samples.write_text(first, "utf-8")  # the second sample was cut off
@@ -160,7 +160,7 @@ def test_more_samples_go_on_with_the_same_run(model_path: Path, folder: Path, do
     assert {cell["score"]["n"] for cell in summary["types"][0]["passkey"]} == {2}
 
 
-def test_report_only_writes_what_is_there_without_any_model(folder: Path, done: list[Any]) -> None:
+def test_report_only_reports_the_finished_samples_without_a_model(folder: Path, done: list[Any]) -> None:
     summary = (folder / "summary.json").read_bytes()
     for file in ("summary.json", "report.md"):
         (folder / file).unlink()
@@ -227,21 +227,21 @@ def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": "passkey,niah"}, "tasks=passkey,niah: allowed are niah_single_1, "),
+        ({"tasks": "passkey,niah"}, "tasks=passkey,niah; allowed: niah_single_1, "),
         ({"tasks": ""}, "tasks="),
-        ({"compression_ratio": "0.5,1"}, "compression_ratio=[1.0] are not in (0, 1)"),
-        ({"compression_ratio": "0"}, "compression_ratio=[0.0] are not in (0, 1)"),
-        ({"compression_ratio": "nan"}, "compression_ratio=[nan] are not in (0, 1)"),
-        ({"compression_ratio": "half"}, "compression_ratio='half' is not a list of numbers"),
-        ({"kv_types": "f17"}, "types_kv='f17' is no ggml type"),
+        ({"compression_ratio": "0.5,1"}, "compression_ratio=[1.0]: give one or more in (0, 1)"),
+        ({"compression_ratio": "0"}, "compression_ratio=[0.0]: give one or more in (0, 1)"),
+        ({"compression_ratio": "nan"}, "compression_ratio=[nan]: give one or more in (0, 1)"),
+        ({"compression_ratio": "half"}, "compression_ratio='half' is not a comma-separated list of numbers"),
+        ({"kv_types": "f17"}, "types_kv='f17' is not a ggml type"),
         ({"methods": ("kvcompos",)}, "method='kvcompos' is none of kvcompose, "),
-        ({"methods": ("@best",)}, "method='@best' is no suite, there are @none, "),
+        ({"methods": ("@best",)}, "method='@best' is not a suite: @none, "),
         ({"methods": ("snapkv,windw=3",)}, "method='snapkv,windw=3'"),
         ({"methods": ("kvcompose,window",)}, "'window' is not option=value"),
         ({"methods": ("variant,own=True,scoring=window",)}, "own=True needs scoring='repeat'"),
         ({"methods": ("variant,pool=2",)}, "pool=2 is not odd"),
         ({"methods": ("random,compression_ratio=0.5",)}, "compression_ratio is given twice"),
-        ({"texts": "novels"}, "'novels', allowed are auto, package, generated"),
+        ({"texts": "novels"}, "'novels'; allowed: auto, package, generated"),
     ],
     ids=str,
 )
@@ -265,7 +265,7 @@ def test_counts_below_one_are_refused_by_the_parser(model_path: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_there_is_not_is_found_before_a_folder_is_made(
+def test_a_missing_model_is_refused_before_a_folder_is_made(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(models, "fetch", lambda name: pytest.fail("downloaded"))
@@ -278,19 +278,19 @@ def test_a_model_that_there_is_not_is_found_before_a_folder_is_made(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": "1"}, "seed=0 there, 1 now"),
-        ({"compression_ratio": "0.5"}, "ratios=[0.5, 0.9] there, [0.5] now"),
+        ({"seed": "1"}, "seed=0 in the run, 1 now"),
+        ({"compression_ratio": "0.5"}, "ratios=[0.5, 0.9] in the run, [0.5] now"),
         ({"methods": METHODS[:1]}, "methods=["),
-        ({"n_tokens": "780"}, "n_tokens=760 there, 780 now"),
+        ({"n_tokens": "780"}, "n_tokens=760 in the run, 780 now"),
     ],
     ids=str,
 )
-def test_a_folder_with_other_settings_stays_as_it_is(
+def test_a_folder_with_other_settings_is_not_changed(
     model_path: Path, folder: Path, done: list[Any], changes: dict[str, Any], message: str
 ) -> None:
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     line = failure(arguments(model_path, folder, **changes))
-    assert "has a run with other settings" in line
+    assert "contains a run with other settings" in line
     assert message in line
     assert done == []
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
@@ -303,16 +303,16 @@ def test_another_model_is_another_run(tiny_model: Any, folder: Path, done: list[
 
 def test_a_report_of_no_run_is_one_line(model_path: Path, tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "nothing"):
-        assert "is not that of a run" in failure(["eval", "--report-only", "--out", str(out)])
+        assert "does not contain a run" in failure(["eval", "--report-only", "--out", str(out)])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(model_path: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported_in_one_line(model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     assert "cannot be written" in failure(arguments(model_path, tmp_path / "file"))
 
 
-def test_an_error_in_the_middle_of_a_run_keeps_what_is_done(
+def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
     monkeypatch: pytest.MonkeyPatch, model_path: Path, tmp_path: Path
 ) -> None:
     do = Worker.do
@@ -332,7 +332,7 @@ def test_an_error_in_the_middle_of_a_run_keeps_what_is_done(
     assert RunFolder(tmp_path / "run").done() == set(JOBS)
 
 
-def test_a_name_that_comes_twice_is_done_once(model_path: Path, tmp_path: Path, done: list[Any]) -> None:
+def test_a_name_given_twice_is_run_once(model_path: Path, tmp_path: Path, done: list[Any]) -> None:
     twice = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "compression_ratio": "0.5,0.5", "methods": ("random", "random")}
     invoke(*arguments(model_path, tmp_path / "run", **twice))
     assert done == JOBS[:1]

@@ -82,7 +82,7 @@ def test_no_references_and_a_bare_string_are_refused(metric: metrics.Callable[..
 #
 
 
-def test_an_interval_is_that_of_a_plain_bootstrap() -> None:
+def test_an_interval_equals_a_plain_bootstraps() -> None:
     values = [0, 1, 1, 0.5, 1, 0, 0.25]
     low, high = bootstrap_interval(values)
     draws = np.random.default_rng(0).integers(0, 7, (2000, 7))
@@ -192,5 +192,5 @@ def test_logits_of_two_shapes_are_refused() -> None:
     for function in (kl_divergence, same_top):
         with pytest.raises(ConfigError, match=r"shapes \(2, 3\) and \(2, 4\)"):
             function(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32))
-        with pytest.raises(ConfigError, match=r"allowed is \(n, n_vocab\)"):
+        with pytest.raises(ConfigError, match=r"allowed: \(n, n_vocab\)"):
             function(np.zeros(3, np.float32), np.zeros(3, np.float32))

@@ -34,7 +34,7 @@ def answer(task: str, index: int, method: str, ratio: float, score: float, **oth
 
 
 def answers_of(scores: Sequence[float], task: str = "a", index: int = 0, **others: object) -> list[Answer]:
-    """Of one sample: the full cache, then KVCompose and SnapKV at 0.5 and 0.75."""
+    """Returns answers to one sample: the full cache, then KVCompose and SnapKV at 0.5 and 0.75."""
     columns = [("full", 0.0), ("KVCompose", 0.5), ("KVCompose", 0.75), ("SnapKV", 0.5), ("SnapKV", 0.75)]
     return [answer(task, index, *column, score, **others) for column, score in zip(columns, scores, strict=True)]
 
@@ -44,7 +44,7 @@ def cost_of(sample: Iterable[Answer], seconds: float = 2.0) -> SampleCost:
     return SampleCost(first.task, first.index, first.type_kv, 100, seconds, {"repeat": 3.0, "window": 0.25}, 9.0)
 
 
-#: two samples of a and one of b, so that a mean over samples is another one than that over tasks
+#: two samples of a and one of b, so that the mean over samples differs from the mean over tasks
 SMALL = [
     answers_of([1.0, 1.0, 0.0, 0.5, 0.0], "a", 0),
     answers_of([1.0, 0.5, 0.5, 0.5, 0.0], "a", 1),
@@ -77,7 +77,7 @@ def test_settings_and_environment_are_written_before_anything_else(tmp_path: Pat
     assert (run.done(), run.answers(), run.costs()) == (set(), [], [])
 
 
-def test_what_is_added_is_read_again(folder: RunFolder) -> None:
+def test_records_that_were_added_are_read_back(folder: RunFolder) -> None:
     sample = [answer("c", 7, "full", 0.0, 1.0, type_kv="q8_0", kl=0.25, same_top=1.0, depth=0.5, n_kept=(3, 4))]
     folder.add(cost_of(sample), sample)
     again = RunFolder(folder.path)
@@ -86,7 +86,7 @@ def test_what_is_added_is_read_again(folder: RunFolder) -> None:
     assert again.done() == {("a", 0, "f16"), ("a", 1, "f16"), ("b", 0, "f16"), ("c", 7, "q8_0")}
 
 
-def test_a_sample_of_which_the_cost_was_cut_off_is_not_done_and_dropped_on_resume(folder: RunFolder) -> None:
+def test_a_sample_with_a_truncated_cost_is_unfinished_and_dropped_on_resume(folder: RunFolder) -> None:
     for name in ("answers.jsonl", "samples.jsonl"):
         assert (folder.path / name).read_bytes().endswith(b"\n")
     samples = folder.path / "samples.jsonl"
@@ -116,7 +116,7 @@ def test_answers_are_on_the_disk_before_their_cost_is_written(
 
 
 @pytest.mark.parametrize("n_bytes", [1, 30, 400])
-def test_answers_that_a_crash_cut_off_are_dropped_on_resume(folder: RunFolder, n_bytes: int) -> None:
+def test_answers_truncated_by_a_crash_are_dropped_on_resume(folder: RunFolder, n_bytes: int) -> None:
     sample = answers_of([1, 1, 1, 1, 1], "b", 1)
     before = (folder.path / "answers.jsonl").read_bytes()
     folder.add(cost_of(sample), sample)
@@ -137,9 +137,9 @@ def test_a_whole_run_is_not_written_anew_on_resume(folder: RunFolder) -> None:
 
 
 def test_other_settings_are_refused_and_named(folder: RunFolder) -> None:
-    with pytest.raises(ConfigError, match=r"other settings: seed=0 there, 1 now; n_tokens=None there, 64 now$"):
+    with pytest.raises(ConfigError, match=r"other settings: seed=0 in the run, 1 now; n_tokens=None in the run, 64 now$"):
         RunFolder.open(folder.path, SETTINGS | {"seed": 1, "n_tokens": 64}, ENVIRONMENT)
-    with pytest.raises(ConfigError, match=r"settings: tasks=\['a', 'b'\] there, None now$"):
+    with pytest.raises(ConfigError, match=r"settings: tasks=\['a', 'b'\] in the run, None now$"):
         RunFolder.open(folder.path, {name: SETTINGS[name] for name in ("ratios", "seed")}, ENVIRONMENT)
     assert RunFolder(folder.path).answers() == flat(SMALL)
 
@@ -153,8 +153,8 @@ def test_another_environment_is_noted_when_a_run_goes_on(folder: RunFolder) -> N
     assert "# changed when the run went on, 1\ncpu: another\n" in markdown(summarise([]), config, [])
 
 
-def test_a_folder_that_is_not_that_of_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not that of a run"):
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not contain a run"):
         RunFolder(tmp_path)
     (tmp_path / "answers.jsonl").touch()
     with pytest.raises(ConfigError, match=r"has answers\.jsonl, but no config\.json"):
@@ -162,28 +162,28 @@ def test_a_folder_that_is_not_that_of_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         RunFolder.open(tmp_path / "answers.jsonl" / "run", SETTINGS, ENVIRONMENT)
     (tmp_path / "config.json").write_text("{", "utf-8")
-    with pytest.raises(ConfigError, match="is not that of a run"):
+    with pytest.raises(ConfigError, match="does not contain a run"):
         RunFolder.open(tmp_path, SETTINGS, ENVIRONMENT)
 
 
-def test_a_line_that_is_no_record_is_named(folder: RunFolder) -> None:
+def test_a_line_that_is_not_a_record_is_named(folder: RunFolder) -> None:
     file = folder.path / "answers.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     for wrong in (b"{\n", b"[]\n", b'{"task": "a"}\n', lines[1].replace(b'"score": 1.0', b'"score": 1.5')):
         file.write_bytes(lines[0] + wrong + lines[2])
-        with pytest.raises(ConfigError, match=r"answers\.jsonl', line 2, is not one of a run"):
+        with pytest.raises(ConfigError, match=r"answers\.jsonl', line 2, is not a record of a run"):
             folder.answers()
 
 
-def test_samples_that_cannot_be_are_refused_before_anything_is_written(folder: RunFolder) -> None:
+def test_invalid_samples_are_refused_before_anything_is_written(folder: RunFolder) -> None:
     sample = answers_of([1, 1, 1, 1, 1], "b", 1)
     before = [file.read_bytes() for file in sorted(folder.path.iterdir())]
-    with pytest.raises(ConfigError, match=r"sample=\('a', 0, 'f16'\) is there already"):
+    with pytest.raises(ConfigError, match=r"sample=\('a', 0, 'f16'\) is already in the run"):
         folder.add(cost_of(SMALL[0]), SMALL[0])
     for wrong in ([], [*sample, SMALL[0][0]]):
-        with pytest.raises(ConfigError, match="no answers, or some of another sample"):
+        with pytest.raises(ConfigError, match="no answers, or answers of another sample"):
             folder.add(cost_of(sample), wrong)
-    with pytest.raises(ConfigError, match="two answers of one method and ratio"):
+    with pytest.raises(ConfigError, match="two answers with the same method and ratio"):
         folder.add(cost_of(sample), [*sample, sample[0]])
     with pytest.raises(TypeError):
         folder.add(replace(cost_of(sample), prefill_seconds=np.float32(1)), sample)  # type: ignore[arg-type]
@@ -198,7 +198,7 @@ def test_ratio_zero_is_the_full_cache_and_nothing_else(method: str, ratio: float
 
 @pytest.mark.parametrize("wrong", [{"score": 1.5}, {"exact": -1.0}, {"score": float("nan")}])
 def test_scores_are_shares(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="allowed are 0 to 1"):
+    with pytest.raises(ConfigError, match="; allowed: 0 to 1"):
         replace(SMALL[0][0], **wrong)  # type: ignore[arg-type]
 
 
@@ -207,7 +207,7 @@ def test_scores_are_shares(wrong: dict[str, float]) -> None:
 #
 
 
-def test_means_areas_and_ratios_are_those_worked_out_by_hand() -> None:
+def test_means_areas_and_ratios_equal_values_computed_by_hand() -> None:
     (part,) = summarise(flat(SMALL)).types
     assert (part.type_kv, part.tasks, part.n_samples, part.n_incomplete) == ("f16", ("a", "b"), 3, 0)
     cells = {(cell.method, cell.ratio): cell for cell in part.cells}
@@ -255,7 +255,7 @@ def random_answers(n_of_task: dict[str, int], seed: int = 0) -> list[Answer]:
     ]  # fmt: skip
 
 
-def test_all_means_are_those_of_plain_loops() -> None:
+def test_all_means_equal_those_of_plain_loops() -> None:
     answers = random_answers({"b": 7, "a": 4})
     (part,) = summarise(answers).types
     for cell in part.cells:
@@ -317,13 +317,13 @@ def test_what_not_every_sample_has_has_no_mean() -> None:
     assert part.cells[1].kl is not None
 
 
-def test_tasks_that_the_full_cache_does_not_do_are_left_out() -> None:
+def test_tasks_that_the_full_cache_cannot_solve_are_left_out() -> None:
     undone = answers_of([0.0, 1.0, 1.0, 1.0, 1.0], "c", 0) + answers_of([0.1, 1.0, 1.0, 1.0, 1.0], "c", 1)
     summary = summarise(flat(SMALL) + undone)
     assert summary.not_done == (("c", 0.05),)
     assert summary.types == summarise(flat(SMALL)).types
     assert summarise(flat(SMALL) + undone, min_full=0.05).types[0].tasks == ("a", "b", "c")
-    assert "left out of the means: c (5.0); the full cache scores below 10." in markdown(summary, CONFIG, [])
+    assert "Left out of the means, because the full cache scores below 10: c (5.0)." in markdown(summary, CONFIG, [])
 
 
 def test_a_task_counts_for_every_type_of_cache_if_it_does_for_one() -> None:
@@ -337,7 +337,7 @@ def test_a_task_counts_for_every_type_of_cache_if_it_does_for_one() -> None:
 
 
 def needles() -> list[Answer]:
-    """Two depths with two samples each; only the full cache finds all."""
+    """Two depths with two samples each; only the full cache finds all needles."""
     return [
         replace(one, depth=depth)
         for index, (depth, scores) in enumerate(
@@ -407,7 +407,7 @@ CONFIG = {"settings": SETTINGS, "environment": ENVIRONMENT, "resumed": []}
 
 
 def table(text: str, heading: str) -> dict[str, list[str]]:
-    """The cells of the table below a heading, by the first of each row."""
+    """Returns the cells of the table below a heading, by the first cell of each row."""
     lines = text[text.index(f"## {heading}\n") :].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     rows = []
@@ -433,7 +433,7 @@ def test_the_report_has_the_numbers() -> None:
         "full cache", "50 % removed", "75 % removed", "AUC", "largest ratio, loss ≤ 10 %", "loss ≤ 20 %",
     ]  # fmt: skip
     assert [cell.split(" ")[0] for cell in scores["KVCompose"]] == ["75.0", "62.5", "25.0", "60.4", "30.0", "51.7"]
-    # half of what a's two samples can differ by in a draw, halved again as b's mean does not move: 1/2, 1/4, 1/2
+    # half the difference that a's two samples can make in a draw, halved again because b's mean is fixed: 1/2, 1/4, 1/2
     assert scores["KVCompose"][:3] == ["75.0 ± 0.0", "62.5 ± 12.5", "25.0 ± 12.5"]
     assert [cell.split(" ")[0] for cell in scores["SnapKV"]] == ["75.0", "25.0", "0.0", "37.5", "7.5", "15.0"]
     assert list(scores)[2:] == ["KVCompose", "SnapKV"]
@@ -457,7 +457,7 @@ def test_the_report_says_what_a_sample_costs() -> None:
     seconds = {"full": 0.4, "KVCompose": 0.75, "SnapKV": 0.25}
     text = report_of([[replace(one, seconds=seconds[one.method]) for one in sample] for sample in SMALL])
     costs = table(text, "What a sample costs")
-    assert costs["cache"][2:] == ["prefill", "scoring: repeat", "scoring: window", "rest per answer", "all of it"]
+    assert costs["cache"][2:] == ["prefill", "scoring: repeat", "scoring: window", "rest per answer", "whole sample"]
     assert costs["f16"] == ["3", "100", "4.00", "3.00", "0.25", "0.50", "9.00"]  # the full cache's answers do not compare
     assert "restore, compose and answer, checked against the full cache's answer" in text
     assert "whole prefill" not in text
@@ -473,7 +473,7 @@ def test_the_report_says_which_scoring_contains_a_prefill() -> None:
 def test_the_report_says_which_layers_keep_least_and_most() -> None:
     kept = {"full": None, "KVCompose": (1200, 30, 60), "SnapKV": (40, 40, 40)}
     text = report_of([[replace(one, n_kept=kept[one.method]) for one in sample] for sample in SMALL])
-    layers = table(text, "Tokens kept, in the layers with least and most")
+    layers = table(text, "Tokens kept, in the layers with the fewest and the most")
     assert layers["KVCompose"] == ["–", *["30 (layer 1) to 1,200 (0)"] * 2]
     assert layers["SnapKV"] == ["–", *["all 40"] * 2]
 
@@ -495,7 +495,7 @@ def test_a_bar_in_a_name_is_no_end_of_a_cell() -> None:
     assert r"| a\|b " in markdown(summarise(bars), CONFIG, [])
 
 
-def test_samples_left_out_are_said() -> None:
+def test_the_report_counts_the_samples_left_out() -> None:
     answers = flat(SMALL) + answers_of([1, 1, 1, 1, 1], "a", 2)[:-1]
     assert "Left out: 1 samples without" in markdown(summarise(answers), CONFIG, [])
 

@@ -1,4 +1,4 @@
-"""The evaluation's runner on seeded tiny models, whose answers are nonsense but have to be the right nonsense."""
+"""Runs the evaluation on seeded tiny models. Their answers are nonsense, but must be the expected nonsense."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def test_removing_next_to_nothing_changes_next_to_nothing(model_path, tmp_path):
         assert answer_.answer == answers[0].answer
 
 
-def test_a_surrogate_that_was_fitted_anew_is_another_run(model_path, tmp_path, monkeypatch):
+def test_a_refitted_surrogate_needs_another_run(model_path, tmp_path, monkeypatch):
     from kvcompose_gguf.methods import kvcompose
     from kvcompose_gguf.surrogate import Surrogate
 
@@ -274,7 +274,7 @@ def test_a_surrogate_that_was_fitted_anew_is_another_run(model_path, tmp_path, m
                 evaluate(str(model_path), options, tmp_path / "run", jobs=1)
 
 
-def test_a_run_goes_on_where_it_was_and_takes_more_samples_but_no_other_settings(model_path, tmp_path, monkeypatch):
+def test_a_run_resumes_and_accepts_more_samples_but_no_other_settings(model_path, tmp_path, monkeypatch):
     small = {"tasks": ("passkey",), "methods": ("random",), "ratios": (0.5,)}
     first = evaluate(str(model_path), options(**small), tmp_path, jobs=1).answers()
     done = []
@@ -321,7 +321,7 @@ def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):
     assert depths[2] == pytest.approx(1, abs=0.1)
 
 
-def test_the_unstructured_ceiling_keeps_the_largest_scores_of_all_heads_and_is_no_plan():
+def test_the_unstructured_upper_bound_keeps_the_largest_scores_of_all_heads_and_has_no_plan():
     from kvcompose_gguf.geometry import LayerGeometry
     from kvcompose_gguf.queries import Evidence
 
@@ -357,7 +357,7 @@ def test_wrong_options_are_refused_before_a_model_is_loaded(change, message):
         options(**change)
 
 
-def test_suites_are_lists_of_methods_that_there_are():
+def test_suites_are_lists_of_existing_methods():
     for name, methods in suites.SUITES.items():
         assert suites.expand([f"@{name}"]) == list(methods)
         for spec in methods:
@@ -384,18 +384,18 @@ def test_a_missing_calibration_is_found_before_a_folder_is_made(model_path, tmp_
 
 
 def test_samples_longer_than_the_model_was_made_for_are_refused(model_path, tmp_path):
-    with pytest.raises(ConfigError, match=r"n_tokens=1000000, but .* is for at most"):
+    with pytest.raises(ConfigError, match=r"n_tokens=1000000, but .* was trained for at most"):
         evaluate(str(model_path), options(n_tokens=1_000_000), tmp_path / "run", jobs=1)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_simulated_needs_a_cache_that_is_not_quantized():
+def test_simulated_methods_need_an_unquantized_cache():
     with pytest.raises(ConfigError, match="'unstructured' is simulated"):
         options(methods=("kvcompose", "unstructured"), types_kv=("f16", "q8_0"))
     options(methods=("unstructured",), types_kv=("f16", "bf16"))
 
 
-def test_a_worker_that_dies_is_said_so(model_path, tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_reported(model_path, tmp_path, monkeypatch):
     from concurrent.futures.process import BrokenProcessPool
 
     from kvcompose_gguf.errors import StateError

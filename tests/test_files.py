@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Checks that files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from kvcompose_gguf.files import append_file, write_file
 
 
-def test_folders_are_made_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_folders_are_made_and_no_other_file_is_left(tmp_path: Path) -> None:
     file = tmp_path / "a" / "b" / "c.txt"
     write_file(file, "one\n")
     write_file(file, "two: ü\n")
@@ -18,7 +18,7 @@ def test_folders_are_made_and_nothing_else_is_left(tmp_path: Path) -> None:
     assert [*file.parent.iterdir()] == [file]
 
 
-def test_what_was_there_stays_if_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_contents_stay_if_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c.txt"
     write_file(file, "one")
 

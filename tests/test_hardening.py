@@ -1,4 +1,4 @@
-"""What must not go wrong when memory is short or a process lives long."""
+"""Checks behaviour when memory is short or a process runs for long."""
 
 from __future__ import annotations
 

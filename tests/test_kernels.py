@@ -1,4 +1,4 @@
-"""Every kernel against its numpy twin in kernels/reference.py, which is the specification."""
+"""Compares every kernel with its numpy twin in kernels/reference.py, which is the specification."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ each_case = pytest.mark.parametrize("case", CASES)
 
 
 def assert_same(kernel: np.ndarray, twin: np.ndarray) -> None:
-    """Same dtype, shape and values, NaN where NaN; prints the largest difference."""
+    """Asserts equal dtype, shape and values, with NaN equal to NaN; prints the largest difference."""
     assert (kernel.dtype, kernel.shape) == (twin.dtype, twin.shape)
     same = (kernel == twin) | (np.isnan(kernel) & np.isnan(twin))
     with np.errstate(invalid="ignore"):
@@ -195,7 +195,7 @@ def test_budget_ties_go_to_the_lowest_layer() -> None:
 @pytest.mark.parametrize(
     ("n_total", "floor"), [(-1, 0), (13, 0), (5, 2), (12, 5), (0, -1), (12, -1)], ids=lambda value: str(value)
 )
-def test_totals_that_the_layers_cannot_have_are_refused(n_total: int, floor: int) -> None:
+def test_totals_outside_of_what_the_layers_allow_are_refused(n_total: int, floor: int) -> None:
     with pytest.raises(ConfigError, match="cannot be kept"):
         aggregate.allocate_budget(np.ones((3, 4), np.float32), n_total, floor)
 
@@ -265,7 +265,7 @@ def _transposed_strides(n_embd_head: int, n_element: int, n_rows: int) -> tuple[
 
 
 def _gather(src, dst, cells, n_chunk, n_bytes, src_strides, dst_strides) -> None:  # type: ignore[no-untyped-def]
-    """The compiled gather and its twin on copies of ``dst``, which have to agree in every byte."""
+    """Runs the compiled gather and its twin on copies of ``dst``; asserts that every byte agrees."""
     function = GATHER_T(compose.gather_function().address)  # type: ignore[attr-defined]
     in_place = src is dst
     twin = dst.copy()
@@ -425,7 +425,7 @@ def test_weigh_rows_compiles_one_version_for_whatever_layout() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_weigh_rows_lets_a_row_that_is_not_finite_be_seen_and_spoils_no_other(bad: float) -> None:
+def test_weigh_rows_shows_a_row_that_is_not_finite_and_changes_no_other(bad: float) -> None:
     arguments = row_arguments(2, 9, 4, 4)
     want = linear.weigh_rows(**arguments)
     arguments["values"][1, 3, 2] = bad

@@ -1,4 +1,4 @@
-"""Every stored type that llama.cpp takes for keys and values: rows are moved as bytes, whatever they mean."""
+"""Checks every type that llama.cpp stores keys and values in: rows are moved as bytes, whatever they mean."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def accepted(k: str, v: str, flash_attn: bool) -> bool:
 
 
 def stored_rows(llama, il: int, which: str) -> np.ndarray:
-    """uint8 (n_head_kv, n_rows, bytes of a head), whether the tensor is transposed or not."""
+    """Returns uint8 (n_head_kv, n_rows, bytes of a head), for plain and transposed tensors."""
     layer, cells = llama._session.layers[il], llama._session.cells(il)
     raw = llama._session.stored(il, which)
     if which == "v" and layer.v_trans:
@@ -59,7 +59,7 @@ def test_the_whole_chain_runs_on_one_type(make_llama, name):
     llama = make_llama(CONFIG, KVCompose(compression_ratio=0.5, keep_last=0, n_sink=0), **options)
     report = llama.compress(context)
     assert report.kv_bytes_kept <= 0.501 * report.kv_bytes_full
-    # random weights forgive little: this catches a wrong layout, not a small loss
+    # a loose bound for random weights: it catches a wrong layout, not a small loss
     least = {"f32": 0.999, "f16": 0.99, "bf16": 0.99, "q8_0": 0.97}.get(name, 0.75)
     exact = make_llama(CONFIG, KVCompose(compression_ratio=0.5, keep_last=0, n_sink=0))
     exact.compress(context)

@@ -1,4 +1,4 @@
-"""KVCompose.plan against steps 4 to 9 of the method (arXiv 2509.05165), written down again in plain loops."""
+"""Compares KVCompose.plan with steps 4 to 9 of the method (arXiv 2509.05165), written as plain loops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Aggregate = Callable[[Sequence[float]], float]
 
 
 def plain(**options: Any) -> KVCompose:
-    """KVCompose without the sinks that the paper does not have."""
+    """Returns KVCompose without sinks, as in the paper."""
     return KVCompose(**({"n_sink": 0} | options))
 
 
@@ -35,7 +35,7 @@ def plan_of(
     layers: Sequence[LayerGeometry],
     v_norms: Sequence[np.ndarray] | None = None,
 ) -> CompositionPlan:
-    """The plan for values of one element, whose norm is the given one."""
+    """Returns the plan for values of one element, with the given norms."""
     values = None if v_norms is None else lambda l: v_norms[l][:, :, None]
     return method.plan(Evidence(attention[0].shape[-1], layers, attention, values=values))
 
@@ -60,7 +60,7 @@ def specified_plan(
     first_layer_rule: bool = False,
     n_sink: int = 0,
 ) -> Plan:
-    """The tokens that every head keeps."""
+    """Returns the tokens that every head keeps."""
     n_layer, n_tokens = len(layers), attention[0].shape[1]
     aggregates: dict[str, Aggregate] = {"mean": mean, "max": max}
 
@@ -93,7 +93,7 @@ def specified_plan(
         if add_mean_across_heads:
             means = [mean([s[h][i] for h in range(n_head_kv)]) for i in range(n_tokens)]
             s = [[s[h][i] + means[i] for i in range(n_tokens)] for h in range(n_head_kv)]
-        # forced sinks, as many as the budget buys in every layer, come first; the rest by falling score, then by index
+        # forced sinks, as many as the budget allows per layer, come first; then by descending score, then by index
         rankings.append([sorted(range(n_tokens), key=lambda i: (i >= n_sink, -s[h][i], i)) for h in range(n_head_kv)])
         # step 6
         composites.append(
@@ -102,7 +102,7 @@ def specified_plan(
     if first_layer_rule:
         composites[0] = [max(composites[il][j] for il in range(n_layer)) for j in range(n_tokens)]
 
-    # step 7: the first ranks win before anything else
+    # step 7: the first ranks come before all others
     floor = min(max(keep_token_lower_bound, n_sink), n_tokens, n_total // n_layer)
     # step 8: the largest of all
     everything = [(il, j) for il in range(n_layer) for j in range(n_tokens)]
@@ -202,7 +202,7 @@ def test_every_combination_of_options_keeps_the_specified_tokens(
     ids=lambda option: next(iter(option)),
 )
 @pytest.mark.parametrize("bought", [{"compression_ratio": 0.65}, {"n_kept": 8}, {"max_kv_bytes": 96 * 24}])
-def test_each_option_changes_what_is_kept(option: dict[str, Any], bought: dict[str, Any]) -> None:
+def test_each_option_changes_the_kept_tokens(option: dict[str, Any], bought: dict[str, Any]) -> None:
     attention, layers, v_norms = inputs("continuous")
     default = plan_of(plain(**bought), attention, layers, v_norms)
     changed = plan_of(plain(**bought, **option), attention, layers, v_norms)
@@ -222,14 +222,14 @@ def test_each_option_changes_what_is_kept(option: dict[str, Any], bought: dict[s
     ],
     ids=str,
 )
-def test_whose_attention_it_is_makes_no_difference_to_what_is_made_of_it(option: dict[str, Any]) -> None:
+def test_the_plan_depends_on_the_attention_and_not_on_its_source(option: dict[str, Any]) -> None:
     attention, layers, v_norms = inputs("continuous")
     default = plan_of(plain(n_kept=6), attention, layers, v_norms)
     changed = plan_of(plain(n_kept=6, **option), attention, layers, v_norms)
     assert [cells.tolist() for cells in changed.cells] == [cells.tolist() for cells in default.cells]
 
 
-# sums and means of these are exact in float32, in any order
+# sums and means of these values are exact in float32, in any order
 SIXTEENTHS = st.integers(0, 16).map(lambda n: n / 16)
 QUARTERS = st.integers(1, 8).map(lambda n: n / 4)
 
@@ -440,14 +440,14 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         ({"scoring_fraction": 0.5, "scoring": "prompts", "prompts": ["What?"]}, "needs scoring='repeat'"),
         ({"window": 0}, "window=0 is not positive"),
         ({"window": -1, "scoring": "window"}, "window=-1 is not positive"),
-        ({"scoring": "prompts"}, r"prompts=\(\) is needed"),
-        ({"scoring": "prompts", "prompts": []}, r"prompts=\[\] is needed"),
-        ({"scoring": "prompts", "prompts": "What?"}, "prompts='What\\?' is needed, as a list"),
-        ({"scoring": "prompts", "prompts": ""}, "prompts='' is needed"),
-        ({"prompts": ["What?"]}, "with scoring='prompts' only"),
-        ({"scoring": "window", "prompts": ["What?"]}, "with scoring='prompts' only"),
-        ({"scoring": "prefill", "prompts": ["What?"]}, "with scoring='prompts' only"),
-        ({"scoring": "repeat", "prompts": "What?"}, "as a list of texts"),
+        ({"scoring": "prompts"}, r"prompts=\(\): scoring='prompts' needs at least one text"),
+        ({"scoring": "prompts", "prompts": []}, r"prompts=\[\]: scoring='prompts' needs at least one text"),
+        ({"scoring": "prompts", "prompts": "What?"}, "prompts='What\\?' must be a list of texts"),
+        ({"scoring": "prompts", "prompts": ""}, "prompts='' must be a list of texts"),
+        ({"prompts": ["What?"]}, "scoring='prompts' needs at least one text, others none"),
+        ({"scoring": "window", "prompts": ["What?"]}, "scoring='prompts' needs at least one text, others none"),
+        ({"scoring": "prefill", "prompts": ["What?"]}, "scoring='prompts' needs at least one text, others none"),
+        ({"scoring": "repeat", "prompts": "What?"}, "prompts='What\\?' must be a list of texts"),
     ],
     ids=str,
 )
@@ -498,7 +498,7 @@ def test_paper_gives_the_papers_settings_and_refuses_others() -> None:
     assert (method.scoring, method.n_sink) == ("repeat", 0)
     ours = dataclasses.replace(method, scoring="auto", scoring_chunk=512, n_sink=4, keep_last=32, allocation=None)
     assert ours == KVCompose(compression_ratio=0.5)
-    with pytest.raises(ConfigError, match="agg_head, n_sink: decided by the paper"):
+    with pytest.raises(ConfigError, match="agg_head, n_sink: the paper's settings decide this"):
         KVCompose.paper(compression_ratio=0.5, n_sink=4, agg_head="max")
 
 

@@ -288,8 +288,9 @@ def test_a_prompt_cache_holds_compressed_states(make_llama):
     llama.set_cache(llama_cpp.LlamaRAMCache())
     text = "The keeper of the tower writes the weather down every morning and every evening. " * 3
     first = llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"]
-    llama.create_completion("Something else entirely.", max_tokens=6)
     report = llama.kv_report
+    llama.create_completion("Something else entirely.", max_tokens=6)
+    assert llama.kv_report is None  # of a prompt that is too short
     assert llama._session.state().n_composed == 0
     assert llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"] == first
     assert llama.kv_report is report  # the compressed state came back, the prompt was not prefilled again
@@ -484,7 +485,7 @@ def test_only_what_is_there_can_be_truncated(make_llama):
     llama.truncate(len(CONTEXT) + 1)
     windowed = make_llama(tiny.ARCHITECTURES["gemma3"])
     windowed.prefill(CONTEXT)
-    with pytest.raises(StateError, match="cannot be forgotten alone"):
+    with pytest.raises(StateError, match=f"n_tokens={len(CONTEXT) - 1}: this cache cannot remove only its last tokens"):
         windowed.truncate(len(CONTEXT) - 1)
     windowed.truncate(len(CONTEXT))
 
@@ -512,6 +513,7 @@ def test_a_small_budget_keeps_fewer_sinks_and_says_so(make_llama):
 def test_a_high_ratio_never_raises_in_the_middle_of_a_chat(make_llama, ratio):
     llama = make_llama(method=KVCompose(compression_ratio=ratio, min_tokens=1, keep_last=1))
     for n_tokens in (2, 3, 14, 60, 292):
+        llama.reset()
         assert len(greedy(llama, CONTEXT[:n_tokens], 3)) == 3
         assert llama.kv_report.n_tokens == n_tokens - 1
 

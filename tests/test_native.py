@@ -1,4 +1,4 @@
-"""The C API answers bad input with a status and a sentence; nothing is changed and nothing aborts."""
+"""Checks that the C API answers bad input with a status and a sentence, changes nothing, and never aborts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""With no compressor our library computes what an unpatched one does, to the bit."""
+"""Checks that without a compressor our library computes the same bits as an unpatched one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(json.dumps({"patched": hasattr(llama_cpp.llama_cpp._lib, "llama_kvc_abi"),
 
 @pytest.fixture(scope="session")
 def libraries() -> dict[str, Path]:
-    """Folders of the patched and of the unpatched library; the latter is compiled once into the user's cache."""
+    """Returns the folders of the patched and the unpatched library; compiles the latter once into the user's cache."""
     from kvcompose_gguf.native import library
 
     script = [sys.executable, str(ROOT / "scripts" / "build_native.py"), "--stock"]

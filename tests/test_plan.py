@@ -1,4 +1,4 @@
-"""What a CompositionPlan accepts."""
+"""Checks which arrays a CompositionPlan accepts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_array_that_is_no_selection_is_refused(case: str) -> None:
+def test_an_array_that_is_not_a_selection_is_refused(case: str) -> None:
     array, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message):
         CompositionPlan(N_TOKENS, (array,))

@@ -1,4 +1,4 @@
-"""Taps, biases and rotations of the native library, against the numpy twin."""
+"""Compares taps, biases and rotations of the native library with the numpy twin."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_taps_change_no_logits(make_llama):
     assert (last_logits(llama) == want).all()
 
 
-def test_attention_outputs_of_a_composed_cache_are_those_of_a_masked_one(make_llama):
+def test_attention_outputs_of_a_composed_cache_equal_those_of_a_masked_one(make_llama):
     llama, model = prefilled(make_llama)
     rng = np.random.default_rng(0)
     visible = [rng.random((2, N)) < 0.5 for _ in range(3)]
@@ -94,7 +94,7 @@ def test_a_bias_of_minus_infinity_hides_rows_from_their_heads(make_llama, name, 
 
 
 def test_a_bias_is_added_to_the_logits_after_their_scaling(make_llama):
-    """A bias of log(3) makes a key count three times, as if it were there three times."""
+    """A bias of log(3) makes a key count as if it occurred three times."""
     llama, model = prefilled(make_llama)
     bias = np.zeros((2, N), np.float32)
     bias[:, 17] = np.log(3)

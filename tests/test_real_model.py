@@ -1,4 +1,4 @@
-"""The whole chain on SmolLM2-135M-Instruct."""
+"""Runs the whole chain on SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def make_smollm2(smollm2):
 
 @pytest.fixture(scope="session")
 def prose() -> list[int]:
-    """1,000 token ids of ordinary English for SmolLM2, which the reference's budgets were made with."""
+    """Returns 1,000 token ids of ordinary English for SmolLM2, with which the reference's budgets were made."""
     return json.loads((DATA / "reference_budgets.json").read_text())["models"]["SmolLM2-135M-Instruct.Q4_1"]["ids"]
 
 
@@ -210,7 +210,7 @@ def test_keeping_everything_of_a_sliding_window_model_changes_no_logits(gemma, p
 
 
 def test_the_quick_evaluation_has_real_numbers(smollm2, tmp_path, capsys):
-    """Also the smoke test of `kvcompose eval`: its report is part of the output."""
+    """Also a smoke test of `kvcompose eval`: prints its report."""
     from typer.testing import CliRunner
 
     from kvcompose_gguf.cli import app

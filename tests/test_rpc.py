@@ -1,4 +1,4 @@
-"""Device memory that is not host memory: layers spread over two of llama.cpp's RPC servers on loopback."""
+"""Tests device memory that is not host memory: layers spread over two of llama.cpp's RPC servers on loopback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[str]]:
-    """Endpoints of two servers, one thread each."""
+    """Returns the endpoints of two servers with one thread each."""
     ports = [free_port() for _ in range(2)]
     command = [sys.executable, "-m", "kvcompose_gguf", "rpc-server", "--threads", "1", "--port"]
     processes = [subprocess.Popen([*command, str(port)], stdout=subprocess.DEVNULL) for port in ports]
@@ -61,6 +61,6 @@ def test_the_chain_on_two_servers_is_the_chain_in_one_process(tiny_model, server
 
 
 @pytest.mark.parametrize("endpoint", ["localhost", ":1", "localhost:", "localhost:x", "127.0.0.1:1", "127.0.0.1:99999"])
-def test_a_server_that_is_not_there_is_an_error_and_not_the_end(endpoint):
+def test_a_missing_server_is_an_error_and_does_not_end_the_process(endpoint):
     with pytest.raises(ConfigError, match="endpoint"):
         add_rpc_server(endpoint)

@@ -1,4 +1,4 @@
-"""RULER's tasks (evaluation/ruler.py): what is asked can be found in the context, by solvers that know only the text."""
+"""Checks that RULER's tasks (evaluation/ruler.py) can be solved from the context, by solvers that read only the text."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def solve_fwe(s: Sample) -> list[str]:
     return [word for word, _ in frequent[:3]]
 
 
-#: a question's beginning or end -> where in a document its answer is
+#: a question's beginning or end -> the place of its answer in a document
 FACTS = {
     "On which river": r"on the river (.+?) in the",
     "In which region": r"in the region of (.+?)\.",
@@ -246,13 +246,13 @@ def test_the_largest_size_that_fits_is_found_whatever_the_slope(cost: Callable[[
 
 
 @every_task
-def test_what_is_asked_does_not_depend_on_the_length(texts: Texts, task: str) -> None:
+def test_the_question_does_not_depend_on_the_length(texts: Texts, task: str) -> None:
     short, long = sample(texts, task, 1024), sample(texts, task, 8192)
     assert (short.question, short.references) == (long.question, long.references)
 
 
 @every_task
-def test_too_short_a_length_says_the_least(texts: Texts, task: str) -> None:
+def test_a_length_that_is_too_short_names_the_shortest(texts: Texts, task: str) -> None:
     with pytest.raises(ConfigError, match=r"n_tokens=60, the least .* is \d+") as caught:
         sample(texts, task, 60)
     least = int(str(caught.value).rsplit(" ", 1)[1])
@@ -334,7 +334,7 @@ def test_depth_is_that_of_the_first_needle_asked_for(texts: Texts, task: str) ->
         else:
             places = [haystack.index(r if task in NIAH else f"VAR {r} =") / len(haystack) for r in s.references]
         assert s.depth is not None
-        # of two documents the other one may come first
+        # with two documents, the other one may come first
         assert s.depth <= min(places) + 0.03 if task == "qa_2" else abs(s.depth - min(places)) < 0.04
 
 
@@ -344,21 +344,21 @@ def test_depth_is_that_of_the_first_needle_asked_for(texts: Texts, task: str) ->
 
 
 def test_wrong_arguments_are_named(texts: Texts) -> None:
-    with pytest.raises(ConfigError, match=r"task='niah', allowed are niah_single_1, "):
+    with pytest.raises(ConfigError, match=r"task='niah'; allowed: niah_single_1, "):
         sample(texts, "niah")
     with pytest.raises(ConfigError, match="index=-1"):
         sample(texts, "vt", index=-1)
-    with pytest.raises(ConfigError, match=r"depth=0.5 with task='vt', allowed with .*passkey"):
+    with pytest.raises(ConfigError, match=r"depth=0.5 with task='vt'; allowed only with .*passkey"):
         sample(texts, "vt", depth=0.5)
-    with pytest.raises(ConfigError, match=r"depth=1.5, allowed are 0 to 1"):
+    with pytest.raises(ConfigError, match=r"depth=1.5; allowed: 0 to 1"):
         sample(texts, "passkey", depth=1.5)
-    with pytest.raises(ConfigError, match="haystack='hay', allowed are noise, essay, needle"):
+    with pytest.raises(ConfigError, match="haystack='hay'; allowed: noise, essay, needle"):
         Needles(128, haystack="hay")
     with pytest.raises(ConfigError, match=r"n_keys=1, n_values=1, n_queries=2"):
         Needles(128, n_queries=2)
 
 
-def test_a_task_of_ones_own_is_an_entry_in_the_dict(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_task_is_an_entry_in_the_dict(texts: Texts, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
     class Repeat(Task):
         def recipe(self, seed: str, n_tokens: int, texts: Texts, depth: float | None) -> Recipe:

@@ -1,4 +1,4 @@
-"""Captured attention equals a numpy forward pass and llama.cpp's own softmax."""
+"""Compares captured attention with a numpy forward pass and llama.cpp's own softmax."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max"
 
 
 def check(got: np.ndarray, want: np.ndarray, flash_attn: bool) -> None:
-    """With flash attention a key in a thousand is rounded to the other float16 neighbour, which one score may show."""
+    """Asserts that scores agree; flash attention rounds one key in a thousand to the other float16 neighbour."""
     error = np.abs(got - want)
     text = f"largest difference {error.max():.2e}, mean {error.mean():.2e}"
     assert error.max() <= (5e-4 if flash_attn else 1e-4), text
@@ -28,7 +28,7 @@ def check(got: np.ndarray, want: np.ndarray, flash_attn: bool) -> None:
 
 
 def attention_on_top(model: NumpyLlama, queries: list[int], n_tokens: int) -> np.ndarray:
-    """(n_layer, n_head, n_query, n_tokens) of queries that follow the context, which are forgotten again."""
+    """Returns (n_layer, n_head, n_query, n_tokens) for queries after the context, which are removed again."""
     _, attention = model.forward(queries)
     model.truncate(n_tokens)
     return np.stack(attention)[..., :n_tokens]
@@ -110,7 +110,7 @@ def test_a_fraction_of_the_repeat_asks_with_pieces_from_all_of_the_context(make_
     assert np.abs(got - want).max() <= 1e-4
 
 
-def test_whole_repeat_stays_visible_when_there_is_no_chunk(make_llama):
+def test_the_whole_repeat_stays_visible_without_chunks(make_llama):
     context = tiny.tokens(tiny.GQA, 300)
     got = captured(make_llama(n_batch=64, n_ubatch=32), context, None)
     want = expected(tiny.GQA, context, len(context))

@@ -1,4 +1,4 @@
-"""Scoring with a cache, session and decoder in one, that only writes down what is asked of it."""
+"""Tests scoring with a fake cache, session and decoder that only records the calls."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_free_cell_is_enough_to_score() -> None:
 
 
 #
-# a share of the context
+# a fraction of the context
 #
 
 
@@ -122,23 +122,23 @@ def test_a_context_shorter_than_a_piece_is_taken_whole(n_tokens: int) -> None:
 
 
 #
-# a cache that writes down what happens to it
+# a cache that records what happens to it
 #
 
 
 def payment(il: int, g: LayerGeometry, token: int, n_cells: int) -> np.ndarray:
-    """What a query token pays to each cell, ``(n_head, n_cells)``: sixteenths, whose sums are exact in float32."""
+    """Returns a query token's attention to each cell, ``(n_head, n_cells)``: sixteenths, with exact sums in float32."""
     head = np.arange(g.n_head)[:, None]
     return ((il + 3 * token + 7 * head + 5 * np.arange(n_cells)) % 16 / 16).astype(np.float32)
 
 
 class Cache:
-    """Session and decoder in one, that knows the tokens it holds; its queries pay what ``payment`` says.
+    """A fake session and decoder that knows its tokens; ``payment`` gives its queries' attention.
 
     Attributes:
-        events: what was asked for, in order.
-        evaluated: tokens, their first position and whether they were scored, of every prefill and decode.
-        fail_at: number of the call that raises ``error``, in the middle of what it does.
+        events: the requests, in order.
+        evaluated: tokens, first position and whether they were scored, for every prefill and decode.
+        fail_at: number of the call that raises ``error`` half-way.
     """
 
     layers = (layer(4, 2), layer(2, 1))
@@ -249,19 +249,19 @@ class Cache:
             self.events.append(("remove", pos))
             del self.held[pos:]
 
-    # what was written down
+    # what was recorded
 
     def of_kind(self, *kinds: str) -> list[tuple[Any, ...]]:
         return [event for event in self.events if event[0] in kinds]
 
     @property
     def decodes(self) -> list[tuple[int, int]]:
-        """Number of tokens and first position of every decode."""
+        """Returns the number of tokens and the first position of every decode."""
         return [(len(tokens), pos) for _, tokens, pos in self.of_kind("decode")]
 
     @property
     def queries(self) -> list[tuple[int, int]]:
-        """Every token that was scored, and its position."""
+        """Returns every scored token and its position."""
         return [
             (token, pos + i)
             for tokens, pos, is_scored in self.evaluated
@@ -290,13 +290,13 @@ def collect(
 
 
 def ask(cache: Cache, tokens: Sequence[int], *queries: Sequence[int], **options: Any) -> Attention:
-    """``collect`` with prompts of these tokens."""
+    """Calls ``collect`` with prompts of these tokens."""
     prompts = [" ".join(map(str, query)) or " " for query in queries]
     return collect(cache, tokens, scoring="prompts", prompts=prompts, **options)
 
 
 def assert_scores(attention: Attention, queries: Sequence[tuple[int, int]], n_tokens: int, agg_task: str) -> None:
-    """The scores are agg_task over the queries, tokens and positions, that could see each token of the context."""
+    """Asserts that the scores are agg_task over the queries (tokens and positions) that can see each context token."""
     sees = np.array([[pos >= i for i in range(n_tokens)] for _, pos in queries])
     for il, g in enumerate(Cache.layers):
         paid = np.stack([payment(il, g, token, n_tokens) for token, _ in queries]) * sees[:, None]
@@ -413,7 +413,7 @@ def test_every_query_token_is_decoded_once_and_in_order(
     st.integers(1, 500),
     st.sampled_from(["max", "mean"]),
 )
-def test_the_repeat_asks_with_the_share_of_the_context_that_is_wanted(
+def test_the_repeat_uses_the_requested_share_of_the_context(
     n_tokens: int, fraction: float, scoring_chunk: int, n_batch: int, n_free: int, agg_task: str
 ) -> None:
     cache, tokens = Cache(n_cells=n_tokens + n_free), context(n_tokens)
@@ -707,7 +707,7 @@ def test_a_compressed_context_in_the_cache_is_forgotten_before_scoring_begins(mo
     ("mode", "prefill_seconds", "score_seconds"),
     [("repeat", 10, 10), ("prompts", 10, 7), ("window behind", 10, 6), ("prefill", 10, 0)],
 )
-def test_the_time_of_the_prefill_and_of_what_comes_on_top_of_it_are_told_apart(
+def test_the_times_of_the_prefill_and_of_the_scoring_pass_are_reported_separately(
     mode: str, prefill_seconds: float, score_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache()  # a token takes a second

@@ -1,4 +1,4 @@
-"""seam.join on a toy tokenizer."""
+"""Tests seam.join with a toy tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def piece(token: int) -> bytes:
 
 
 def tokenize(text: bytes) -> list[int]:
-    """Greedy, longest match first."""
+    """Tokenizes greedily, longest match first."""
     tokens = []
     while text:
         part = next(text[:n] for n in range(3, 0, -1) if text[:n] in IDS)
@@ -48,7 +48,7 @@ def test_common_prefix_counts_the_leading_tokens_that_agree() -> None:
     assert common_prefix([], [1]) == 0
 
 
-def test_a_prompt_that_begins_with_the_context_is_returned_as_it_is() -> None:
+def test_a_prompt_that_begins_with_the_context_is_returned_unchanged() -> None:
     context = tokenize(b"xab.")
     prompt = [*context, *tokenize(b"Wxy")]
     joined = join(context, prompt, piece, tokenize)
@@ -56,7 +56,7 @@ def test_a_prompt_that_begins_with_the_context_is_returned_as_it_is() -> None:
     assert joined is not prompt
 
 
-def test_a_prompt_equal_to_the_context_is_returned_as_it_is() -> None:
+def test_a_prompt_equal_to_the_context_is_returned_unchanged() -> None:
     assert join(tokenize(b"xab."), tokenize(b"xab."), piece, tokenize) == tokenize(b"xab.")
 
 
@@ -111,7 +111,7 @@ def test_the_rest_of_the_seam_may_take_more_than_one_token() -> None:
 
 
 def test_tokens_behind_the_seam_are_the_prompts_own() -> None:
-    # "ab" as two tokens is not what tokenize() makes, and has to stay
+    # tokenize() never returns "ab" as two tokens, so they must stay
     prompt = [*ids(b"x", b".\n", b"a", b"b"), CONTROL, *ids(b"W")]
     assert join(ids(b"x", b"."), prompt, piece, tokenize) == [*ids(b"x", b".", b"\n", b"a", b"b"), CONTROL, *ids(b"W")]
 
@@ -164,7 +164,7 @@ texts = st.lists(st.sampled_from([b"a", b"b", b"c", b".", b"\n", b" ", "é".enco
 def test_a_continued_text_keeps_its_text_and_the_contexts_tokens(context: bytes, rest: bytes) -> None:
     before = tokenize(context)
     joined = join(before, tokenize(context + rest), piece, tokenize)
-    # a greedy token that reaches over the end replaces two of the context's at most
+    # a greedy token that crosses the end replaces at most two of the context's tokens
     assert joined is not None
     assert joined[: len(before)] == before
     assert text_of(joined) == context + rest

@@ -6,17 +6,15 @@ import http.client
 import json
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import tiny
-from serving import running, until
+from serving import TIMEOUT, cancelling, decodes, running, until
 
 from kvcompose_gguf.server.options import ServeOptions
-from kvcompose_gguf.server.slots import Turns
 
 CONFIG = tiny.GQA
 KEY = "sk-secret"
@@ -36,7 +34,7 @@ def address(tiny_model) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=TIMEOUT)
 
 
 def curl(address: str, path: str, *options: str) -> Any:
@@ -89,24 +87,33 @@ def test_the_openai_package_understands_errors(client, address):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "at once"])
-def test_a_client_that_goes_stops_its_work(address, monkeypatch, stream):
-    run = Turns.run
-
-    def slowly(self: Turns, function: Callable[[], Any]) -> Any:
-        time.sleep(0.02)
-        return run(self, function)
-
-    def busy() -> int:
-        return sum(slot["is_processing"] for slot in json.loads(curl(address, "/slots")))
-
-    monkeypatch.setattr(Turns, "run", slowly)  # 900 tokens take 18 s
+def test_a_client_that_goes_stops_its_work(address, stream):
     host, port = address.removeprefix("http://").split(":")
-    asking = http.client.HTTPConnection(host, int(port))
-    body = {"prompt": "Once", "n_predict": 900, "ignore_eos": True, "stream": stream}
-    asking.request("POST", "/completion", json.dumps(body), {"Authorization": f"Bearer {KEY}"})
-    until(lambda: busy() == 1, 10)
-    asking.close()
-    until(lambda: busy() == 0, 6)
+    with decodes() as held, cancelling() as cancelled:
+        held.let(3)
+        asking = http.client.HTTPConnection(host, int(port))
+        body = {"prompt": "Once", "n_predict": 900, "ignore_eos": True, "stream": stream}
+        asking.request("POST", "/completion", json.dumps(body), {"Authorization": f"Bearer {KEY}"})
+        held.wait_held()
+        (slot,) = busy(address)
+        assert not cancelled.is_set()
+        asking.close()
+        assert cancelled.wait(TIMEOUT)  # the server has noticed, while a decode is held
+        n_decodes = decoded(address)
+        held.open()
+        until(lambda: not busy(address))
+        assert decoded(address) == n_decodes
+    assert slot["next_token"][0]["n_remain"] > 0
+
+
+def busy(address: str) -> list[Any]:
+    return [slot for slot in json.loads(curl(address, "/slots")) if slot["is_processing"]]
+
+
+def decoded(address: str) -> float:
+    """Calls of llama_decode so far."""
+    (line,) = [line for line in curl(address, "/metrics").splitlines() if line.startswith("llamacpp:n_decode_total ")]
+    return float(line.split()[1])
 
 
 def test_curl_without_headers_is_understood(address):
@@ -117,35 +124,44 @@ def test_curl_without_headers_is_understood(address):
 
 
 def test_a_short_answer_does_not_wait_for_a_long_prompt(client):
-    """Side by side, the short request is done while the long one is still being read."""
-    ended: dict[str, float] = {}
+    """The short request is done while the long one is held in the middle of its prompt."""
 
-    def ask(name: str, n_prompt: int) -> None:
-        client.completions.create(model="tiny", prompt=[7 + len(name)] * n_prompt, max_tokens=4, extra_body={"cache_prompt": False})
-        ended[name] = time.monotonic()
+    def ask(n_prompt: int, id_slot: int) -> None:
+        client.completions.create(
+            model="tiny", prompt=[7] * n_prompt, max_tokens=4, extra_body={"cache_prompt": False, "id_slot": id_slot}
+        )
 
-    threads = [threading.Thread(target=ask, args=arguments) for arguments in (("long", 960), ("short", 8))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert ended["short"] < ended["long"]
+    with decodes("slot-0") as held:
+        held.let(2)
+        long = threading.Thread(target=ask, args=(960, 0))
+        long.start()
+        held.wait_held()
+        ask(8, 1)
+        assert (held.n_passed, long.is_alive()) == (2, True)
+        held.open()
+        long.join(TIMEOUT)
+    assert not long.is_alive()
+    assert held.n_passed == 15 + 3
 
 
-def test_a_slot_that_works_says_what_it_does(client, address):
-    stream = client.completions.create(
-        model="tiny", prompt="Once", max_tokens=800, stream=True, extra_body={"ignore_eos": True, "top_k": 9}
-    )
-    for _, _ in zip(range(5), stream, strict=False):
-        pass
-    (slot,) = [slot for slot in json.loads(curl(address, "/slots")) if slot["is_processing"]]
+def test_a_slot_that_works_says_what_it_does_until_the_stream_is_closed(client, address):
+    with decodes() as held, cancelling() as cancelled:
+        held.let(6)
+        stream = client.completions.create(
+            model="tiny", prompt="Once", max_tokens=800, stream=True, extra_body={"ignore_eos": True, "top_k": 9}
+        )
+        for _, _ in zip(range(5), stream, strict=False):
+            pass
+        held.wait_held()
+        (slot,) = busy(address)
+        stream.close()
+        assert cancelled.wait(TIMEOUT)
+        held.open()
+        until(lambda: not busy(address))
     (step,) = slot["next_token"]
-    assert step["has_next_token"]
-    assert step["n_decoded"] >= 5
-    assert step["n_remain"] == 800 - step["n_decoded"]
+    assert step == {"has_next_token": True, "has_new_line": step["has_new_line"], "n_remain": 794, "n_decoded": 6}
     assert (slot["params"]["top_k"], slot["n_prompt_tokens_processed"] + slot["n_prompt_tokens_cache"] > 0) == (9, True)
-    stream.close()
-    until(lambda: not any(slot["is_processing"] for slot in json.loads(curl(address, "/slots"))))
+    assert held.n_passed == 7
 
 
 def test_langchains_chat_model(address):

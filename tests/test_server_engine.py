@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 from conftest import greedy, last_logits
+from serving import TIMEOUT, Gate, gate_before, until
 
 from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.server.engine import Engine, Job
-from kvcompose_gguf.server.slots import Busy, Cancelled, Slot
+from kvcompose_gguf.server.idle import IdleCaches
+from kvcompose_gguf.server.slots import Busy, Cancelled, Slot, Turns
 
 CONFIG = tiny.GQA
 OPTIONS: dict[str, Any] = {
     "n_ctx": 1024, "n_batch": 64, "n_threads": 1, "n_threads_batch": 1, "type_k": 0, "type_v": 0, "verbose": False,
 }  # fmt: skip
 METHOD = KVCompose(compression_ratio=0.5, scoring="repeat", min_tokens=100, keep_last=8)
-TIMEOUT = 60
 
 
 @pytest.fixture
@@ -185,6 +188,57 @@ def test_a_job_that_is_cancelled_while_it_waits_never_runs(make_engine):
     assert (ran, job.future.cancelled(), engine.n_waiting) == ([], True, 0)
 
 
+def test_a_cancelled_job_in_the_queue_does_not_count_as_waiting(make_engine):
+    engine, blocker = make_engine(1), Blocker()
+    engine.submit(blocker.job)
+    assert blocker.begun.wait(TIMEOUT)
+    jobs = [Job(lambda slot: slot.id) for _ in range(2)]
+    for job in jobs:
+        engine.submit(job)
+    jobs[0].cancel()
+    assert engine.n_waiting == 1
+    blocker.go.set()
+    assert jobs[1].future.result(TIMEOUT) == 0
+    assert engine.n_waiting == 0
+
+
+def test_a_context_on_its_way_to_disk_is_waited_for(make_engine, tmp_path):
+    """A prompt that needs it, in another slot meanwhile, does not read it all again."""
+    engine = make_engine(2, idle_path=tmp_path, idle_bytes=1 << 30)
+    a, b = (tiny.tokens(CONFIG, 308, seed=seed) for seed in (1, 2))
+
+    def job(tokens: list[int], id_slot: int) -> Job:
+        return Job(read(tokens, METHOD).work, tokens, id_slot, method=METHOD)
+
+    assert result(engine, job(a, 0))[1] == 0
+    with gate_before(IdleCaches, "keep") as keep:
+        keep.let(0)
+        replacing, again = job(b, 0), job(a, 1)
+        engine.submit(replacing)
+        keep.wait_held()
+        engine.submit(again)
+        # long enough for a slot that does not wait; one that does may take as long as it likes
+        assert not wait([again.future], 1).done
+        keep.open()
+        assert again.future.result(TIMEOUT)[:2] == (1, 307)
+        assert replacing.future.result(TIMEOUT)[:2] == (0, 0)
+
+
+def test_a_slot_that_is_being_emptied_has_nothing_to_continue(make_engine, tmp_path):
+    """Its cache is its own thread's: the choice of a slot for another prompt does not look at it."""
+    engine = make_engine(2, idle_path=tmp_path, idle_bytes=1 << 30)
+    a = tiny.tokens(CONFIG, 308, seed=1)
+    result(engine, Job(read(a, METHOD).work, a, 0, method=METHOD))
+    slot = engine.slots[0]
+    assert slot.n_continued(a, METHOD) == 307
+    with gate_before(IdleCaches, "keep") as keep:
+        keep.let(0)
+        engine._start_forgetting(slot)
+        keep.wait_held()
+        assert slot.n_continued(a, METHOD) == 0
+    assert result(engine, Job(read(a, METHOD).work, a, method=METHOD))[1] == 307  # it is on disk
+
+
 def test_an_exception_is_the_jobs_and_the_slot_is_free(make_engine):
     engine = make_engine(1)
 
@@ -197,25 +251,35 @@ def test_an_exception_is_the_jobs_and_the_slot_is_free(make_engine):
     assert result(engine, Job(lambda slot: slot.id)) == 0
 
 
-def test_decodes_of_slots_take_turns(make_engine):
-    engine = make_engine(2)
-    order: list[int] = []
-    begin = threading.Barrier(2)
+def test_decodes_of_slots_take_turns(make_engine, monkeypatch):
+    """Of two slots that both want to decode, the one that asked first is next."""
+    engine, held, run, order = make_engine(2), Gate(), Turns.run, list[str]()
 
-    def work(slot: Slot) -> None:
-        slot.on_decode = lambda n: order.append(slot.id)
-        begin.wait(TIMEOUT)
-        slot.llama.read(tiny.tokens(CONFIG, 640, seed=slot.id), None)
+    def held_run(self: Turns, decode: Callable[[], Any]) -> Any:
+        slot = threading.current_thread().name
 
-    jobs = [Job(work, id_slot=number) for number in range(2)]
+        def turn() -> Any:  # in the one thread that computes
+            held.arrive()
+            order.append(slot)
+            return decode()
+
+        return run(self, turn)
+
+    monkeypatch.setattr(Turns, "run", held_run)
+    queue = engine._turns._thread._work_queue
+    held.let(0)
+    jobs = [Job(read(tiny.tokens(CONFIG, 640, seed=number)).work, id_slot=number) for number in range(2)]
     for job in jobs:
         engine.submit(job)
+    for _ in range(18):
+        held.wait_held()
+        until(lambda: queue.qsize() == 1)  # the other slot has asked as well
+        held.let(1)
+    held.open()
     for job in jobs:
         job.future.result(TIMEOUT)
-    assert sorted(order) == [0] * 10 + [1] * 10
-    # who has waited longest is next: nobody is ahead by more than the one that waits
-    lead = np.cumsum([1 if number else -1 for number in order])
-    assert np.abs(lead).max() <= 2, order
+    assert len(order) == 20
+    assert all(one != next_one for one, next_one in itertools.pairwise(order)), order
 
 
 def test_closing_ends_what_runs_and_what_waits(make_engine):
@@ -235,7 +299,7 @@ def test_closing_ends_what_runs_and_what_waits(make_engine):
     with pytest.raises(Cancelled):
         running.future.result(TIMEOUT)
     assert waiting.future.cancelled()
-    with pytest.raises(Busy, match="about to end"):
+    with pytest.raises(Busy, match="is stopping"):
         engine.submit(Job(lambda slot: slot.id))
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 
 import pytest
 import tiny
 from fastapi.testclient import TestClient
-from serving import CONFIG, METHOD, events, post, tiny_options, until
+from serving import CONFIG, METHOD, TIMEOUT, Asking, decodes, post, tiny_options, until
 
 from kvcompose_gguf import ConfigError
+from kvcompose_gguf.server import engine
 from kvcompose_gguf.server.app import create_app
 from kvcompose_gguf.server.command import make_engine
 from kvcompose_gguf.server.engine import Engine
@@ -84,22 +87,16 @@ def test_keys_are_asked_for(start):
 
 def test_a_full_queue_says_when_to_come_again(start):
     client = start(n_parallel=1, n_queue=0)
-    started = threading.Event()
-
-    def run() -> None:
-        with client.stream("POST", "/completion", json={"prompt": PROMPT, "ignore_eos": True, "stream": True}) as answer:
-            for _ in answer.iter_lines():
-                started.set()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert started.wait(30)
-    answer = client.post("/completion", json={"prompt": PROMPT, "n_predict": 1})
-    thread.join()
+    with decodes() as held:
+        held.let(0)
+        asking = Asking(client, "/completion", prompt=PROMPT, n_predict=3)
+        held.wait_held()
+        answer = client.post("/completion", json={"prompt": PROMPT, "n_predict": 1})
+        held.open()
+        asking.wait()
     assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "1")
     assert answer.json()["error"]["type"] == "unavailable_error"
-
-
+    assert asking.status == 200
 
 
 def test_names_and_tags(start):
@@ -120,7 +117,7 @@ def test_it_answers_while_the_model_is_loaded(tiny_model):
     options = tiny_options(tiny_model(CONFIG))
 
     def slow() -> Engine:
-        assert go.wait(30)
+        assert go.wait(TIMEOUT)
         return make_engine(options)
 
     with TestClient(create_app(options, slow, pytest.fail)) as client:
@@ -144,11 +141,33 @@ def test_a_model_that_cannot_be_loaded_is_told(tiny_model):
     assert str(told[0]) == "no such model"
 
 
-def test_a_request_may_take_so_long(start):
-    client = start(n_parallel=1, timeout=0.4)
-    body = {"prompt": PROMPT, "ignore_eos": True}
-    answer = client.post("/completion", json=body)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (504, "timeout_error")
-    chunks, done = events(client, "/v1/completions", **body)
-    assert (chunks[-1]["error"]["code"], done) == (504, False)
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_request_may_take_so_long(start, monkeypatch, path, stream):
+    """The clock is the test's: it jumps while a decode is held."""
+    client, late = start(n_parallel=1, timeout=3600), threading.Event()
+    monkeypatch.setattr(engine, "now", lambda: time.monotonic() + 7200 * late.is_set())
+    with decodes() as held:
+        held.let(3)
+        asking = Asking(client, path, prompt=PROMPT, n_predict=50, ignore_eos=True, stream=stream)
+        held.wait_held()
+        late.set()
+    error = json.loads(asking.wait()[-1])["error"]
+    assert (asking.status, error["code"], error["type"]) == (200 if stream else 504, 504, "timeout_error")
+    assert held.n_passed == 4
     assert post(client, "/completion", prompt=PROMPT, n_predict=1)["tokens_predicted"] == 1
+
+
+def test_the_time_in_the_queue_counts(start, monkeypatch):
+    client, late = start(n_parallel=1, timeout=3600), threading.Event()
+    monkeypatch.setattr(engine, "now", lambda: time.monotonic() + 7200 * late.is_set())
+    with decodes() as held:
+        held.let(0)
+        first = Asking(client, "/completion", prompt=PROMPT, n_predict=50)
+        held.wait_held()
+        second = Asking(client, "/completion", prompt=PROMPT, n_predict=50)
+        until(lambda: "llamacpp:requests_deferred 1.0" in client.get("/metrics").text)
+        late.set()
+        held.open()
+        assert [json.loads(asking.wait()[-1])["error"]["code"] for asking in (first, second)] == [504, 504]
+    assert "waited longer" in second.lines[-1]

@@ -1,4 +1,4 @@
-"""Session files on tiny models: what they bring back, and what they refuse."""
+"""Tests session files on tiny models: what they restore, and which files are refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTEXT = tiny.tokens(CONFIG, 292, seed=5)
 QUESTION = tiny.tokens(CONFIG, 9, seed=6)
 HALF = KVCompose(compression_ratio=0.5, scoring="repeat", min_tokens=100, keep_last=0)
 
-#: an architecture with sliding windows, whose compressed contexts need a saved state of these
+#: an architecture with sliding windows; its compressed contexts also save the state of the windows
 GEMMA3 = tiny.ARCHITECTURES["gemma3"]
 SMALL = {"n_batch": 64, "n_ubatch": 64, "swa_full": False}
 
@@ -54,7 +54,7 @@ def test_a_session_goes_on_in_another_process_where_it_was_saved(make_llama, tmp
     assert (loaded.n_tokens, loaded.n_context) == (292, 292)
     n_before = other.n_tokens
     assert greedy(other, [*CONTEXT, *QUESTION], 12) == want
-    assert n_before == 292  # the context was continued, not read
+    assert n_before == 292  # the context was continued, not read again
     assert str(other.kv_report) == str(llama.kv_report)
     plan = CompositionPlan.from_bits(292, [layer.n_head_kv for layer in other.kv_layers], other._composed.kept)
     assert plan.n_kept.tolist() == other.kv_report.n_kept.tolist()
@@ -99,7 +99,7 @@ def test_a_file_is_the_rows_and_one_percent(make_llama, tmp_path):
     llama = make_llama(method=KVCompose(compression_ratio=0.5, scoring="repeat", keep_last=0), n_ctx=8192)
     report = llama.compress(tiny.tokens(CONFIG, 6000, seed=9))
     info = llama.save_session(tmp_path / "a.kvc")
-    # a tiny model's row is 512 bytes in 3 layers: tokens and cells weigh more than in any real model
+    # a tiny model's row has 512 bytes in 3 layers, so tokens and cells take a larger share than in a real model
     beside = info.n_bytes - report.kv_bytes_kept
     per_cell = beside / int(report.n_kept.max())
     assert per_cell < 40, f"{info.n_bytes} bytes, {report.kv_bytes_kept} of rows"
@@ -112,13 +112,13 @@ def test_a_second_question_finds_the_windows_of_a_loaded_session_as_they_were(ma
     want = greedy(llama, [*CONTEXT, *QUESTION], 6)
     other = make_llama(GEMMA3, method=HALF, **SMALL)
     other.load_session(tmp_path / "a.kvc")
-    greedy(other, [*CONTEXT, *tiny.tokens(GEMMA3, 80, seed=3)], 6)  # drives the context out of the windows
+    greedy(other, [*CONTEXT, *tiny.tokens(GEMMA3, 80, seed=3)], 6)  # pushes the context out of the windows
     assert greedy(other, [*CONTEXT, *QUESTION], 6) == want
     refusing(make_llama, tmp_path / "a.kvc", "swa_full=False, this context has swa_full=True", config=GEMMA3)
 
 
 #
-# what is refused
+# files that are refused
 #
 
 
@@ -128,25 +128,30 @@ def refusing(make_llama: Any, path: Path, match: str, **kwargs: Any) -> None:
     held = llama._input_ids.tolist()
     with pytest.raises(StateError, match=match):
         llama.load_session(path)
-    assert llama._input_ids.tolist() == held  # the cache is as it was
+    assert llama._input_ids.tolist() == held  # the cache is unchanged
     assert greedy(llama, QUESTION, 4) == want
 
 
 def test_another_model_type_or_setting_is_refused_and_both_are_named(make_llama, tmp_path):
     path = tmp_path / "a.kvc"
     compressed(make_llama).save_session(path)
-    refusing(make_llama, path, r"made with the model tiny-\d\.gguf .* this one is tiny-\d\.gguf", config=tiny.MHA)
-    refusing(make_llama, path, "made with type_k=f32, this context has type_k=f16", type_k=F16)
+    refusing(
+        make_llama,
+        path,
+        r"made with the model tiny-\d\.gguf .* this one is tiny-\d\.gguf \(\w+\): load it with its own model",
+        config=tiny.MHA,
+    )
+    refusing(make_llama, path, "made with type_k=f32, this context has type_k=f16: use the same", type_k=F16)
     flash = tmp_path / "flash.kvc"
     compressed(make_llama, flash_attn=True).save_session(flash)
     refusing(make_llama, flash, "type_v=f32, this context has type_v=q8_0", type_v=Q8_0, flash_attn=True)
     refusing(make_llama, path, "flash_attn=False, this context has flash_attn=True", flash_attn=True)
     refusing(make_llama, path, "rope_freq_base=0.0, this context has rope_freq_base=5000", rope_freq_base=5000.0)
-    refusing(make_llama, path, "292 tokens, this context has room for 256", n_ctx=256)
+    refusing(make_llama, path, "292 tokens, n_ctx=256 is too small: raise it", n_ctx=256)
 
 
 def rewritten(raw: bytes, **changes: Any) -> bytes:
-    """The file with other values in its header, and a checksum that is right."""
+    """Returns the file with other values in its header and a correct checksum."""
     magic, version, n_head = struct.unpack_from("<8sII", raw)
     header = json.loads(raw[16 : 16 + n_head]) | changes
     version = changes.pop("format", version)
@@ -171,7 +176,7 @@ def test_headers_that_lie_are_refused(make_llama, tmp_path):
     sections = json.loads(good[16 : 16 + struct.unpack_from("<8sII", good)[2]])["sections"]
     lies: dict[str, dict[str, Any]] = {
         "context": {"n_context": 10**9}, "negative": {"n_context": -1}, "heads": {"n_heads": 7}, "many": {"n_heads": 2**40},
-        "report": {"report": {"n_tokens": 1}}, "infinite": {"report": {"kv_bytes": 1e999}}, "extra": {"extra": []},
+        "report": {"report": {"n_tokens": 1}}, "listed report": {"report": [1]}, "infinite": {"report": {"kv_bytes": 1e999}}, "extra": {"extra": []},
         "model": {"model": 3}, "created": {"created": "now"}, "no sections": {"sections": sections[:1]},
         "huge section": {"sections": [["tokens", 2**60]]}, "text section": {"sections": [["tokens", "x"]]},
         "negative section": {"sections": [*sections[:-1], ["state", -5]]}, "settings": {"settings": 5},
@@ -181,14 +186,16 @@ def test_headers_that_lie_are_refused(make_llama, tmp_path):
     held = other._input_ids.tolist()
     for name, changes in lies.items():
         path.write_bytes(rewritten(good, **changes))
-        with pytest.raises(StateError, match="damaged"):
+        with pytest.raises(StateError, match=r"a\.kvc is damaged"):
             other.load_session(path)
         assert other._input_ids.tolist() == held, name
     path.write_bytes(rewritten(good, format=2))
-    with pytest.raises(StateError, match="session format 2, this version reads format 1"):
+    with pytest.raises(StateError, match="session format 2, this version reads format 1: make a new one"):
         other.load_session(path)
     path.write_bytes(rewritten(good, versions={"llama.cpp": "abc", "kvcompose-gguf": "9.9"}))
-    with pytest.raises(StateError, match=r"llama.cpp abc in kvcompose-gguf 9.9, this is llama.cpp [0-9a-f]+ in"):
+    with pytest.raises(
+        StateError, match=r"llama.cpp abc in kvcompose-gguf 9.9, this is llama.cpp [0-9a-f]+ in .*: make a new one"
+    ):
         other.load_session(path)
 
 
@@ -269,7 +276,7 @@ def test_sessions_are_listed_newest_first(make_llama, tmp_path):
 
 
 #
-# a crash while it is saved
+# crashes while a file is saved
 #
 
 WRITER = """
@@ -290,14 +297,14 @@ for number in range(1 << 30):
 
 
 def killed_while_saving(folder: Path, n_kills: int, n_bytes: int, seed: int) -> list[int]:
-    """The numbers of the whole files that were found after each of ``n_kills``."""
+    """Kills a writer ``n_kills`` times; returns the number of the whole file found after each kill."""
     file, chosen, found = folder / "a.kvc", random.Random(seed), []
     for _ in range(n_kills):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(file), str(n_bytes)], stdout=subprocess.PIPE)
         assert writer.stdout is not None
         for _ in range(chosen.randint(1, 3)):
             assert writer.stdout.readline()
-        time.sleep(chosen.random() * 0.05)  # the writer is somewhere in a later file now
+        time.sleep(chosen.random() * 0.05)  # by now the writer is somewhere in a later file
         writer.send_signal(signal.SIGKILL)
         writer.wait()
         writer.stdout.close()
@@ -322,7 +329,7 @@ def test_what_killed_processes_leave_is_removed_later(tmp_path):
         sessions.Identity("m", "id", {}, {}), np.zeros(1, np.int32), np.zeros(1, np.uint8), None, None, 0, {}
     )
     sessions.save(snapshot, sessions_file)
-    assert left.exists()  # somebody may be writing it
+    assert left.exists()  # another process may still be writing it
     os.utime(left, (1, 1))
     sessions.save(snapshot, sessions_file)
     assert not left.exists()

@@ -1,4 +1,4 @@
-"""Surrogates: features, prediction and file against plain loops, and KVCompose with one instead of a repeat."""
+"""Compares the surrogates' features, prediction and file with plain loops; tests KVCompose with a surrogate."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ GOOD = Surrogate("m.gguf", "abc", (np.ones((2, 5), np.float32), np.zeros((1, 3),
 
 
 def fitting_surrogate(llama: Any) -> Surrogate:
-    """Random weights of a loaded model's shape, as of its file."""
+    """Returns random weights with a loaded model's shape, as from its file."""
     evidence = llama.observe(tiny.tokens(tiny.GQA, 20), KEYS_ONLY)
     return Surrogate("m", calibration.model_sha256(Path(llama.model_path)), random_weights(evidence, 0.5))
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of surrogates."""
+    """Returns an empty folder of surrogates."""
     monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     return tmp_path / "kvcompose-gguf" / "calibrations"
 
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rotated(rows: np.ndarray, positions: np.ndarray, freqs: np.ndarray, neox: bool, scale: float = 1) -> np.ndarray:
-    """RoPE of ``rows`` (n, ..., d): their first ``2 * len(freqs)`` elements are pairs, complex numbers that turn."""
+    """Applies RoPE to ``rows`` (n, ..., d): the first ``2 * len(freqs)`` elements are pairs, rotated as complex numbers."""
     n_rot, out = 2 * len(freqs), rows.astype(np.float64)
     half = n_rot // 2
     a, b = (np.s_[..., :half], np.s_[..., half:n_rot]) if neox else (np.s_[..., 0:n_rot:2], np.s_[..., 1:n_rot:2])
@@ -94,7 +94,7 @@ FREQS = np.array([1.0, 0.01])
 
 
 def make_evidence(n_tokens: int, seed: int = 0) -> Evidence:
-    """Random evidence of two layers that differ; keys are of RoPE in halves, of their first four elements."""
+    """Returns random evidence with two different layers; keys have RoPE in halves on their first four elements."""
     rng = np.random.default_rng((seed, n_tokens))
     layers = [LayerGeometry(0, 4, 2, 6, 4, 1, 1, False, 64), LayerGeometry(3, 6, 3, 5, 8, 1, 1, False, 64)]
 
@@ -113,14 +113,14 @@ def make_evidence(n_tokens: int, seed: int = 0) -> Evidence:
 
 
 def table_of(evidence: Evidence, l: int) -> np.ndarray:
-    """The specified features of a layer of ``make_evidence``."""
+    """Returns the specified features of a layer of ``make_evidence``."""
     keys, positions = evidence.read("keys", l), np.arange(evidence.n_tokens)
     turned = [np.stack([rotated(k, -by, FREQS, True) for k in keys]) for by in (positions, evidence.n_tokens + 0 * positions)]  # fmt: skip
     return specified_features(*turned, evidence.read("values", l))
 
 
 def random_weights(evidence: Evidence, size: float, seed: int = 1) -> tuple[np.ndarray, ...]:
-    """float32 (n_head_kv, n_features) for each layer, of predictions of around exp(-4)."""
+    """Returns float32 (n_head_kv, n_features) for each layer, which give predictions of around exp(-4)."""
     rng = np.random.default_rng(seed)
     shapes = [(g.n_head_kv, 3 * g.n_embd_head_k + 2 * g.n_embd_head_v + 15) for g in evidence.layers]
     weights = [size * rng.standard_normal(shape) / np.sqrt(shape[1]) for shape in shapes]
@@ -158,7 +158,7 @@ def plain_freqs(base: float, n_rot: int) -> np.ndarray:
 
 
 def yarn_freqs(base: float, n_rot: int, factor: float, n_ctx: int) -> np.ndarray:
-    """YaRN (arXiv 2309.00071): pairs of fewer than 1 turn over n_ctx tokens are slowed down, of more than 32 are not."""
+    """YaRN (arXiv 2309.00071): slows down pairs with less than 1 turn over n_ctx tokens, but none with more than 32."""
     freqs = plain_freqs(base, n_rot)
     low, high = (n_rot * math.log(n_ctx / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in (32, 1))
     share = np.clip((np.arange(n_rot // 2) - math.floor(low)) / (math.ceil(high) - math.floor(low)), 0, 1)
@@ -201,7 +201,7 @@ def test_features_of_every_rotation_are_the_twins(make_llama, monkeypatch, name)
         assert_close(np.concatenate([*features(evidence, l)], axis=1), want, 2e-3)
 
 
-#: how far a row may be from f16's, as a share of its length. Half a step is 2^-11 of an element for f16 and 2^-9 for
+#: largest distance of a row from f16's, as a share of its length. Half a step is 2^-11 of an element for f16 and 2^-9 for
 #: bf16; quantized, steps are a block's largest element / 127 or / 8, and rounding has a deviation of 0.3 steps. That
 #: element is 2 to 4 deviations of its row, so a row is off by 0.3 * 4 / 127 or 0.3 * 4 / 8 of its length at most
 ERRORS = {"f32": 5e-4, "f16": 5e-4, "bf16": 3e-3, "q8_0": 0.01, "q4_0": 0.16}
@@ -216,7 +216,7 @@ ERRORS = {"f32": 5e-4, "f16": 5e-4, "bf16": 3e-3, "q8_0": 0.01, "q4_0": 0.16}
     ],
 )  # fmt: skip
 def test_features_of_stored_types_are_those_of_f16_up_to_rounding(make_llama, n_embd_head, k, v, flash_attn):
-    # small attention outputs keep the rounding of one layer out of the next ones
+    # small attention outputs keep one layer's rounding out of the next layers
     config = replace(tiny.WIDE, n_embd_head=n_embd_head, output_scale=0.01)
     context, d = tiny.tokens(config, N), n_embd_head
     tables = []
@@ -260,7 +260,7 @@ def test_a_surrogate_of_another_shape_is_refused():
     evidence = make_evidence(10)
     one, two = random_weights(evidence, 1)
     for weights in ((one,), (two, one), (one, two[:1]), (one, two[:, 1:]), (one, two, two)):
-        with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .* the model needs \[\(2, 41\), \(3, 46\)\]"):
+        with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
             Surrogate("tiny.gguf", "abc", weights).predict(evidence)
     with pytest.raises(ConfigError, match="the evidence has no unrotate"):
         Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, unrotate=None))
@@ -281,7 +281,7 @@ def test_wrong_weights_and_versions_are_refused():
 
 
 def changed(**arrays: Any) -> bytes:
-    """The file of GOOD with other arrays."""
+    """Returns the file of GOOD with other arrays."""
     with np.load(io.BytesIO(GOOD.to_bytes())) as file:
         stream = io.BytesIO()
         np.savez(stream, **(dict(file) | arrays))
@@ -326,7 +326,7 @@ def test_the_users_own_surrogate_comes_before_the_packages(folder, tmp_path, mon
     shipped.mkdir(parents=True)
     monkeypatch.setattr(calibration, "__file__", str(tmp_path / "package" / "calibration.py"))
     assert find_surrogate(model) is None
-    with pytest.raises(ConfigError, match=f"has no surrogate yet, make one: kvcompose calibrate {model}"):
+    with pytest.raises(ConfigError, match=f"has no surrogate yet; make one with: kvcompose calibrate {model}"):
         load_surrogate(model)
     sha256 = calibration.model_sha256(model)
     of_package = replace(GOOD, model_name="shipped", model_sha256=sha256)
@@ -389,7 +389,7 @@ def test_auto_is_the_surrogate_where_there_is_one_and_the_repeat_where_not(folde
 @pytest.mark.parametrize(
     "options", [{"scoring_fraction": 0.5}, {"instruction": "x"}, {"agg_task": "mean"}, {"agg_group": "max"}], ids=str
 )
-def test_auto_is_the_repeat_where_an_option_asks_for_what_is_not_predicted(folder, make_llama, options):
+def test_auto_is_the_repeat_if_an_option_asks_for_scores_that_no_surrogate_predicts(folder, make_llama, options):
     llama = make_llama(tiny.GQA, KEYS_ONLY)
     save_surrogate(fitting_surrogate(llama))
     path = Path(llama.model_path)
@@ -417,7 +417,7 @@ def test_scores_are_the_predictions_and_what_kvcompose_makes_of_attention(option
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_a_prompt_is_read_once_and_what_is_predicted_is_kept(make_llama, monkeypatch, name):
+def test_a_prompt_is_read_once_and_the_predicted_tokens_are_kept(make_llama, monkeypatch, name):
     config = tiny.ARCHITECTURES[name]
     context, after, n = tiny.tokens(config, 300), tiny.tokens(config, 20, seed=1), 300
     full = make_llama(config, **ONE_THREAD)

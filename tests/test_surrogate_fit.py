@@ -1,4 +1,4 @@
-"""Fitting surrogates: the regression and its figures against plain numpy, the passages, and the command."""
+"""Compares the surrogate's regression and figures with plain numpy; tests the passages and the command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REPEAT = KVCompose(compression_ratio=0.0)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder of surrogates."""
+    """Returns an empty folder of surrogates."""
     monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     return tmp_path / "kvcompose-gguf" / "calibrations"
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ridge(table: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """float64 (n_features,) for features as they are: penalized are those of variance 1, the last is the constant."""
+    """Returns float64 (n_features,) for unscaled features; the penalty applies to unit variance, not to the last one."""
     varies = np.ptp(table, axis=0) > 0
     mean, deviation = table.mean(axis=0), np.where(varies, table.std(axis=0), 1)
     z = np.where(varies, (table - mean) / deviation, 0)
@@ -57,13 +57,13 @@ def ridge(table: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def targets_of(evidence: Evidence, l: int) -> np.ndarray:
-    """float64 (n_head_kv, N): the logarithm of the mean over every group."""
+    """Returns float64 (n_head_kv, N): the logarithm of the mean over every group."""
     attention = evidence.attention[l].astype(np.float64)
     return np.log(attention.reshape(evidence.layers[l].n_head_kv, -1, evidence.n_tokens).mean(axis=1) + 1e-5)
 
 
 def fitted(passages: Sequence[Evidence], file: Path | None = None) -> Sums:
-    """What all of them leave, written to ``file`` and read again after each."""
+    """Returns the sums of all passages, written to ``file`` and read again after each."""
     sums = Sums()
     for evidence in passages:
         layers = zip(evidence.attention, evidence.layers, strict=True)
@@ -75,14 +75,14 @@ def fitted(passages: Sequence[Evidence], file: Path | None = None) -> Sums:
 
 
 def assert_ridge(weights: Sequence[np.ndarray], passages: Sequence[Evidence], tables: Any, tolerance: float) -> None:
-    """``tables[i][l]`` has the features of a passage's layer, (n_head_kv, N, n_features)."""
+    """``tables[i][l]`` holds a passage's features of one layer, (n_head_kv, N, n_features)."""
     for l, layer in enumerate(passages[0].layers):
         table = np.concatenate([of_passage[l] for of_passage in tables], axis=1).astype(np.float64)
         target = np.concatenate([targets_of(evidence, l) for evidence in passages], axis=1)
         assert weights[l].dtype == np.float32
         for h in range(layer.n_head_kv):
             want = ridge(table[h], target[h])
-            # as predict() adds them up, so that weights that cancel out do not pass
+            # sums as predict() does, so that weights that cancel out do not pass
             error = np.abs(table[h].astype(np.float32) @ weights[l][h] - table[h] @ want).max()
             assert error < tolerance, f"layer {l}, head {h}: predictions differ by {error}"
             error = np.abs((weights[l][h] - want) * table[h].std(axis=0)).max()
@@ -162,7 +162,7 @@ def test_targets_that_are_linear_in_the_features_are_recovered():
 
 
 def of_heads(*layers: list[list[float]]) -> tuple[list[np.ndarray], Evidence]:
-    """Attention of layers with a query head for each KV head, and their evidence."""
+    """Returns attention of layers with one query head per KV head, and their evidence."""
     arrays = [np.array(heads, dtype=np.float32) for heads in layers]
     geometries = [LayerGeometry(l, len(a), len(a), 4, 4, 1, 1, False, 64) for l, a in enumerate(arrays)]
     return arrays, Evidence(arrays[0].shape[1], geometries)
@@ -184,7 +184,7 @@ def test_reversed_attention_ranks_at_minus_one():
     result = compare([1 - a for a in attention], attention, evidence)
     assert result["rank"] == pytest.approx([-1, -1])
     assert result["overlap"] == [[0, 0, 0]] * 2
-    # equal values rank in their order, as numbers that rise
+    # equal values rank in order, like ascending numbers
     assert rank_correlation(np.zeros(5, np.float32), np.arange(5, dtype=np.float32)) == pytest.approx(1)
     assert rank_correlation(np.zeros(1, np.float32), np.ones(1, np.float32)) == 1
 
@@ -231,7 +231,7 @@ def test_a_summary_is_of_means_and_its_tables_show_them():
 
 
 def text_of(llama: Llama, tokens: Sequence[int]) -> str:
-    """The text of a tiny model's tokens, which are bytes; the last one may be cut."""
+    """Returns the text of a tiny model's tokens, which are bytes; the last character may be cut."""
     return b"".join(map(llama.piece, tokens)).decode(errors="ignore").replace("▁", " ")
 
 
@@ -295,7 +295,7 @@ def test_files_that_cannot_be_used_are_refused(make_llama, tmp_path):
         passage(llama, 1, 256, [file])
     for text in ("", "too short"):
         file.write_text(text)
-        with pytest.raises(ConfigError, match=r"a\.txt: \d+ tokens from one of its lines on, 64 are needed"):
+        with pytest.raises(ConfigError, match=r"a\.txt: \d+ tokens after a random line, 64 are needed"):
             passage(llama, 1, 256, [file])
     file.write_bytes(b"\xff\xfe" * 200)
     assert len(passage(llama, 1, 256, [file]).tokens) == 128
@@ -353,7 +353,7 @@ def test_the_command_makes_a_surrogate_that_llama_finds(folder, tiny_model, make
     assert (made.settings["n_passages"], made.settings["longest"]) == (6, 256)
     assert made.settings["files"] == [f"own.txt {hashlib.sha256(own.read_bytes()).hexdigest()[:16]}"]
 
-    # number 4 is held out; the others' ridge is that of their features and repeats
+    # number 4 is held out; the other passages decide the ridge
     llama = make_llama(tiny.GQA, REPEAT, n_ctx=768, type_k=1, type_v=1, flash_attn=True, **ONE_THREAD)
     kinds, seen, tables = [], [], []
     for number in range(6):
@@ -439,7 +439,7 @@ def test_a_cache_folder_that_cannot_be_written_is_refused_before_anything_is_rea
     folder.parent.mkdir()
     folder.write_text("a file in its place")
     monkeypatch.setattr(surrogate_fit, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match=f"cannot write to {folder}, the folder of the calibrations"):
         fit_surrogate(str(tiny_model(tiny.GQA)), SMALL, threads=1)
 
 

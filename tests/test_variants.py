@@ -1,4 +1,4 @@
-"""What was tried to do better than the paper: chunks that judge their own tokens, forced tokens, and edited caches."""
+"""Tests attempts to improve on the paper: chunks that score their own tokens, forced tokens, and edited caches."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_close(got: Any, want: Any, tolerance: float, what: str = "") -> None:
 
 
 #
-# what the repeat begins with, and whom it judges
+# the beginning of each repeated chunk, and the tokens that it scores
 #
 
 
@@ -56,7 +56,7 @@ def collect(cache: Cache, tokens: list[int], queries: Repeat, agg_task: str = "m
 
 
 def repeated(tokens: list[int], chunk: int, first_words: list[int], later_words: list[int]) -> list[list[int]]:
-    """The tokens of every chunk's decode: a continuation and the 8 tokens before the chunk, or the instruction."""
+    """Returns the tokens of every chunk's decode: a continuation and the 8 tokens before the chunk, or the instruction."""
     chunks = []
     for first in range(0, len(tokens), chunk):
         begin = [*later_words, *tokens[max(0, first - 8) : first]] if first and later_words else first_words
@@ -65,7 +65,7 @@ def repeated(tokens: list[int], chunk: int, first_words: list[int], later_words:
 
 
 def paid_by(queries: list[int], il: int, n_tokens: int, agg_task: str) -> np.ndarray:
-    """What these tokens, all behind the context, pay to it: ``(n_head, n_tokens)``."""
+    """Returns the attention of these tokens, all after the context, to the context: ``(n_head, n_tokens)``."""
     paid = np.stack([payment(il, Cache.layers[il], token, n_tokens) for token in queries])
     return paid.max(axis=0) if agg_task == "max" else paid.sum(axis=0) / np.float32(len(queries))
 
@@ -138,7 +138,7 @@ def test_a_models_own_chunks_give_the_attention_of_numpy(make_llama, agg_task, c
 def test_an_instruction_comes_before_every_chunk_and_its_tokens_judge_as_well(
     n_tokens: int, chunk: int, n_words: int, has_continuation: bool, n_more: int, agg_task: str
 ) -> None:
-    """In as many cells as that takes, or in a few more."""
+    """Runs with exactly the cells needed, or a few more."""
     first_words, later_words = list(range(n_words)), [50, 51, 52, 53, 54] if has_continuation else []
     n_cells = n_tokens + max(n_words, len(later_words) + min(8, n_tokens) if later_words else 0) + 1 + n_more
     cache, tokens = Cache(n_cells), context(n_tokens)
@@ -233,7 +233,7 @@ def test_forced_tokens_that_are_all_there_is_are_everything(n_sink, n_recent):
     assert plan.n_kept.min() == 59
 
 
-def test_the_unstructured_ceiling_keeps_first_and_last_tokens_as_well():
+def test_the_unstructured_upper_bound_also_keeps_the_first_and_last_tokens():
     evidence = make_evidence("GQA", 60)
     for visible in make_method("unstructured,n_sink=3,n_recent=5", compression_ratio=0.8).mask(evidence).visible:
         assert visible[:, :3].all()
@@ -256,13 +256,13 @@ def test_forcing_tokens_leaves_the_scores_as_they_were():
 
 
 def grouped_and_mixed(weighed: np.ndarray, n_head_kv: int) -> np.ndarray:
-    """Mean over the query heads of a KV head, plus the mean over the KV heads."""
+    """Returns the mean over the query heads of a KV head, plus the mean over the KV heads."""
     heads = weighed.reshape(n_head_kv, -1, weighed.shape[1]).mean(axis=1)
     return heads + heads.mean(axis=0)
 
 
 def write_projections(path: Path, projections: list[np.ndarray | None], n_head: int, kind: Any = None) -> Path:
-    """A file with nothing but output projections, ``(n_embd, n_head*d)``, float32 or stored as ``kind``."""
+    """Writes a file with only output projections, ``(n_embd, n_head*d)``, float32 or stored as ``kind``."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(len(projections))
     writer.add_head_count(n_head)
@@ -337,7 +337,7 @@ def test_the_output_norm_multiplies_attention_by_the_norm_of_the_projected_value
     assert np.abs(got[0] / got[0].sum() - plain[0] / plain[0].sum()).max() > 1e-3
 
 
-def test_the_output_norm_of_a_model_is_that_of_its_own_values(make_llama, tiny_model):
+def test_the_output_norm_uses_the_models_own_projections_and_values(make_llama, tiny_model):
     config = tiny.GQA
     method = Variant(compression_ratio=0.5, output_norm=True).for_model(tiny_model(config))
     evidence = make_llama(config).observe(CONTEXT, method)
@@ -426,7 +426,7 @@ def test_variants_that_know_a_model_can_be_compared(tiny_model):
 def folded(
     keys: np.ndarray, values: np.ndarray, scores: np.ndarray, cells: np.ndarray, share: float
 ) -> list[list[np.ndarray]]:
-    """Every evicted value joins the kept one with the most similar key, the first of these, by its share of weight."""
+    """Merges every evicted value into the first kept one with the most similar key, by its share of weight."""
     out = []
     for h, kept in enumerate(cells.tolist()):
         directions = [key / max(np.linalg.norm(key), 1e-12) for key in keys[h].astype(np.float64)]
@@ -449,7 +449,7 @@ def folded(
 
 
 def signs(evidence: Evidence) -> Evidence:
-    """With keys of plus and minus one in four places: their similarities are exact, and often equal."""
+    """Uses keys of plus and minus one in four places: their similarities are exact, and often equal."""
     rng = np.random.default_rng(5)
     keys = [
         np.where(rng.random((g.n_head_kv, evidence.n_tokens, 4)) < 0.5, np.float32(-1), np.float32(1))
@@ -537,7 +537,7 @@ def test_a_head_that_nobody_looks_at_is_not_corrected():
         assert (biases[1] > 0).all()
 
 
-def test_what_is_edited_follows_the_scores_that_are_given():
+def test_the_edits_follow_the_given_scores():
     evidence = make_evidence("GQA", 40)
     method = Variant(n_kept=9, fold=1.0, correct=1.0)
     given = [s[:, ::-1].copy() for s in method.scores(evidence)]
@@ -559,7 +559,7 @@ def random_plan(n_kept: list[int], seed: int = 0) -> CompositionPlan:
 
 
 class Edited(tiny.NumpyLlama):
-    """The numpy model with a factor on the attention weights of the context, ``(n_head_kv, N)`` a layer."""
+    """The numpy model with a factor on the context's attention weights, ``(n_head_kv, N)`` per layer."""
 
     factors: list[np.ndarray] | None = None
 
@@ -570,7 +570,7 @@ class Edited(tiny.NumpyLlama):
         return p / p.sum(axis=2, keepdims=True)
 
     def compose(self, plan: CompositionPlan, values: Any = (), biases: Any = ()) -> None:
-        """Hide what the plan evicts, and make the composites' values and logits what they are edited to."""
+        """Hides what the plan evicts, and edits the composites' values and logits."""
         self.visible, self.factors = [], [np.ones((2, N)) for _ in plan.cells]
         for l, cells in enumerate(plan.cells):
             mask = np.zeros((2, N), dtype=bool)
@@ -584,7 +584,7 @@ class Edited(tiny.NumpyLlama):
 
 
 def both(make_llama: Any, stored: type = np.float64, **kwargs: Any) -> tuple[Any, Edited]:
-    """The native and the numpy model behind the same context."""
+    """Returns the native and the numpy model after the same context."""
     llama = make_llama(tiny.GQA_SOFT, **({"n_threads": 1, "n_threads_batch": 1} | kwargs))
     llama.prefill(CONTEXT)
     model = Edited(tiny.GQA_SOFT, stored=stored)
@@ -628,7 +628,7 @@ def test_values_of_a_full_cache_are_replaced_in_the_first_rows_alone(make_llama,
     np.testing.assert_array_equal(stored_rows(llama, 1, "v")[:, 5:], before[:, 5:])
 
 
-def test_what_is_read_can_be_written_again(make_llama):
+def test_values_that_were_read_can_be_written_back(make_llama):
     for name, flash_attn in itertools.product(TYPES, (False, True)):
         llama, _ = both(make_llama, type_k=TYPES[name], type_v=TYPES[name], flash_attn=flash_attn)
         llama.compose(random_plan([30, 80, 7]))
@@ -644,7 +644,7 @@ def test_values_of_another_shape_are_not_written(make_llama, shape):
     llama, _ = both(make_llama)
     llama.compose(random_plan([30, 80, 7]))
     before = stored_rows(llama, 0, "v").copy()
-    with pytest.raises(ConfigError, match=r"values of layer 0 are .*, \(2, at most 30, 32\) is needed"):
+    with pytest.raises(ConfigError, match=r"values of layer 0 are .*; \(2, at most 30, 32\) is needed"):
         write_values(llama._session, 0, np.zeros(shape, np.float32))
     np.testing.assert_array_equal(stored_rows(llama, 0, "v"), before)
 
@@ -657,7 +657,7 @@ def test_evidence_of_a_context_that_is_not_in_the_cache_any_more_cannot_be_read(
     np.testing.assert_array_equal(evidence.read("keys", 0), want)
     llama.truncate(N)
     llama.compose(random_plan([30, 80, 7]))
-    with pytest.raises(StateError, match="80 compressed tokens now: 80 tokens of a full one"):
+    with pytest.raises(StateError, match="80 compressed tokens now: the 80 tokens of the full cache"):
         evidence.read("keys", 0)
     llama.reset()
     llama.prefill(CONTEXT[:40])
@@ -727,7 +727,7 @@ def test_a_bias_of_log_two_is_the_composite_twice(make_llama, flash_attn, n_room
 
 
 def test_tokens_behind_the_composites_get_no_bias(make_llama):
-    """The same number on all composites and none behind them: only the share of the two changes."""
+    """Adds the same number to all composites and nothing to later rows: only the share of the two changes."""
     llama, model = both(make_llama)
     plan = random_plan([30, 80, 7])
     llama.compose(plan)

@@ -1,4 +1,4 @@
-"""Seeded tiny models of several architectures, computed in numpy; tiny_gguf.py writes the same ones as GGUF files."""
+"""Seeded tiny models of several architectures, computed in numpy; tiny_gguf.py writes the same models as GGUF files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RMS_EPS = 1e-5
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """A model that is small enough to be computed in numpy, by default of the llama architecture.
+    """A model small enough to compute in numpy, by default of the llama architecture.
 
     Query and key weights are scaled up so that attention is peaked: with flat attention every plan looks alike.
     """
@@ -27,7 +27,7 @@ class TinyConfig:
     qk_scale: float = 1.7
     output_scale: float = 1.0
     seed: int = 7
-    # what an architecture does differently; a feature that is off changes no other weight
+    # differences between architectures; a feature that is off changes no other weight
     width: int = 0  # n_embd where it is not n_head * n_embd_head
     neox: bool = False  # RoPE rotates the two halves of a head, not neighbouring elements
     rope_base: float = 10000.0
@@ -57,7 +57,7 @@ class TinyConfig:
         return 3 + 256  # <unk>, <s>, </s> and one token a byte
 
     def is_swa(self, il: int) -> bool:
-        """Whether layer ``il`` has a sliding window: llama-hparams.cpp, set_swa_pattern."""
+        """Returns whether layer ``il`` has a sliding window: llama-hparams.cpp, set_swa_pattern."""
         return self.n_swa > 0 and il % self.swa_period < self.swa_period - 1
 
 
@@ -94,7 +94,7 @@ ARCHITECTURES: dict[str, TinyConfig] = {
     ),
 }  # fmt: skip
 
-#: models that llama.cpp loads and runs and that cannot be compressed; their other weights are in tiny_gguf.py
+#: models that llama.cpp runs and that cannot be compressed; their other weights are in tiny_gguf.py
 REFUSED: dict[str, TinyConfig] = {
     "bloom": TinyConfig("bloom", n_head_kv=4),  # ALiBi
     "mamba": TinyConfig("mamba"),  # recurrent
@@ -105,7 +105,7 @@ REFUSED: dict[str, TinyConfig] = {
 
 
 def weights(config: TinyConfig) -> dict[str, np.ndarray]:
-    """float32 tensors by GGUF name, each (out, in) or (expert, out, in); norm, bias and sink (n,) or (expert, n)."""
+    """Returns float32 tensors by GGUF name, each (out, in) or (expert, out, in); norm, bias, sink (n,) or (expert, n)."""
     c = config
     rng = np.random.default_rng(c.seed)
     n_q, n_kv = c.n_head * c.n_embd_head, c.n_head_kv * c.n_embd_head
@@ -143,7 +143,7 @@ def weights(config: TinyConfig) -> dict[str, np.ndarray]:
                 extra(f"{blk}{name}.weight", c.n_embd_head, mean=c.qk_scale, std=0.1 * c.qk_scale)
         if c.post_norm:
             extra(f"{blk}post_attention_norm.weight", c.n_embd, mean=c.output_scale, std=0.1 * c.output_scale)
-            # small: gelu is rounded to float16 in llama.cpp, a step apart where its arguments differ in float32
+            # small: llama.cpp rounds gelu to float16, so arguments that differ in float32 may be one step apart
             extra(f"{blk}post_ffw_norm.weight", c.n_embd, mean=0.1, std=0.01)
         if c.bias != "none":
             for name, n in (("attn_q", n_q), ("attn_k", n_kv), ("attn_v", n_kv)):
@@ -162,18 +162,18 @@ def weights(config: TinyConfig) -> dict[str, np.ndarray]:
 
 
 def tokens(config: TinyConfig, n: int, seed: int = 0) -> list[int]:
-    """Seeded token ids without control tokens."""
+    """Returns seeded token ids without control tokens."""
     return np.random.default_rng(seed).integers(3, config.n_vocab, n).tolist()
 
 
 @dataclass
 class NumpyLlama:
-    """The forward pass in float64 with a cache, one token at a time or many.
+    """The forward pass in float64 with a cache, for one token at a time or many.
 
-    ``visible[l]``, if given, is bool ``(n_head_kv, N)``: which of the first N positions head h of layer l may see
-    from position N on. It is what compression means, done by masking. None is a layer that is not compressed, as those
-    with a sliding window are not. A norm or bias that the model has no tensor of is left out, as in llama.cpp.
-    ``stored`` is the type that keys and values are rounded to, as by llama.cpp's flash attention to float16.
+    ``visible[l]``, if given, is bool ``(n_head_kv, N)``: which of the first N positions head h of layer l may see from
+    position N on. This simulates compression by masking. None marks a layer that is not compressed, e.g. one with a
+    sliding window. Norms and biases without a tensor are skipped, as in llama.cpp. ``stored`` is the type that keys and
+    values are rounded to; llama.cpp's flash attention rounds to float16.
     """
 
     config: TinyConfig
@@ -192,7 +192,7 @@ class NumpyLlama:
         self.v = [np.zeros(shape) for _ in range(self.config.n_layer)]
 
     def forward(self, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Append ``ids``; returns logits (n, n_vocab) and for each layer attention (n_head, n, n_kv)."""
+        """Appends ``ids``; returns logits (n, n_vocab) and for each layer attention (n_head, n, n_kv)."""
         c, w = self.config, self.w
         n, past = len(ids), len(self.k[0])
         positions = np.arange(past, past + n)
@@ -212,12 +212,12 @@ class NumpyLlama:
         return _soft_cap(logits, c.final_softcap), attention
 
     def truncate(self, n: int) -> None:
-        """Forget everything from position ``n`` on."""
+        """Removes everything from position ``n`` on."""
         self.k = [k[:n] for k in self.k]
         self.v = [v[:n] for v in self.v]
 
     def _append(self, il: int, h: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Cache keys and values of ``h`` (n, n_embd); returns the attention of its queries, (n_head, n, n_kv)."""
+        """Caches keys and values of ``h`` (n, n_embd); returns the attention of its queries, (n_head, n, n_kv)."""
         c, n, blk = self.config, len(h), f"blk.{il}."
         base = c.rope_base_swa if c.is_swa(il) else c.rope_base
         q = self._linear(f"{blk}attn_q", h).reshape(n, c.n_head, c.n_embd_head)
@@ -259,7 +259,7 @@ class NumpyLlama:
         out = self._linear(f"{blk}ffn_down{kind}", _activate(c.activation, gate, up))
         if not c.n_expert:
             return out
-        # out is (n_expert, n, n_embd), of every expert
+        # out is (n_expert, n, n_embd), for every expert
         # softmax over all, the best normalized to 1 (qwen3moe) = softmax over the best (gpt-oss)
         router = self._linear(f"{blk}ffn_gate_inp", h)
         worst_used = np.sort(router, axis=1)[:, -c.n_expert_used, None]

@@ -14,7 +14,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def write(config: TinyConfig, path: Path) -> Path:
-    """Write the model as a GGUF file; returns ``path``."""
+    """Writes the model as a GGUF file; returns ``path``."""
     writer = gguf.GGUFWriter(path, config.arch)
     metadata, tensors = _metadata(config), {}
     if config.arch in _ONLY_LOADED:
@@ -77,7 +77,7 @@ def _metadata(config: TinyConfig) -> Metadata:
 
 
 def _on_disk(config: TinyConfig) -> dict[str, np.ndarray]:
-    """The weights in the architecture's own layout."""
+    """Returns the weights in the architecture's own layout."""
     out = weights(config)
     for blk in (f"blk.{il}." for il in range(config.n_layer)):
         if config.fused:
@@ -89,7 +89,7 @@ def _on_disk(config: TinyConfig) -> dict[str, np.ndarray]:
 
 
 #
-# models without a numpy twin: metadata and shapes from src/models/*.cpp, any values
+# models without a numpy twin: metadata and shapes from src/models/*.cpp, arbitrary values
 #
 
 

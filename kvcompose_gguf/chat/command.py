@@ -49,8 +49,8 @@ class ChatOptions:
             length.
         max_tokens: longest answer in tokens.
         temperature: 0: always the most probable token.
-        repeat_penalty: divides the logits of the answer's latest tokens, so that small models do not run in circles;
-            1: off.
+        repeat_penalty: divides the logits of the answer's latest tokens, against answers that run in circles; 1: off.
+            Above 1, small models also misspell names that they copy from a document.
         seed: seed of the sampler; None: another one each time.
         system: system prompt, or None.
         flash_attn: use flash attention for everything but the scoring.
@@ -71,7 +71,7 @@ class ChatOptions:
     ctx_size: int | None = None
     max_tokens: int = 1024
     temperature: float = 0.0
-    repeat_penalty: float = 1.1
+    repeat_penalty: float = 1.0
     seed: int | None = None
     system: str | None = None
     flash_attn: bool = True

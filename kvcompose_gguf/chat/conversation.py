@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import seam
 from ..errors import ConfigError, ContextLengthError, StateError
-from ..server.slots import has_grown
+from ..methods.base import has_grown
 from . import prompts
 from .answers import Answer, Piece, Writer
 from .command import MIN_ROOM
@@ -60,7 +60,7 @@ class Conversation:
         system: system prompt; empty: the template's own, or none.
         max_tokens: longest answer.
         temperature: 0: always the most probable token.
-        repeat_penalty: divides the logits of the answer's latest tokens, so that small models do not run in circles.
+        repeat_penalty: divides the logits of the answer's latest tokens; 1: off.
         began: what the template takes for the present time.
     """
 
@@ -71,7 +71,7 @@ class Conversation:
         system: str = "",
         max_tokens: int = 1024,
         temperature: float = 0.0,
-        repeat_penalty: float = 1.1,
+        repeat_penalty: float = 1.0,
         began: datetime | None = None,
     ) -> None:
         if llm.kv_compressor is None:

@@ -125,8 +125,8 @@ class Screen:
         self._out.file.flush()
 
     def gap(self) -> None:
-        """An empty line between two answers."""
-        self._out.file.write("\n")
+        """An empty line before the next question or answer."""
+        self._out.print()
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[progress.Progress], None]]:

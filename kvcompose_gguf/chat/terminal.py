@@ -36,6 +36,7 @@ def converse(chat: Chat) -> None:
         output=create_output(),
     )
     while True:
+        chat.screen.gap()
         try:
             line = session.prompt()
         except EOFError:

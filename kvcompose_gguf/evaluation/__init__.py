@@ -1,1 +1,1 @@
-"""Does a compressed cache still answer: RULER's tasks, where their text is from, and how answers are scored."""
+"""Evaluation: RULER's tasks, the texts they are built from, answers from a compressed cache, and their scores."""

@@ -1,4 +1,4 @@
-"""Greedy answers and the logits that they come from."""
+"""Generates greedy answers and returns the logits behind them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..kernels.types import FloatArray
 if TYPE_CHECKING:
     from ..llama import Llama
 
-#: tokens that are tried at once: each of them costs about a fifth of the decode that it may save
+#: draft tokens per decode; each costs about a fifth of the decode that it may save
 N_DRAFT = 8
-#: last tokens that an answer has to have in common with an earlier one to be continued like it, the longest first
+#: last tokens that must match an earlier answer before its continuation is drafted; longest match first
 N_COMMON = (8, 4, 2)
-#: between answers: no token has this number
+#: separates answers; no token has this number
 BETWEEN = chr(0x10FFFF)
 
-#: puts a cache back to the end of the context
+#: restores the cache to the end of the context
 Restore = Callable[[], None]
 
 
@@ -29,9 +29,9 @@ class Reply:
     """A greedy answer.
 
     Attributes:
-        choices: chosen tokens, the end token included if the answer ended with one.
-        logits: that each was chosen from, float32 ``(len(choices), n_vocab)``.
-        text: without the end token.
+        choices: the chosen tokens, including the end token if the model produced one.
+        logits: the logits from which each token was chosen, float32 ``(len(choices), n_vocab)``.
+        text: the answer without the end token.
     """
 
     choices: list[int]
@@ -40,17 +40,17 @@ class Reply:
 
 
 class Drafts:
-    """Answers to one question: caches that differ a little often answer alike, or say the same again and again."""
+    """Earlier answers to one question, used as drafts, because similar caches often answer alike."""
 
     def __init__(self) -> None:
-        self._answers = BETWEEN  # a character a token, for fast search
+        self._answers = BETWEEN  # one character per token, for fast search
 
     def add(self, choices: list[int]) -> None:
-        """Remember an answer."""
+        """Remembers an answer."""
         self._answers += "".join(map(chr, choices)) + BETWEEN
 
     def after(self, choices: list[int], n_most: int) -> list[int]:
-        """At most ``n_most`` tokens that may follow ``choices``: what followed them, or their end, before."""
+        """Returns at most ``n_most`` tokens that followed the end of ``choices`` in an earlier answer or this one."""
         own = "".join(map(chr, choices))
         beginnings = [BETWEEN + own, *(own[-n:] for n in N_COMMON if n <= len(own))]
         seen = self._answers + own[:-1]
@@ -63,10 +63,10 @@ class Drafts:
 
 
 def answer(llama: Llama, question: list[int], max_tokens: int, *, one_line: bool = False) -> Reply:
-    """Answer ``question`` behind what is in the cache, token by token.
+    """Answers ``question`` after the tokens in the cache, one token per decode.
 
     Args:
-        one_line: the answer ends with its first line that says something.
+        one_line: stop after the first line that is not blank.
     """
     choices: list[int] = []
     rows = [llama.eval_logits(question)[-1]]
@@ -82,15 +82,16 @@ def answer_again(
     restore: Restore,
     drafts: Drafts | None = None,
 ) -> Reply:
-    """The answer of another cache, beside the logits that it has for ``reference``'s choices.
+    """Returns this cache's own answer, and its logits for the tokens of ``reference``.
 
-    The reference is evaluated at once, and only from the first token that this cache would have chosen differently
-    on does it answer token by token: the same tokens as ``answer``'s, up to ties that rounding decides.
+    Evaluates the whole reference in one call. Decodes token by token only from the first token that this cache would
+    choose differently. The tokens equal those of ``answer``, except for ties that rounding decides.
 
     Args:
-        drafts: earlier answers, which save time only.
+        drafts: earlier answers; they only save time.
     Returns:
-        its own choices and text; the logits after question and reference, ``(len(reference.choices), n_vocab)``.
+        this cache's choices and text, and its logits after the question and the reference,
+        ``(len(reference.choices), n_vocab)``.
     """
     n_context = llama.n_tokens
     logits = llama.eval_logits(question + reference.choices[:-1])[len(question) - 1 :]
@@ -117,8 +118,8 @@ def _continue(
     one_line: bool = False,
     drafts: Drafts | None = None,
 ) -> None:
-    """Choose tokens, the first of them from ``rows[-1]``, until the answer ends."""
-    ahead: list[tuple[int, FloatArray]] = []  # tokens that were tried, and the logits after each
+    """Appends tokens to ``choices`` until the answer ends; the first one is chosen from ``rows[-1]``."""
+    ahead: list[tuple[int, FloatArray]] = []  # drafted tokens, and the logits after each
     while True:
         token = int(rows[-1].argmax())
         choices.append(token)

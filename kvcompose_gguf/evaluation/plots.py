@@ -1,4 +1,4 @@
-"""Pictures of a summary; need the extra ``plot``, which is imported when it is used."""
+"""Draws pictures of a summary. Needs the extra ``plot``, which is imported on first use."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_BANDS = 6  # that can be told apart
-_MOST_TEXTS = 60  # numbers in a heat map that can be read
+_MOST_BANDS = 6  # more interval bands cannot be told apart
+_MOST_TEXTS = 60  # more numbers in a heat map cannot be read
 
 
 def draw(summary: Summary, folder: Path) -> list[str]:
-    """Draw what the summary has numbers for into ``folder``; the files' names.
+    """Draws the pictures that the summary has numbers for into ``folder``; returns their file names.
 
-    ``curves.svg``: score against ratio; of more than six methods only the first one's intervals are drawn.
-    ``budgets.svg``: share of the tokens that every layer keeps, at the middle ratio, with the first type of cache.
-    ``passkey.svg``: needles found by depth and ratio.
+    ``curves.svg``: score against ratio; with more than six methods only the first one's intervals are drawn.
+    ``budgets.svg``: share of the tokens that every layer keeps, at the middle ratio, with the first cache type.
+    ``passkey.svg``: share of needles found, by depth and ratio.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -114,7 +114,7 @@ def _draw_passkey(figure: Figure, parts: Sequence[TypeSummary]) -> None:
 
 
 def _grids(part: TypeSummary, name_type: bool) -> dict[str, tuple[list[float], list[float], Any]]:
-    """By title: ratios, depths and scores ``(n_depths, n_ratios)`` of a method, the full cache at ratio 0."""
+    """Returns ratios, depths and scores ``(n_depths, n_ratios)`` of a method by title; ratio 0 is the full cache."""
     grids = {}
     methods = dict.fromkeys(found.method for found in part.passkey if found.method != FULL)
     for method in methods or [FULL]:
@@ -126,7 +126,7 @@ def _grids(part: TypeSummary, name_type: bool) -> dict[str, tuple[list[float], l
 
 
 def _styles(parts: Sequence[TypeSummary]) -> dict[str, dict[str, Any]]:
-    """A colour and marker for every method in the order of the run, dashed and dotted when they come again."""
+    """Returns a colour and marker for every method, in the run's order; repeated colours are dashed, then dotted."""
     methods = dict.fromkeys(cell.method for part in parts for cell in part.cells if cell.method != FULL)
     n = len(COLORS)
     return {

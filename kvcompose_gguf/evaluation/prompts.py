@@ -1,4 +1,4 @@
-"""Samples as tokens, in the model's own chat format."""
+"""Converts samples to tokens in the model's chat format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARK = "\x02user\x02"
 
 
 def chat_frame(llama: Llama) -> tuple[str, str]:
-    """What the model's chat template puts before and after a user's message; empty texts without a template."""
+    """Returns the chat template's text before and after a user message; two empty texts without a template."""
     template = llama.metadata.get("tokenizer.chat_template")
     if not template:
         return "", ""
@@ -27,9 +27,10 @@ def chat_frame(llama: Llama) -> tuple[str, str]:
 
 
 def prompt_tokens(llama: Llama, sample: Sample, frame: tuple[str, str]) -> tuple[list[int], list[int]]:
-    """Tokens of the context, and of what follows it; each on its own, as the context is compressed alone.
+    """Returns the tokens of the context, and the tokens after it.
 
-    A space at the end of the answer's beginning is left out: tokens of words begin with theirs.
+    The two parts are tokenized separately, because the context is compressed alone. A trailing space of the answer
+    prefix is dropped: word tokens start with their own space.
     """
     before, after = frame
     text = before + sample.context

@@ -1,4 +1,4 @@
-"""What an evaluation writes down: answers, and the folder of a run, which survives a crash."""
+"""Stores an evaluation run on disk: its answers, its costs and its settings. A run survives a crash."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigError
 from ..files import append_file, write_file
 
-FULL = "full"  # the method of an uncompressed cache
+FULL = "full"  # method name of the uncompressed cache
 CONFIG, ANSWERS, SAMPLES = "config.json", "answers.jsonl", "samples.jsonl"
 
 Record = TypeVar("Record", "Answer", "SampleCost")
@@ -22,18 +22,18 @@ class Answer:
     """One answer to a sample.
 
     Attributes:
-        type_kv: of the cache, e.g. ``f16``.
-        method: ``full``, or the name that tables show.
-        ratio: fraction removed, 0 for ``full`` and only for it.
+        type_kv: cache type, e.g. ``f16``.
+        method: ``full``, or the method's name in tables.
+        ratio: fraction removed; 0 for ``full`` and for no other method.
         score, exact: in [0, 1].
-        kl: nats from the uncompressed run, mean over the answer's positions; None where it was not measured.
+        kl: KL divergence from the uncompressed run in nats, mean over the answer's positions; None if not measured.
         same_top: share of those positions with the same most probable token, or None.
-        depth: of the needle, share of the haystack before it, or None.
-        n_tokens: tokens of the context that is compressed.
+        depth: depth of the needle (share of the haystack before it), or None.
+        n_tokens: tokens of the compressed context.
         n_kept: composite tokens of every layer, or None.
-        kv_bytes: of the rows kept.
-        seconds: wall time: of the full cache's answer, token by token; of others restore, compose and answer, checked
-            against that one, so that the two do not compare.
+        kv_bytes: bytes of the kept rows.
+        seconds: wall time. For the full cache: decoding the answer token by token. For others: restore, compose, and
+            answer by checking against the full cache's answer. The two kinds do not compare.
     """
 
     task: str
@@ -54,17 +54,17 @@ class Answer:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1 or (self.method == FULL) != (self.ratio == 0):
-            raise ConfigError(f"ratio={self.ratio} of {self.method!r}, allowed are 0 for {FULL!r}, (0, 1) for others")
+            raise ConfigError(f"ratio={self.ratio} of {self.method!r}; allowed: 0 for {FULL!r}, (0, 1) for others")
         if not 0 <= self.score <= 1 or not 0 <= self.exact <= 1:
-            raise ConfigError(f"score={self.score}, exact={self.exact}, allowed are 0 to 1")
+            raise ConfigError(f"score={self.score}, exact={self.exact}; allowed: 0 to 1")
 
 
 @dataclass(frozen=True)
 class SampleCost:
-    """Wall time of a sample with one type of cache; ``scoring_seconds`` by the kind of attention asked for.
+    """Wall time of a sample with one cache type; ``scoring_seconds`` has an entry per kind of attention request.
 
-    That of ``prefill()`` contains a whole prefill, the sample's only one if a method asks for it. Methods that ask for
-    none are there by their own names.
+    The time of ``prefill()`` includes a whole prefill, and it is the sample's only one if a method requests it. Methods
+    that request no attention are listed under their own names.
     """
 
     task: str
@@ -77,15 +77,15 @@ class SampleCost:
 
 
 class RunFolder:
-    """A run on disk: ``config.json``, then a line an answer, and a line a finished sample.
+    """A run on disk: ``config.json``, one line per answer, and one line per finished sample.
 
-    Only what :meth:`open` returned may be added to, by one process at a time.
+    Add records only to a folder that :meth:`open` returned, from one process at a time.
 
     Attributes:
-        config: ``settings`` (what decides the answers), ``environment``, and ``resumed``: for every time that the run
-            went on, what of the environment was different.
+        config: ``settings`` (they decide the answers), ``environment``, and ``resumed``: the changes of the environment
+            at each resumption.
     Raises:
-        ConfigError: there is no run in ``path``.
+        ConfigError: ``path`` has no run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -93,14 +93,14 @@ class RunFolder:
         try:
             self.config: dict[str, Any] = json.loads((path / CONFIG).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"folder={str(path)!r} is not that of a run: {error}") from error
+            raise ConfigError(f"folder={str(path)!r} does not contain a run: {error}") from error
 
     @classmethod
     def open(cls, path: Path, settings: dict[str, Any], environment: dict[str, Any]) -> RunFolder:
-        """A new run, or one that goes on; what there is of an unfinished sample is dropped.
+        """Creates a run, or resumes one; drops the records of an unfinished sample.
 
         Raises:
-            ConfigError: the run there has other settings, or none; or the folder cannot be written.
+            ConfigError: the existing run has other settings or none, or the folder cannot be written.
         """
         config = json.loads(json.dumps({"settings": settings, "environment": environment, "resumed": []}))
         try:
@@ -110,7 +110,7 @@ class RunFolder:
                 return folder
             left = [name for name in (ANSWERS, SAMPLES) if (path / name).exists()]
             if left:
-                raise ConfigError(f"folder={str(path)!r} has {left[0]}, but no {CONFIG}: its settings are not known")
+                raise ConfigError(f"folder={str(path)!r} has {left[0]}, but no {CONFIG}: its settings are unknown")
             write_file(path / CONFIG, _pretty(config))
         except OSError as error:
             raise ConfigError(f"folder={str(path)!r} cannot be written: {error}") from error
@@ -120,8 +120,8 @@ class RunFolder:
         there, here = self.config["settings"], config["settings"]
         names = [name for name in {**there, **here} if there.get(name, ...) != here.get(name, ...)]
         if names:
-            texts = [f"{name}={there.get(name)!r} there, {here.get(name)!r} now" for name in names]
-            raise ConfigError(f"folder={str(self.path)!r} has a run with other settings: {'; '.join(texts)}")
+            texts = [f"{name}={there.get(name)!r} in the run, {here.get(name)!r} now" for name in names]
+            raise ConfigError(f"folder={str(self.path)!r} contains a run with other settings: {'; '.join(texts)}")
         before = self.config["environment"]
         changed = {name: value for name, value in config["environment"].items() if before.get(name, ...) != value}
         if changed:
@@ -133,32 +133,32 @@ class RunFolder:
                 write_file(file, text)
 
     def add(self, cost: SampleCost, answers: Sequence[Answer]) -> None:
-        """Append a sample: its answers, and once they are on the disk its cost, which makes it a finished one.
+        """Appends a sample. Writes its answers first, then its cost; the cost marks the sample as finished.
 
         Raises:
-            ConfigError: it is there, an answer is of another sample, or two are of one method and ratio.
+            ConfigError: the sample exists, an answer belongs to another sample, or two answers share method and ratio.
         """
         if _key(cost) in self.done():
-            raise ConfigError(f"sample={_key(cost)} is there already")
+            raise ConfigError(f"sample={_key(cost)} is already in the run")
         if {_key(answer) for answer in answers} != {_key(cost)}:
-            raise ConfigError(f"sample={_key(cost)} has no answers, or some of another sample")
+            raise ConfigError(f"sample={_key(cost)} has no answers, or answers of another sample")
         if len({(answer.method, answer.ratio) for answer in answers}) < len(answers):
-            raise ConfigError(f"sample={_key(cost)} has two answers of one method and ratio")
-        lines = "".join(map(_line, answers)), _line(cost)  # both before anything is written
+            raise ConfigError(f"sample={_key(cost)} has two answers with the same method and ratio")
+        lines = "".join(map(_line, answers)), _line(cost)  # serialise both before writing either
         append_file(self.path / ANSWERS, lines[0])
         append_file(self.path / SAMPLES, lines[1])
 
     def done(self) -> set[tuple[str, int, str]]:
-        """(task, index, type_kv) of the finished samples."""
+        """Returns (task, index, type_kv) of every finished sample."""
         return {_key(cost) for cost in self.costs()}
 
     def answers(self) -> list[Answer]:
-        """Answers of the finished samples, in the order they were added."""
+        """Returns the answers of the finished samples, in the order of their addition."""
         done = self.done()
         return [answer for answer in _read(self.path / ANSWERS, Answer) if _key(answer) in done]
 
     def costs(self) -> list[SampleCost]:
-        """The finished samples, in the order they were added."""
+        """Returns the costs of the finished samples, in the order of their addition."""
         return _read(self.path / SAMPLES, SampleCost)
 
 
@@ -175,7 +175,7 @@ def _pretty(config: dict[str, Any]) -> str:
 
 
 def _read(file: Path, kind: type[Record]) -> list[Record]:
-    """The records in ``file``; behind the last line break is what a crash cut off, or nothing."""
+    """Returns the records in ``file``; ignores an incomplete last line, which a crash may leave."""
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     records = []
     for number, line in enumerate(lines, 1):
@@ -185,5 +185,5 @@ def _read(file: Path, kind: type[Record]) -> list[Record]:
                 values["n_kept"] = tuple(values["n_kept"])
             records.append(kind(**values))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{str(file)!r}, line {number}, is not one of a run: {error}") from error
+            raise ConfigError(f"{str(file)!r}, line {number}, is not a record of a run: {error}") from error
     return records

@@ -1,4 +1,4 @@
-"""A run as Markdown and JSON, with pictures where matplotlib is installed."""
+"""Writes a run as Markdown and JSON, with pictures if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .records import FULL, RunFolder, SampleCost
 from .results import Cell, Mean, Passkey, Summary, TypeSummary, summarise
 
 _COSTS = (
-    "Median seconds. Rest per answer: restore, compose and answer, checked against the full cache's answer; of the"
-    " compressed caches that the means are of."
+    "Median seconds. Rest per answer: restore, compose and answer, checked against the full cache's answer; over the"
+    " compressed caches in the means."
 )
 _NOTE = """\
-±: half the width of the 95 % interval of a bootstrap that draws samples within their tasks, 2,000 times; where all \
-samples agree it is 0, whatever others would say. Ratios are the share of the KV entries removed. AUC: area under the \
-score against the ratio, from the full cache to the largest ratio, divided by that ratio. Loss: relative to the full \
-cache, on straight lines between ratios; `≥`: not reached at the largest ratio."""
+±: half the width of the 95 % interval of a bootstrap that draws samples within their tasks, 2,000 times. It is 0 \
+where all samples agree, even if others would not. Ratios are the share of the KV entries removed. AUC: area under \
+the score against the ratio, from the full cache to the largest ratio, divided by that ratio. Loss: relative to the \
+full cache, on straight lines between ratios; `≥`: not reached at the largest ratio."""
 
 
 def write_report(folder: RunFolder) -> None:
-    """Write ``report.md`` and ``summary.json`` into the folder, and where matplotlib is installed the pictures.
+    """Writes ``report.md`` and ``summary.json`` into the folder, and the pictures if matplotlib is installed.
 
     Raises:
-        ConfigError: the folder's records are not those of a run.
+        ConfigError: the folder contains records that are not those of a run.
     """
     summary = summarise(folder.answers())
     (folder.path / "summary.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n", "utf-8")
@@ -51,12 +51,12 @@ def markdown(
     pictures: Sequence[str] = (),
     note: str = "",
 ) -> str:
-    """The report.
+    """Returns the report as Markdown.
 
     Args:
-        config: of the :class:`RunFolder`; ``model`` and ``date`` of its settings or environment are in the title.
+        config: the :class:`RunFolder`'s; the title shows ``model`` and ``date`` of its settings or environment.
         pictures: names of files beside the report.
-        note: a sentence in their place.
+        note: a sentence that replaces the pictures.
     """
     facts = config["settings"] | config["environment"]
     parts = [
@@ -66,7 +66,7 @@ def markdown(
     if summary.not_done:
         tasks = ", ".join(f"{task} ({100 * score:.1f})" for task, score in summary.not_done)
         least = f"{100 * summary.min_full:g}"
-        parts.append(f"Not done by the model, and left out of the means: {tasks}; the full cache scores below {least}.")
+        parts.append(f"Left out of the means, because the full cache scores below {least}: {tasks}.")
     parts += ["## What a sample costs", _cost_table(summary, costs)]
     for part in summary.types:
         parts += _type_sections(part, summary.reference)
@@ -91,11 +91,11 @@ def _type_sections(part: TypeSummary, reference: str | None) -> list[str]:
         sections += ["### Score x 100", _score_table(part)]
         if any(cell.difference for cell in part.cells):
             sections += [f"### Score x 100, difference from {reference}"]
-            sections += ["Paired by sample, with 95 % intervals, not corrected for their number.", _differences(part)]
+            sections += ["Paired by sample, with 95 % intervals, without multiplicity correction.", _differences(part)]
         sections += ["### Exact match x 100", _by_ratio(part, lambda cell: _percent(cell.exact))]
         sections += ["### KL divergence from the uncompressed run, nats", _by_ratio(part, lambda cell: _nats(cell.kl))]
         sections += ["### Same most probable token x 100", _by_ratio(part, lambda cell: _percent(cell.same_top))]
-        sections += ["### Tokens kept, in the layers with least and most", _by_ratio(part, _layers)]
+        sections += ["### Tokens kept, in the layers with the fewest and the most", _by_ratio(part, _layers)]
         for ratio in part.ratios or (0.0,):
             rows = [[_name(cell.method), *map(_percent, cell.tasks)] for cell in part.at(ratio)]
             sections += [f"### Score x 100 by task, {_removed(ratio)}", _table(["method", *part.tasks], rows)]
@@ -105,7 +105,7 @@ def _type_sections(part: TypeSummary, reference: str | None) -> list[str]:
 
 
 def _cost_table(summary: Summary, costs: Sequence[SampleCost]) -> str:
-    """What a sample costs; not the full cache's answers, which are token by token and so do not compare."""
+    """Returns a sample's costs without the full cache's answers, which are token by token and so do not compare."""
     kinds = list(dict.fromkeys(kind for cost in costs for kind in cost.scoring_seconds))
     rows = []
     for type_kv in dict.fromkeys(cost.type_kv for cost in costs):
@@ -117,7 +117,7 @@ def _cost_table(summary: Summary, costs: Sequence[SampleCost]) -> str:
         medians = [f"{statistics.median(column):.2f}" if column else "" for column in columns]
         n_tokens = f"{statistics.median(cost.n_tokens for cost in mine):,.0f}"
         rows.append([type_kv, str(len(mine)), n_tokens, *medians])
-    titles = ["prefill", *(f"scoring: {kind}" for kind in kinds), "rest per answer", "all of it"]
+    titles = ["prefill", *(f"scoring: {kind}" for kind in kinds), "rest per answer", "whole sample"]
     whole = [f" Scoring: {kind} contains a whole prefill." for kind in kinds if kind.startswith("prefill(")]
     return "".join([_COSTS, *whole, "\n\n", _table(["cache", "samples", "tokens", *titles], rows)])
 
@@ -158,7 +158,7 @@ def _by_ratio(
     titles: Sequence[str] = (),
     extra: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
-    """A row a method, the largest area first; ``extra`` are the columns of ``titles`` behind those of the ratios."""
+    """Returns a table with a row per method, largest area first; ``extra`` fills the last columns, ``titles``."""
     cells = {(cell.method, cell.ratio): text(cell) for cell in part.cells}
     ratios = part.ratios
     rows = [

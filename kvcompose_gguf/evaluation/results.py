@@ -1,4 +1,4 @@
-"""What the answers of a run say: means with intervals, curves over compression ratios, and where needles are found."""
+"""Summarises the answers of a run: means with intervals, curves over compression ratios, and needles by depth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from .metrics import area_under_curve, bootstrap_interval, largest_ratio_within
 from .records import FULL, Answer
 
-PASSKEY = "passkey"  # a grid of its own, no part of the mean over tasks
+PASSKEY = "passkey"  # has its own grid and is not part of the mean over tasks
 
 #: (method, ratio) -> answers to the same samples, in the same order
 Columns = dict[tuple[str, float], list[Answer]]
@@ -23,7 +23,7 @@ Columns = dict[tuple[str, float], list[Answer]]
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of ``n`` samples, and its 95 % bootstrap interval."""
+    """The mean of ``n`` samples, and its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -36,13 +36,13 @@ class Cell:
     """One method at one ratio.
 
     Attributes:
-        score, exact, kl, same_top: means of the tasks' means; None unless every sample has one.
-        difference: score minus that of the reference at this ratio, paired by sample; None for the reference, the full
-            cache, and where the reference has no such ratio.
-        tasks: score of each of :attr:`TypeSummary.tasks`.
-        n_kept: of every layer, mean over samples; None unless every sample has it.
+        score, exact, kl, same_top: means of the tasks' means; None if a sample lacks the value.
+        difference: score minus the reference's score at this ratio, paired by sample; None for the reference, for the
+            full cache, and if the reference was not run at this ratio.
+        tasks: score for each of :attr:`TypeSummary.tasks`.
+        n_kept: composites kept in every layer, mean over samples; None if a sample lacks it.
         n_tokens, kv_bytes: means over samples.
-        seconds: as :attr:`Answer.seconds`, median over samples.
+        seconds: median over samples of :attr:`Answer.seconds`.
     """
 
     method: str
@@ -61,11 +61,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Curve:
-    """Score of a method against the ratio, from the full cache's at 0 on.
+    """A method's score against the ratio, starting with the full cache at ratio 0.
 
     Attributes:
-        area: under it, divided by the largest ratio; ``difference``: to that of a reference with the same ratios.
-        within_10, within_20: largest ratio with a loss of at most 10 and 20 %; nan if there is nothing to lose.
+        area: area under the curve, divided by the largest ratio.
+        difference: ``area`` minus the area of the reference, if both have the same ratios.
+        within_10, within_20: largest ratio with a loss of at most 10 and 20 %; nan if the full cache scores 0.
     """
 
     method: str
@@ -77,7 +78,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Passkey:
-    """Needles that one method finds at one ratio: the mean over depths, and the mean at every depth."""
+    """Share of needles that one method finds at one ratio: the mean over depths, and the mean at every depth."""
 
     method: str
     ratio: float
@@ -88,15 +89,15 @@ class Passkey:
 
 @dataclass(frozen=True)
 class TypeSummary:
-    """One type of cache.
+    """Results with one cache type.
 
     Attributes:
-        tasks: those of the means, sorted.
-        n_samples: that the means are of.
+        tasks: the tasks in the means, sorted.
+        n_samples: number of samples in the means.
         n_incomplete: samples left out because they lack a method or ratio that others have.
-        cells: the full cache first, then methods in their order, ratios ascending.
-        curves: the largest area first.
-        passkey: in the order of the cells.
+        cells: the full cache first, then the methods in run order, with ascending ratios.
+        curves: sorted by area, largest first.
+        passkey: in the order of ``cells``.
     """
 
     type_kv: str
@@ -109,11 +110,11 @@ class TypeSummary:
 
     @property
     def ratios(self) -> list[float]:
-        """Those of all methods, ascending, without 0."""
+        """Returns the ratios of all methods, ascending, without 0."""
         return sorted({cell.ratio for cell in self.cells} - {0})
 
     def at(self, ratio: float) -> list[Cell]:
-        """The full cache, then the methods at ``ratio``, the largest area first."""
+        """Returns the full cache's cell, then the methods' cells at ``ratio``, sorted by area, largest first."""
         order = [FULL, *(curve.method for curve in self.curves)]
         return sorted((c for c in self.cells if c.ratio in (0, ratio)), key=lambda cell: order.index(cell.method))
 
@@ -123,8 +124,9 @@ class Summary:
     """All numbers of a report.
 
     Attributes:
-        reference: the method that others are compared with, None without methods.
-        not_done: (task, the full cache's score) of tasks left out: below ``min_full`` with every type of cache.
+        reference: the method that others are compared with; None without methods.
+        not_done: (task, the full cache's score) of the tasks left out: they score below ``min_full`` with every
+            cache type.
     """
 
     reference: str | None
@@ -133,28 +135,28 @@ class Summary:
     types: tuple[TypeSummary, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Only what JSON has: lists for tuples, and None for what is not finite."""
+        """Returns values that JSON supports: lists instead of tuples, and None instead of nan and infinity."""
         return dict(json.loads(json.dumps(asdict(self)), parse_constant=lambda name: None))
 
 
 def summarise(answers: Sequence[Answer], reference: str | None = None, min_full: float = 0.1) -> Summary:
-    """Means over the samples that have an answer of every method and ratio, for each type of cache.
+    """Returns means for each cache type, over the samples that have an answer for every method and ratio.
 
-    The bootstrap draws samples within their tasks (the tasks are given, they are no sample of tasks), the same ones for
-    every method and ratio. Passkey samples are complete or not among themselves.
+    The bootstrap draws samples within their task, because the tasks are fixed and not sampled. It uses the same draws
+    for every method and ratio. Passkey samples are checked for completeness separately.
 
     Args:
-        reference: the method that others are compared with, by default the first in ``answers``.
-        min_full: least score of the full cache for a task to count.
+        reference: the method that others are compared with; the default is the first in ``answers``.
+        min_full: a task counts only if the full cache scores at least this.
     Raises:
-        ConfigError: ``reference`` has no answers, or the full cache of a type has none.
+        ConfigError: ``reference`` has no answers, or a cache type has no answers of the full cache.
     """
     methods = [method for method in dict.fromkeys(answer.method for answer in answers) if method != FULL]
     if reference is not None and reference not in methods:
         raise ConfigError(f"reference={reference!r} is not one of {', '.join(methods)}")
     reference = reference or next(iter(methods), None)
     parts: dict[str, tuple[Columns, Columns, int]] = {}
-    best: dict[str, float] = {}  # the full cache's scores
+    best: dict[str, float] = {}  # the full cache's scores by task
     for type_kv in dict.fromkeys(answer.type_kv for answer in answers):
         of_type = [answer for answer in answers if answer.type_kv == type_kv]
         columns, n_left = _complete([answer for answer in of_type if answer.task != PASSKEY], methods)
@@ -175,7 +177,7 @@ def summarise(answers: Sequence[Answer], reference: str | None = None, min_full:
 
 
 def _complete(answers: Sequence[Answer], methods: Sequence[str]) -> tuple[Columns, int]:
-    """Columns of the samples that are in all of them, the full cache's first, and the number of other samples."""
+    """Returns the columns of the complete samples, the full cache's first, and the number of incomplete samples."""
     rows: dict[tuple[str, int], dict[tuple[str, float], Answer]] = {}
     for answer in answers:
         rows.setdefault((answer.task, answer.index), {})[answer.method, answer.ratio] = answer
@@ -221,7 +223,7 @@ def _curves(columns: Columns, tasks: Sequence[str], reference: str | None) -> tu
     curves, areas = [], {}
     for m in sorted(ratios, key=lambda m: m != reference):
         scores = np.array([[a.score for a in columns[m if ratio else FULL, ratio]] for ratio in ratios[m]])
-        # linear in the scores: the area under the mean curve is the mean of the samples' areas
+        # the area is linear in the scores, so the area under the mean curve is the mean of the samples' areas
         areas[m] = np.array([area_under_curve(ratios[m], sample) for sample in scores.T])
         means = [_mean(column, tasks).value for column in scores]
         within = [largest_ratio_within(ratios[m], means, loss) for loss in (0.1, 0.2)]
@@ -242,7 +244,7 @@ def _passkey(columns: Columns) -> tuple[Passkey, ...]:
 
 
 def _grouped(values: Sequence[float], strata: Sequence[str]) -> dict[str, list[float]]:
-    """The values of every stratum, strata sorted."""
+    """Groups the values by stratum; the strata are sorted."""
     groups: dict[str, list[float]] = {stratum: [] for stratum in sorted(set(strata))}
     for value, stratum in zip(values, strata, strict=True):
         groups[stratum].append(value)
@@ -250,7 +252,7 @@ def _grouped(values: Sequence[float], strata: Sequence[str]) -> dict[str, list[f
 
 
 def _mean(values: Sequence[float] | NDArray[np.float64], strata: Sequence[str]) -> Mean:
-    """The mean of the strata's means, with the interval of a bootstrap within them."""
+    """Returns the mean of the strata's means, with a bootstrap interval from draws within the strata."""
     array = np.asarray(values, np.float64)
     value = statistics.fmean(map(statistics.fmean, _grouped(array.tolist(), strata).values()))
     return Mean(value, *bootstrap_interval(array, strata), array.size)

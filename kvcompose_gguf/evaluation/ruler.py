@@ -1,14 +1,14 @@
-"""RULER (arXiv 2404.06654), written anew: the 13 tasks of its synthetic.yaml, and one needle at a chosen depth.
+"""Reimplements the 13 tasks of RULER's synthetic.yaml (arXiv 2404.06654), and adds one needle at a chosen depth.
 
-Wording, counts and answer lengths are those of NVIDIA/RULER c3f5e3b (scripts/synthetic.yaml, scripts/data/synthetic/).
-As in kvpress's data set of it the question is kept out of the context. The line break before the question belongs to
-the question, the space before the answer prefix to the prefix. What differs:
+Wording, counts and answer lengths follow NVIDIA/RULER c3f5e3b (scripts/synthetic.yaml, scripts/data/synthetic/). As in
+kvpress's version of the data set, the question is not part of the context. The line break before the question belongs
+to the question, and the space before the answer prefix belongs to the prefix. Differences from RULER:
 
-* a haystack is filled to the target by one unit (word, line, document), not by 25 or 500 of them;
-* keys and values of a sample are all different; the worked example of ``vt`` has 10 lines of noise at any length, that
-  of ``cwe`` shares no word with the list;
-* questions of ``qa`` are drawn, not taken in the order of the file, and of HotpotQA's ten paragraphs those without the
-  facts need not all be there where the target is short.
+* a haystack is filled to the target in steps of one unit (word, line, document), not of 25 or 500;
+* all keys and values of a sample differ; the worked example of ``vt`` has 10 lines of noise at any length, and the
+  worked example of ``cwe`` shares no word with the list;
+* ``qa`` draws its questions at random instead of in file order, and with a short target it may leave out some of
+  HotpotQA's ten paragraphs, but never those with the facts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .samples import Sample
 from .texts import Texts
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-DEPTHS = [percent / 100 for percent in (round(100 * i / 39) for i in range(40))]  # where RULER puts needles in essays
+DEPTHS = [percent / 100 for percent in (round(100 * i / 39) for i in range(40))]  # RULER's depths for needles in essays
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample of some size, not counted yet; the attributes are those of :class:`Sample`."""
+    """A sample of a given size, before its tokens are counted; the attributes are those of :class:`Sample`."""
 
     context: str
     question: str
@@ -43,7 +43,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one sample is made in any size from ``least`` to ``most`` units of its haystack."""
+    """Builds one sample in any size from ``least`` to ``most`` units of its haystack."""
 
     build: Callable[[int], Draft]
     least: int
@@ -52,10 +52,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A kind of question; one of your own is a subclass, and an entry in :data:`TASKS`.
+    """A kind of question. To add one, derive a class and add an entry to :data:`TASKS`.
 
     Attributes:
-        max_tokens: of the answer.
+        max_tokens: longest answer, in tokens.
         metric: ``string_match_all`` or ``string_match_part``.
     """
 
@@ -64,17 +64,17 @@ class Task(ABC):
 
     @property
     def takes_depth(self) -> bool:
-        """Whether the place of the needle can be chosen."""
+        """Returns whether the caller can choose the depth of the needle."""
         return False
 
     @abstractmethod
     def recipe(self, seed: str, n_tokens: int, texts: Texts, depth: float | None) -> Recipe:
-        """The sample of ``seed``, before its size is known; what it asks for must not depend on the size.
+        """Returns the recipe of the sample for ``seed``; its question must not depend on the size that is built later.
 
         Args:
-            seed: ``<seed>/<task>/<index>``; every random number has to come from it.
-            n_tokens: target of prompt and answer, for tasks that are another one at another length.
-            depth: of the needle, None to draw one.
+            seed: ``<seed>/<task>/<index>``; every random number must come from it.
+            n_tokens: target for prompt and answer, for tasks whose settings depend on the length.
+            depth: depth of the needle; None draws it.
         """
 
 
@@ -83,10 +83,10 @@ class Needles(Task):
     """Magic numbers or uuids, each with a key, hidden in a haystack.
 
     Attributes:
-        haystack: ``noise``, lines of the same sentences; ``essay``, prose; ``needle``, lines with other keys.
+        haystack: ``noise`` (the same sentences on every line), ``essay`` (prose) or ``needle`` (lines with other keys).
         key, value: ``words``, ``numbers`` or ``uuids``.
-        n_keys, n_values: needles: keys, and values of each.
-        n_queries: keys that are asked for.
+        n_keys, n_values: number of keys, and of values for each key; every pair is a needle.
+        n_queries: number of keys in the question.
     """
 
     haystack: str = "essay"
@@ -100,16 +100,16 @@ class Needles(Task):
         kinds = ("words", "numbers", "uuids")
         for name, allowed in (("haystack", ("noise", "essay", "needle")), ("key", kinds), ("value", kinds)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r}, allowed are {', '.join(allowed)}")
+                raise ConfigError(f"{name}={getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not 1 <= self.n_queries <= self.n_keys or not 1 <= self.n_keys * self.n_values <= len(DEPTHS):
             raise ConfigError(
-                f"n_keys={self.n_keys}, n_values={self.n_values}, n_queries={self.n_queries}, allowed are 1 to n_keys"
+                f"n_keys={self.n_keys}, n_values={self.n_values}, n_queries={self.n_queries}; allowed: 1 to n_keys"
                 f" queries and up to {len(DEPTHS)} needles"
             )
 
     @property
     def takes_depth(self) -> bool:
-        """With one needle, or one among lines of the same form."""
+        """Returns True for a single needle, also if the haystack has lines of the same form."""
         return self.n_keys * self.n_values == 1
 
     def recipe(self, seed: str, n_tokens: int, texts: Texts, depth: float | None) -> Recipe:
@@ -128,7 +128,7 @@ class Needles(Task):
         queried = [keys[i] for i in asked]
         query = ", ".join(queried[:-1]) + ", and " + queried[-1] if len(queried) > 1 else queried[0]
         first = min(depths[i * self.n_values + j] for i in asked for j in range(self.n_values))
-        lines: list[str] = []  # of a haystack of needles, as many as a size has asked for
+        lines: list[str] = []  # lines of a ``needle`` haystack, generated as larger sizes need them
 
         def haystack(n: int) -> list[str]:
             if self.haystack == "essay":
@@ -163,7 +163,7 @@ class Needles(Task):
 
 @dataclass(frozen=True)
 class VariableTracking(Task):
-    """A chain of assignments in noise: which variables have the value? A worked example comes first."""
+    """A chain of assignments in noise, after a worked example. The question: which variables have the value?"""
 
     n_hops: int = 4
 
@@ -193,15 +193,15 @@ class VariableTracking(Task):
 
 @dataclass(frozen=True)
 class CommonWords(Task):
-    """A numbered list of words, ten of them more often than the others; after a worked example."""
+    """A numbered list in which ten words occur more often than the others, after a worked example."""
 
     def recipe(self, seed: str, n_tokens: int, texts: Texts, depth: float | None) -> Recipe:
         rng = random.Random(seed)
-        # RULER's two settings: how often the common and the other words are in the list; then of the example
+        # RULER's two settings: occurrences of common and of other words in the list, then the same for the example
         often, seldom, n_shown, shown_often, shown_seldom = (6, 1, 20, 3, 1) if n_tokens < 4096 else (30, 3, 40, 10, 3)
-        most = n_tokens // (2 * seldom)  # a word is at least one token, and its number too
+        most = n_tokens // (2 * seldom)  # a word takes at least one token, and so does its number
         words, used = rng.sample(texts.words, len(texts.words)), set(texts.words)
-        words += [_new("words", rng, texts, used) for _ in range(50 + most - len(words))]  # hyphenated ones
+        words += [_new("words", rng, texts, used) for _ in range(50 + most - len(words))]  # hyphenated words
         shown, common, others = words[:n_shown], words[40:50], words[50 : 50 + most]
         question, prefix = (
             "\nQuestion: What are the 10 most common words in the above list?",
@@ -232,7 +232,7 @@ class CommonWords(Task):
 
 @dataclass(frozen=True)
 class FrequentWords(Task):
-    """Coded words, the k-th in proportion to 1/k²; the first is noise, the next three are asked for."""
+    """Coded words; the k-th occurs in proportion to 1/k². The first is noise, the next three are the answer."""
 
     def recipe(self, seed: str, n_tokens: int, texts: Texts, depth: float | None) -> Recipe:
         rng = random.Random(seed)
@@ -254,19 +254,19 @@ class FrequentWords(Task):
                 tuple(ranked[1:4]),
             )
 
-        return Recipe(build, 80, 2 * n_tokens)  # from 80 on the counts of the asked are above the next, however rounded
+        return Recipe(build, 80, 2 * n_tokens)  # from 80 on, rounding cannot make the fifth as frequent as the fourth
 
 
 @dataclass(frozen=True)
 class Documents(Task):
-    """A question about one document (``n_hops`` 1) or two, among others: first those that are close to it, then any."""
+    """A question about one document (``n_hops=1``) or two, among others: first related documents, then any."""
 
     n_hops: int = 1
 
     def recipe(self, seed: str, n_tokens: int, texts: Texts, depth: float | None) -> Recipe:
         questions = texts.questions(self.n_hops)
         run, _, index = seed.rpartition("/")
-        # every index its own question, while there are enough
+        # every index gets its own question while there are enough
         order = random.Random(run).sample(range(len(questions.items)), len(questions.items))
         asked, rng = questions.items[order[int(index) % len(order)]], random.Random(seed)
         near = rng.sample(asked.near, len(asked.near))
@@ -307,7 +307,7 @@ TASKS: dict[str, Task] = {
     "fwe": FrequentWords(50),
     "qa_1": Documents(32, "string_match_part"),
     "qa_2": Documents(32, "string_match_part", n_hops=2),
-    # not RULER's: niah_single_2 with a short answer, for heat maps of depth and length
+    # not in RULER: niah_single_2 with a short answer, for heat maps of depth and length
     "passkey": Needles(32),
 }
 RULER_TASKS = tuple(TASKS)[:13]
@@ -323,30 +323,30 @@ def make_sample(
     *,
     depth: float | None = None,
 ) -> Sample:
-    """Sample ``index`` of a task, as long as one unit of its haystack permits and no longer than ``n_tokens``.
+    """Returns sample ``index`` of a task, with the largest haystack that keeps it within ``n_tokens``.
 
-    Keys, values and questions depend on task, seed and index, not on the length.
+    Keys, values and questions depend on task, seed and index, but not on the length.
 
     Args:
         task: a name in :data:`TASKS`.
-        n_tokens: of prompt and longest answer together, as RULER counts.
-        index: of the sample, from 0.
-        count_tokens: tokens of a text, with whatever else the caller puts before and after it.
-        depth: of the needle in [0, 1], for tasks with one; None draws it.
+        n_tokens: prompt and longest answer together, as RULER counts.
+        index: number of the sample, from 0.
+        count_tokens: returns the number of tokens of a text, including anything that the caller adds around it.
+        depth: depth of the needle in [0, 1], for tasks with one needle; None draws it.
 
     Raises:
-        ConfigError: no such task, an argument out of its range, or ``n_tokens`` less than the task takes.
+        ConfigError: the task does not exist, an argument is out of range, or ``n_tokens`` is too small for the task.
     """
     if task not in TASKS:
-        raise ConfigError(f"task={task!r}, allowed are {', '.join(TASKS)}")
+        raise ConfigError(f"task={task!r}; allowed: {', '.join(TASKS)}")
     if index < 0:
-        raise ConfigError(f"index={index}, allowed are 0 and more")
+        raise ConfigError(f"index={index}; allowed: 0 or more")
     kind = TASKS[task]
     if depth is not None and not kind.takes_depth:
         able = ", ".join(name for name, other in TASKS.items() if other.takes_depth)
-        raise ConfigError(f"depth={depth} with task={task!r}, allowed with {able}")
+        raise ConfigError(f"depth={depth} with task={task!r}; allowed only with {able}")
     if depth is not None and not 0 <= depth <= 1:
-        raise ConfigError(f"depth={depth}, allowed are 0 to 1")
+        raise ConfigError(f"depth={depth}; allowed: 0 to 1")
     recipe = kind.recipe(f"{seed}/{task}/{index}", n_tokens, texts, depth)
 
     def size(n: int) -> int:
@@ -368,14 +368,14 @@ def make_sample(
 
 
 def _largest(size: Callable[[int], int], limit: int, least: int, most: int) -> tuple[int, int]:
-    """The largest n in [least, most] with ``size(n) <= limit``, and its size; ``least`` if there is none.
+    """Returns the largest n in [least, most] with ``size(n) <= limit``and its size, or those of ``least``.
 
-    ``size`` grows with n, nearly in proportion: guessing along its slope takes half the calls of halving.
+    ``size`` grows almost in proportion to n, so guessing along its slope needs half the calls of bisection.
     """
     low, low_size, high, guess = least, size(least), most + 1, min(least + 16, most)
     if low_size > limit:
         return low, low_size
-    point, point_size = low, low_size  # with low it makes the slope: the last too large, before there is one the first
+    point, point_size = low, low_size  # slope: from ``low`` to here, the last size above the limit
     for n_calls in itertools.count(2):
         if high - low <= 1:
             break
@@ -392,15 +392,15 @@ def _largest(size: Callable[[int], int], limit: int, least: int, most: int) -> t
 
 
 def _inserted(units: Sequence[str], items: Sequence[tuple[float, str]]) -> list[str]:
-    """``units`` with every (depth, text) behind that share of them, in [0, 1]."""
+    """Returns ``units`` with every (depth, text) inserted; depth is the share of units before the text, in [0, 1]."""
     together = list(units)
-    for depth, text in sorted(items, key=lambda item: item[0], reverse=True):  # from the back: earlier places stay
+    for depth, text in sorted(items, key=lambda item: item[0], reverse=True):  # last first: earlier indices stay valid
         together.insert(int(len(units) * depth), text)
     return together
 
 
 def _new(kind: str, rng: random.Random, texts: Texts, used: set[str]) -> str:
-    """A random word, number of 7 digits or uuid that is not in ``used``; puts it there."""
+    """Returns a random word, 7-digit number or uuid that is not in ``used``, and adds it to ``used``."""
     for _ in range(1000):
         if kind == "words":
             made = f"{rng.choice(texts.adjectives)}-{rng.choice(texts.nouns)}"

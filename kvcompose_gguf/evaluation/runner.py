@@ -1,4 +1,4 @@
-"""`kvcompose eval`: the same samples for every method, ratio and type of cache; each is prefilled once."""
+"""`kvcompose eval`: runs the same samples with every method, ratio and cache type, each prefilled once per type."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .variants import EditedPlan, Variant
 if TYPE_CHECKING:
     from ..llama import Llama
 
-#: cache types whose rows can be weighed and written
+#: cache types that allow per-cell biases and writes
 PLAIN_TYPES = ("f32", "f16", "bf16")
 #: cells beyond the context and its answer, for the queries of a scoring pass
 N_SCORING = 1024
@@ -51,24 +51,24 @@ N_SCORING = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What is evaluated.
+    """Options of an evaluation.
 
     Attributes:
-        tasks: names of ``ruler.TASKS``; ``passkey`` is apart from the means.
-        n_tokens: of a whole sample, its longest answer included, a chat format not.
-        n_samples: of each task.
+        tasks: names in ``ruler.TASKS``; ``passkey`` is reported separately from the means.
+        n_tokens: length of a sample including its longest answer, without the chat format.
+        n_samples: samples per task.
         methods: texts for ``make_method``.
         ratios: fractions removed.
         types_kv: names of ggml types, for keys and values.
-        question_seen: methods that look at the prompt's last tokens have the question among them; else it is hidden, as
-            in the field's protocol. It changes nothing for methods that do not.
-        chat: in the model's chat format, if it has one.
-        n_depths: depths of the needles of ``passkey``.
-        texts: where prose and questions come from, see ``load_texts``.
-        seed: of the samples.
-        max_tokens: longest answer; None: twice what the references need and 16, at most RULER's.
+        question_seen: append the question to the prompt that the methods read. By default it is hidden, as in the
+            field's protocol. Only methods that read the last tokens of the prompt are affected.
+        chat: use the model's chat format, if it has one.
+        n_depths: number of needle depths in ``passkey``.
+        texts: source of prose and questions, see ``load_texts``.
+        seed: seed of the samples.
+        max_tokens: longest answer. None: twice the tokens of the references plus 16, at most RULER's limit.
     Raises:
-        ConfigError: an option out of its range.
+        ConfigError: an option is out of range.
     """
 
     tasks: tuple[str, ...] = RULER_TASKS
@@ -85,18 +85,16 @@ class EvalOptions:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "methods", "ratios", "types_kv"):  # each once
+        for name in ("tasks", "methods", "ratios", "types_kv"):  # each value once
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         for name in ("n_tokens", "n_samples", "n_depths", "max_tokens"):
             check_positive(name, getattr(self, name))
         unknown = [task for task in self.tasks if task not in TASKS]
         if unknown or not self.tasks:
-            raise ConfigError(f"tasks={','.join(self.tasks)}: allowed are {', '.join(TASKS)}")
+            raise ConfigError(f"tasks={','.join(self.tasks)}; allowed: {', '.join(TASKS)}")
         wrong = [ratio for ratio in self.ratios if not 0 < ratio < 1]
         if wrong or (self.methods and not self.ratios):
-            raise ConfigError(
-                f"compression_ratio={wrong} are not in (0, 1), or there is none; 0, the full cache, is always there"
-            )
+            raise ConfigError(f"compression_ratio={wrong}: give one or more in (0, 1); 0 is always included")
         if not self.types_kv:
             raise ConfigError("types_kv is empty")
         for type_kv in self.types_kv:
@@ -104,14 +102,14 @@ class EvalOptions:
         self.make_methods()
 
     def make_methods(self, model_path: Path | None = None) -> dict[str, list[Method]]:
-        """One method a ratio for every text; with what they need to know about a model."""
+        """Returns one method per ratio for every text, calibrated for ``model_path`` if it is given."""
         made = {}
         for spec in self.methods:
             for_ratio = [make_method(spec, compression_ratio=ratio, min_tokens=1) for ratio in self.ratios]
             first = for_ratio[0]
             quantized = [kv for kv in self.types_kv if kv.lower() not in PLAIN_TYPES]
             if quantized and first.simulated:
-                raise ConfigError(f"method={spec!r} is simulated, which types_kv={','.join(quantized)} cannot be")
+                raise ConfigError(f"method={spec!r} is simulated, not for types_kv={','.join(quantized)}")
             if model_path is not None:
                 first = first.for_model(model_path)
             made[spec] = [replace(first, compression_ratio=ratio) for ratio in self.ratios]
@@ -120,7 +118,7 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """A sample to do, in a process that has the model."""
+    """A sample to run in a process that has loaded the model."""
 
     task: str
     index: int
@@ -128,13 +126,13 @@ class Job:
 
 
 def kv_type(name: str) -> int:
-    """The ggml type of a name such as ``"q8_0"``."""
+    """Returns the ggml type for a name such as ``"q8_0"``."""
     from gguf import GGMLQuantizationType
 
     try:
         return int(GGMLQuantizationType[name.upper()])
     except KeyError as error:
-        raise ConfigError(f"types_kv={name!r} is no ggml type, e.g. f16 or q8_0") from error
+        raise ConfigError(f"types_kv={name!r} is not a ggml type; use for example f16 or q8_0") from error
 
 
 def evaluate(
@@ -146,18 +144,18 @@ def evaluate(
     threads: int = 1,
     console: Console | None = None,
 ) -> RunFolder:
-    """Do what is left of the run in ``out``, or begin it.
+    """Starts the run in ``out``, or finishes it; returns its folder.
 
     Args:
-        jobs: processes that each load the model; None: one per core. llama.cpp's threads wait for each other at every
-            step, so as many processes of one thread do more than one of as many threads.
-        console: where progress is shown.
+        jobs: number of processes, each with its own copy of the model; None: one per core. llama.cpp's threads wait for
+            each other at every step, so many one-thread processes are faster than one process with many threads.
+        console: where to show progress.
     Raises:
-        ConfigError: ``out`` has a run of other settings.
+        ConfigError: ``out`` contains a run with other settings.
     """
     model_path = resolve_model(model)
     jobs = jobs or psutil.cpu_count(logical=False) or 1
-    methods = options.make_methods(model_path)  # a calibration that is missing is found before a folder is made
+    methods = options.make_methods(model_path)  # a missing calibration must raise before the folder is created
     settings = _settings(model_path, options, methods)
     folder = RunFolder.open(out, settings, _environment(jobs, threads, options))
     done = folder.done()
@@ -187,12 +185,12 @@ def _work(
             for future in as_completed([pool.submit(_do, job) for job in left]):
                 yield future.result()
         except BrokenProcessPool as error:
-            raise StateError("a worker died, of too little memory perhaps; what is done is kept: run again") from error
+            raise StateError("a worker died, perhaps for lack of memory; run again to continue") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-_worker: Worker | None = None  # of a process of the pool
+_worker: Worker | None = None  # the worker of this process, in a process pool
 
 
 def _start_worker(model_path: Path, options: EvalOptions, threads: int) -> None:
@@ -202,7 +200,7 @@ def _start_worker(model_path: Path, options: EvalOptions, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next job, and hold the model, forever."""
+    """Ends this process when its parent dies; otherwise it would wait for its next job forever and hold the model."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -215,7 +213,7 @@ def _do(job: Job) -> tuple[SampleCost, list[Answer]]:
 
 
 class Worker:
-    """A loaded model that does one sample after the other."""
+    """A loaded model that runs samples one after the other."""
 
     def __init__(self, model_path: Path, options: EvalOptions, threads: int) -> None:
         self._model_path = model_path
@@ -228,13 +226,13 @@ class Worker:
         self._methods = options.make_methods(model_path)
 
     def close(self) -> None:
-        """Free the model."""
+        """Frees the model."""
         if self._llama is not None:
             self._llama.close()
             self._llama = None
 
     def do(self, job: Job) -> tuple[SampleCost, list[Answer]]:
-        """All answers to one sample."""
+        """Runs one sample; returns its cost and all its answers."""
         start = time.perf_counter()
         llama = self._load(job.type_kv)
         options = self._options
@@ -286,8 +284,8 @@ class Worker:
             from ..run import load_model
 
             self.close()
-            n_ctx = 2 * self._options.n_tokens + N_SCORING  # an elastic cache: what is not used has no memory
-            any_method = make_method("kvcompose", compression_ratio=0.5)  # brings the kernel that reads prompts
+            n_ctx = 2 * self._options.n_tokens + N_SCORING  # the cache is elastic: unused cells take no memory
+            any_method = make_method("kvcompose", compression_ratio=0.5)  # enables the kernel that scores prompts
             kind = kv_type(type_kv)
             self._llama = load_model(
                 self._model_path, n_ctx, any_method, threads=self._threads, type_k=kind, type_v=kind
@@ -303,14 +301,14 @@ class Worker:
         return min(sample.max_tokens, 16 + 2 * (max(counts) if _is_any(sample) else sum(counts)))
 
     def _scored_prefills(self) -> list[tuple[AttentionRequest | None, StateRequest | None]]:
-        """Requests for the attention of a prefill: the first of them brings the context into the cache."""
+        """Returns the requests for attention of a prefill; the first of them also fills the cache with the context."""
         asked = [(methods[0].attention_request, methods[0].state_request) for methods in self._methods.values()]
         return [request for request in asked if request[0] is not None and isinstance(request[0].queries, Prefill)]
 
     def _plans(
         self, llama: Llama, context: list[int], suffix: list[int], seconds: dict[str, float]
     ) -> Iterator[tuple[tuple[str, float], Plan]]:
-        """Plans of all methods and ratios, in their order; equal requests are collected once, scores once a method."""
+        """Yields the plans of all methods and ratios in order; collects each request, and scores each method, once."""
         requests: dict[tuple[AttentionRequest | None, StateRequest | None], list[str]] = {}
         for spec, methods in self._methods.items():
             requests.setdefault((methods[0].attention_request, methods[0].state_request), []).append(spec)
@@ -322,7 +320,7 @@ class Worker:
                 seconds[_label(attention, states)] = elapsed
             for spec in specs:
                 scores, elapsed = _timed(partial(self._methods[spec][0].scores, evidence))
-                if attention is None and states is None:  # all that it costs
+                if attention is None and states is None:  # scoring is the method's only cost
                     seconds[spec] = elapsed
                 for ratio, method in zip(self._options.ratios, self._methods[spec], strict=True):
                     plans[spec, ratio] = plan_of(method, evidence, scores)
@@ -334,7 +332,7 @@ Plan = CompositionPlan | TokenMask | EditedPlan
 
 
 def plan_of(method: Method, evidence: Evidence, scores: Sequence[Any]) -> Plan:
-    """The method's plan; a mask or an edited plan from those that are only tried."""
+    """Returns the method's plan; a mask or an edited plan for methods that exist only for evaluation."""
     if isinstance(method, Unstructured):
         return method.mask(evidence, scores)
     return method.edited(evidence, scores) if isinstance(method, Variant) else method.plan(evidence, scores)
@@ -342,7 +340,7 @@ def plan_of(method: Method, evidence: Evidence, scores: Sequence[Any]) -> Plan:
 
 @contextlib.contextmanager
 def compressed(llama: Llama, state: Any, plan: Plan) -> Iterator[Callable[[], None]]:
-    """The full cache of ``state`` with ``plan`` applied; yields what brings it back to the end of the context."""
+    """Loads the full cache of ``state`` and applies ``plan``; yields a function that restores this state."""
 
     def restore() -> None:
         llama.load_state(state)
@@ -363,7 +361,7 @@ def _is_any(sample: Sample) -> bool:
 
 
 def _answer(text: str, sample: Sample) -> str:
-    """What counts where nothing else may be there: the first line that says something, or all of a list."""
+    """Returns the part of ``text`` that exact match reads: the first line with a word, or all of a list."""
     lines = [line for line in text.splitlines() if any(map(str.isalnum, line))]
     return lines[0] if lines and (_is_any(sample) or len(sample.references) == 1) else text
 
@@ -377,13 +375,13 @@ def _label(attention: AttentionRequest | None, states: StateRequest | None) -> s
 
 
 def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Method]]) -> dict[str, Any]:
-    """What decides the answers; more samples may be added later."""
+    """Returns the settings that decide the answers; without ``n_samples``, because a later run may add samples."""
     from ..calibration import model_sha256
 
     with open_vocabulary(model_path) as vocabulary:
         n_ctx_train = n_ctx_trained(vocabulary)
     if n_ctx_train and options.n_tokens > n_ctx_train:
-        raise ConfigError(f"n_tokens={options.n_tokens}, but {model_path.name} is for at most {n_ctx_train}")
+        raise ConfigError(f"n_tokens={options.n_tokens}, but {model_path.name} was trained for at most {n_ctx_train}")
     settings = {**asdict(options), "texts": load_texts(options.texts).name, "methods": list(options.methods)}
     del settings["n_samples"]
     measured = {_measured(made[0]) for made in methods.values() if made} - {b""}
@@ -394,7 +392,7 @@ def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Me
 
 
 def _measured(method: Method) -> bytes:
-    """What was measured of the model and decides what ``method`` keeps, or nothing."""
+    """Returns the measurements of the model that decide which tokens ``method`` keeps, or nothing."""
     if isinstance(method, CompressKV) and method.calibration is not None:
         return method.calibration.to_json().encode()
     if isinstance(method, KVCompose) and method.surrogate is not None:
@@ -415,7 +413,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def quick(options: EvalOptions) -> EvalOptions:
-    """A few samples of tasks that the smallest models can do: minutes, for a look and for tests."""
+    """Returns options for a few samples of tasks that the smallest models can solve; takes minutes."""
     return replace(
         options, tasks=("niah_single_1", "niah_single_2", "passkey"), n_tokens=1024, n_samples=2,
         methods=suites.SUITES["quick"], ratios=(0.5, 0.75),

@@ -1,4 +1,4 @@
-"""One question about a long context, and what counts as its answer."""
+"""One question about a long context, with its right answer."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The prompt is ``context + question + answer_prefix``; ``context`` is compressed before the question is known.
+    """A sample with the prompt ``context + question + answer_prefix``; only ``context`` is compressed.
 
-    A pure function of task, n_tokens, index, seed, source of text and tokenizer.
+    The context is compressed before the question is known.
+
+    A sample is a pure function of task, n_tokens, index, seed, text source and tokenizer.
 
     Attributes:
-        task: its name, e.g. ``niah_single_2``.
+        task: name of the task, e.g. ``niah_single_2``.
         index: number within the task.
-        context: what is read and compressed.
-        question: what is asked after it; begins right behind the context, newlines included.
-        answer_prefix: beginning of the answer that the model is given, may be empty.
+        context: the text that is read and compressed.
+        question: the text that follows the context directly, including leading newlines.
+        answer_prefix: beginning of the answer, given to the model; may be empty.
         references: parts of the right answer, or alternatives if ``metric`` is ``string_match_part``.
         max_tokens: longest answer, RULER's ``tokens_to_generate``.
         metric: ``string_match_all`` or ``string_match_part``.
-        depth: where the first needle that is asked for begins, share of the haystack before it in [0, 1]; None where
-            there is no needle.
+        depth: depth of the first needle in the question: the share of the haystack before it, in [0, 1]. None without
+            needles.
         n_tokens: tokens of the prompt, without the answer.
     """
 
@@ -38,5 +40,5 @@ class Sample:
 
     @property
     def prompt(self) -> str:
-        """All that the model reads."""
+        """Returns the whole text that the model reads."""
         return self.context + self.question + self.answer_prefix

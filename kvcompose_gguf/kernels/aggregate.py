@@ -1,4 +1,4 @@
-"""From attention to composite scores (KVCompose, arXiv 2509.05165, steps 4 to 8)."""
+"""Kernels from attention to composite scores (KVCompose, arXiv 2509.05165, steps 4 to 8)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _aggregate_group(attention: FloatArray, n_head_kv: int, use_max: bool) -> Fl
                 best = attention[h * n_group, i]
                 for g in range(1, n_group):
                     x = attention[h * n_group + g, i]
-                    if x > best or x != x:  # as np.max, NaN wins
+                    if x > best or x != x:  # as in np.max, NaN wins
                         best = x
                 out[h, i] = best
             else:
@@ -39,7 +39,7 @@ def _aggregate_group(attention: FloatArray, n_head_kv: int, use_max: bool) -> Fl
 
 
 def aggregate_group(attention: FloatArray, n_head_kv: int, agg_group: str) -> FloatArray:
-    """agg_group over the query heads that share a KV head.
+    """Aggregates attention over the query heads that share a KV head.
 
     Args:
         attention: float32 ``(n_head, N)``, one layer.
@@ -68,7 +68,7 @@ def _add_mean_across_heads(scores: FloatArray) -> FloatArray:
 
 
 def add_mean_across_heads(scores: FloatArray) -> FloatArray:
-    """``scores`` float32 ``(n_head_kv, N)`` plus their mean over the layer's KV heads (step 5)."""
+    """Returns ``scores`` float32 ``(n_head_kv, N)`` plus their mean over the layer's KV heads (step 5)."""
     return _add_mean_across_heads(as_c(scores, "scores", np.float32, 2))
 
 
@@ -77,12 +77,12 @@ def _rank_tokens(scores: FloatArray) -> IntArray:
     n_head_kv, n_tokens = scores.shape
     out = np.empty((n_head_kv, n_tokens), dtype=np.int32)
     for h in range(n_head_kv):
-        out[h, :] = np.argsort(-scores[h], kind="mergesort")  # stable: the lowest index first among equals
+        out[h, :] = np.argsort(-scores[h], kind="mergesort")  # a stable sort: among equals the lowest index comes first
     return out
 
 
 def rank_tokens(scores: FloatArray) -> IntArray:
-    """Each head's tokens by falling score, ties by index: int32 ``(n_head_kv, N)`` (step 6)."""
+    """Returns each head's tokens by descending score, ties by index: int32 ``(n_head_kv, N)`` (step 6)."""
     return _rank_tokens(as_c(scores, "scores", np.float32, 2))
 
 
@@ -96,14 +96,14 @@ def _composite_scores(scores: FloatArray, ranking: IntArray, use_max: bool) -> F
         for h in range(n_head_kv):
             s = scores[h, ranking[h, j]]
             total += s
-            if s > best or s != s:  # as np.max, NaN wins
+            if s > best or s != s:  # as in np.max, NaN wins
                 best = s
         out[j] = best if use_max else total / n_head_kv
     return out
 
 
 def composite_scores(scores: FloatArray, ranking: IntArray, agg_head: str) -> FloatArray:
-    """Score of composite token j: agg_head over heads of the j-th largest score; float32 ``(N,)``, falling."""
+    """Scores composite token j by agg_head over the heads' j-th largest scores; float32 ``(N,)``, descending."""
     return _composite_scores(
         as_c(scores, "scores", np.float32, 2), as_c(ranking, "ranking", np.int32, 2), _use_max(agg_head)
     )
@@ -118,7 +118,7 @@ def _allocate_budget(composites: FloatArray, n_total: int, floor: int) -> LongAr
         return n_kept
     rest = composites[:, floor:].copy().ravel()
     threshold = np.partition(rest, rest.size - n_rest)[rest.size - n_rest]
-    # scores fall within a layer, so what lies above the threshold is a prefix
+    # scores descend within a layer, so those above the threshold form a prefix
     for l in range(n_layer):
         while n_kept[l] < n_tokens and composites[l, n_kept[l]] > threshold:
             n_kept[l] += 1
@@ -131,16 +131,16 @@ def _allocate_budget(composites: FloatArray, n_total: int, floor: int) -> LongAr
 
 
 def allocate_budget(composites: FloatArray, n_total: int, floor: int = 0) -> LongArray:
-    """Tokens per layer by one ranking of all composites (steps 7 and 8).
+    """Divides the budget among layers by one ranking of all composites (steps 7 and 8).
 
     Args:
-        composites: float32 ``(n_layer, N)``, falling within each layer.
+        composites: float32 ``(n_layer, N)``, descending within each layer.
         n_total: composites to keep over all layers.
-        floor: first ranks of every layer that win before anything else (keep_token_lower_bound).
+        floor: number of first ranks in every layer that are kept before all others (keep_token_lower_bound).
     Returns:
-        int64 ``(n_layer,)`` with sum ``n_total``. Ties go to the lowest layer.
+        composites to keep in each layer, int64 ``(n_layer,)`` with sum ``n_total``. Ties go to the lowest layer.
     Raises:
-        ConfigError: ``n_total`` is more than there is, or less than the floors take.
+        ConfigError: ``n_total`` exceeds the number of composites, or is below the sum of the floors.
     """
     composites = as_c(composites, "composites", np.float32, 2)
     n_layer, n_tokens = composites.shape
@@ -161,10 +161,10 @@ def _select_cells(ranking: IntArray, n_kept: int) -> IntArray:
 
 
 def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
-    """Each head's ``n_kept`` best tokens in position order: int32 ``(n_head_kv, n_kept)`` (step 9)."""
+    """Returns each head's ``n_kept`` best tokens in position order: int32 ``(n_head_kv, n_kept)`` (step 9)."""
     ranking = as_c(ranking, "ranking", np.int32, 2)
     if not 0 <= n_kept <= ranking.shape[1]:
-        raise ConfigError(f"n_kept={n_kept} of {ranking.shape[1]} tokens")
+        raise ConfigError(f"n_kept={n_kept} is not in 0 to {ranking.shape[1]}, the number of tokens")
     return _select_cells(ranking, n_kept)
 
 
@@ -180,16 +180,17 @@ def _pool_tokens(scores: FloatArray, kernel: int, use_max: bool) -> FloatArray:
             for j in range(first, min(n_tokens, i + kernel // 2 + 1)):
                 x = scores[row, j]
                 total += x
-                if x > best or x != x:  # as np.max, NaN wins
+                if x > best or x != x:  # as in np.max, NaN wins
                     best = x
             out[row, i] = best if use_max else total / kernel
     return out
 
 
 def pool_tokens(scores: FloatArray, kernel: int, kind: str) -> FloatArray:
-    """Every token's score pooled with its ``kernel // 2`` neighbours on either side.
+    """Pools every token's score with its ``kernel // 2`` neighbours on either side.
 
-    Beyond both ends ``"mean"`` counts zeros, as torch's avg_pool1d does with its padding, and ``"max"`` nothing.
+    Beyond both ends ``"mean"`` counts zeros, like the padding of torch's avg_pool1d, and ``"max"`` ignores the
+    positions.
 
     Args:
         scores: float32 ``(n_row, n_tokens)``; a row is a head.

@@ -1,7 +1,7 @@
-"""The gather of cache rows: a C function made by numba, called by the native library on the ggml tensors' own memory.
+"""Gathers cache rows with a C function that numba compiles. The native library calls it on the ggml tensors' memory.
 
-Being native code it cannot be interrupted half-way by Ctrl-C, so that a compose is all or nothing. Rows are moved
-as bytes: every KV type that stores a head in whole quantization blocks works, and nothing is quantized again.
+Ctrl-C cannot interrupt native code, so a compose is all or nothing. Rows are moved as bytes, so nothing is quantized
+again, and every KV type that stores a head in whole quantization blocks works.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _SIGNATURE = types.void(
 
 @functools.cache
 def gather_function() -> object:
-    """The compiled ``llama_kvc_gather_t`` (llama-kvc.h); ``.address`` is what the library is given.
+    """Returns the compiled ``llama_kvc_gather_t`` (llama-kvc.h); pass its ``.address`` to the library.
 
-    Works in place as well (``src == dst``): within a head the cells ascend, so row j is written after it was read.
+    It also works in place (``src == dst``): the cells of a head ascend, so row j is written after it was read.
     """
 
     @cfunc(_SIGNATURE, cache=True)

@@ -1,4 +1,4 @@
-"""A linear function of keys, values, their squares and their norms, in one pass over a layer's rows."""
+"""Evaluates a linear function of keys, values, their squares and their norms in one pass over a layer's rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numba import njit
 from .types import FloatArray, as_c
 
 
-# sums may be taken in any order, which lets them be vectors; NaN and infinity stay what they are
+# sums may be reassociated, so that loops vectorise; NaN and infinity keep their meaning
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def _weigh_rows(
     cached: FloatArray,
@@ -56,15 +56,15 @@ def weigh_rows(
     on_norms: FloatArray,
     offsets: FloatArray,
 ) -> FloatArray:
-    """Weighted sums over the elements of every row, a KV head with its own weights.
+    """Returns weighted sums over the elements of every row; each KV head has its own weights.
 
     Args:
-        cached: keys as the cache has them, float32 ``(n_head_kv, n, d_k)``.
+        cached: keys as cached, float32 ``(n_head_kv, n, d_k)``.
         plain: the same keys before their rotation.
         values: float32 ``(n_head_kv, n, d_v)``.
-        on_cached: weights float32 ``(n_head_kv, d_k)``, as ``on_plain`` and ``on_plain_squared``; those of values are
-            ``(n_head_kv, d_v)``.
-        on_norms: float32 ``(n_head_kv, 3)``: of the norms of plain key and value, and of the logarithm of the latter.
+        on_cached, on_plain, on_plain_squared: weights float32 ``(n_head_kv, d_k)``.
+        on_values, on_values_squared: weights float32 ``(n_head_kv, d_v)``.
+        on_norms: weights float32 ``(n_head_kv, 3)`` of the plain key's norm, the value's norm, and its logarithm.
         offsets: float32 ``(n_head_kv, n)``, added.
     Returns:
         float32 ``(n_head_kv, n)``.
@@ -74,7 +74,7 @@ def weigh_rows(
         "on_cached": on_cached, "on_plain": on_plain, "on_plain_squared": on_plain_squared, "on_values": on_values,
         "on_values_squared": on_values_squared, "on_norms": on_norms, "offsets": offsets,
     }  # fmt: skip
-    # one layout: every other one would be compiled on its own
+    # one memory layout, because numba compiles each layout separately
     return _weigh_rows(
         *(as_c(array, name, np.float32, 3) for name, array in rows.items()),
         *(as_c(array, name, np.float32, 2) for name, array in weights.items()),

@@ -1,5 +1,5 @@
-"""The specification of every kernel in plain numpy. Ties between tokens go to the
-lowest index, ties between composites to the lowest layer."""
+"""Specifies every kernel in plain numpy. Ties between tokens go to the lowest index, and ties between composites to
+the lowest layer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ LongArray = npt.NDArray[np.int64]
 
 
 def as_c(array: npt.NDArray[Any], name: str, dtype: type, ndim: int) -> npt.NDArray[Any]:
-    """``array`` contiguous and of ``dtype``, or ConfigError if its dtype or rank is another one."""
+    """Returns ``array`` as a contiguous array; raises ConfigError if its dtype or number of axes is wrong."""
     if array.dtype != dtype or array.ndim != ndim:
-        raise ConfigError(f"{name} is {array.dtype} with {array.ndim} axes, {np.dtype(dtype)} with {ndim} is needed")
+        raise ConfigError(f"{name} is {array.dtype} with {array.ndim} axes; {np.dtype(dtype)} with {ndim} is needed")
     return np.ascontiguousarray(array)

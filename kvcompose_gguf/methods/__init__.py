@@ -1,6 +1,6 @@
-"""Compression methods: one frozen dataclass a file, one table of names.
+"""Compression methods: one frozen dataclass per file, and one table of names.
 
-A user's method is a subclass of ``Method`` that is registered the same way, or named as ``module:attribute``.
+A user's method is a subclass of ``Method``. Register it in the same table, or name it as ``module:attribute``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .base import Method
 
 __all__ = ["METHODS", "Method", "make_method", "register"]
 
-#: name -> factory, or where it is: "module:attribute", imported when it is first used
+#: name -> factory, or its location "module:attribute", which is imported on first use
 METHODS: dict[str, str | Callable[..., Method]] = {
     "kvcompose": "kvcompose_gguf.methods.kvcompose:KVCompose",
     "streaming-llm": "kvcompose_gguf.methods.streaming_llm:StreamingLLM",
@@ -38,25 +38,25 @@ METHODS: dict[str, str | Callable[..., Method]] = {
 
 
 def register(name: str, factory: Callable[..., Method]) -> None:
-    """Make ``factory(**options)`` known as ``name`` to ``make_method`` and the command line.
+    """Registers ``factory(**options)`` as ``name`` for ``make_method`` and the command line.
 
     Raises:
-        ConfigError: the name is taken, or has a character that ``make_method`` reads as its own.
+        ConfigError: the name is taken, empty, or contains one of ``:,=``.
     """
     if name in METHODS or not name or set(name) & set(":,="):
-        raise ConfigError(f"name={name!r} is taken, empty or has one of ':,='")
+        raise ConfigError(f"name={name!r} is taken, empty, or contains one of ':,='")
     METHODS[name] = factory
 
 
 def make_method(spec: str, **options: Any) -> Method:
-    """The method of a text such as ``"kvcompose,scoring=window,window=32"`` or ``"my_module:MyMethod"``.
+    """Makes the method that a text such as ``"kvcompose,scoring=window,window=32"`` or ``"my_module:MyMethod"`` names.
 
     Args:
-        spec: a name of ``METHODS`` or ``module:attribute``, and options that are read as Python literals, which may
-            have commas, or else as texts, which end at the next one.
-        options: more of them, e.g. ``compression_ratio=0.75``.
+        spec: a name in ``METHODS`` or ``module:attribute``, followed by options. An option's value is a Python literal,
+            which may contain commas, or else a text up to the next comma.
+        options: further options, e.g. ``compression_ratio=0.75``.
     Raises:
-        ConfigError: there is no such method or option, one is given twice, or one is out of its range.
+        ConfigError: the method or an option does not exist, or an option is given twice or is out of range.
     """
     name, *pieces = spec.split(",")
     while pieces:
@@ -70,11 +70,11 @@ def make_method(spec: str, **options: Any) -> Method:
     try:
         signature = inspect.signature(factory)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"method={spec!r} is not made by a class or function of Python: {error}") from error
+        raise ConfigError(f"method={spec!r} does not name a Python class or function: {error}") from error
     try:
         signature.bind(**options)
     except TypeError as error:
-        raise ConfigError(f"method={spec!r}: {error}, options are {', '.join(signature.parameters)}") from error
+        raise ConfigError(f"method={spec!r}: {error}; its options are {', '.join(signature.parameters)}") from error
     method = factory(**options)
     if not isinstance(method, Method):
         raise ConfigError(f"method={spec!r} makes {method!r}, which is not a Method")
@@ -82,7 +82,7 @@ def make_method(spec: str, **options: Any) -> Method:
 
 
 def _first_option(spec: str, pieces: list[str]) -> tuple[str, Any, list[str]]:
-    """Name and value of the option that ``pieces``, what is between commas, begin with, and the pieces behind it."""
+    """Returns name and value of the first option in ``pieces`` (``spec`` split at commas), and the remaining pieces."""
     key, is_pair, text = pieces[0].partition("=")
     if not is_pair:
         raise ConfigError(f"method={spec!r}: {pieces[0]!r} is not option=value")
@@ -94,7 +94,7 @@ def _first_option(spec: str, pieces: list[str]) -> tuple[str, Any, list[str]]:
 
 def _import(place: str) -> Callable[..., Method]:
     if not re.fullmatch(r"\w+(\.\w+)*:\w+", place):
-        raise ConfigError(f"method={place!r} is none of {', '.join(METHODS)}, and no module:attribute")
+        raise ConfigError(f"method={place!r} is none of {', '.join(METHODS)}, nor module:attribute")
     module, _, attribute = place.partition(":")
     try:
         factory: Callable[..., Method] = getattr(importlib.import_module(module), attribute)
@@ -104,7 +104,7 @@ def _import(place: str) -> Callable[..., Method]:
 
 
 def __getattr__(name: str) -> Any:
-    """Classes of ``METHODS`` by their names, and ``Custom``: ``from kvcompose_gguf.methods import SnapKV``."""
+    """Returns the classes of ``METHODS`` and ``Custom`` by name: ``from kvcompose_gguf.methods import SnapKV``."""
     for place in (*METHODS.values(), "kvcompose_gguf.methods.custom:Custom"):
         if isinstance(place, str) and place.endswith(f":{name}"):
             return _import(place)

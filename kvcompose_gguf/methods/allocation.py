@@ -1,4 +1,4 @@
-"""Rules that divide one budget among the layers; each is a value, and any method can use any of them."""
+"""The rules that divide a budget among the layers. Each rule is a value, and every method accepts every rule."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..kernels.types import FloatArray, IntArray, LongArray
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """Scores of all layers and their order.
+    """The scores of all layers, and the order of their tokens.
 
     Attributes:
         scores: for each layer float32 ``(n_head_kv, N)``.
-        ranking: for each layer int32 ``(n_head_kv, N)``, each head's tokens by falling score, ties by index.
+        ranking: for each layer int32 ``(n_head_kv, N)``, each head's tokens by descending score, ties by index.
     """
 
     scores: Sequence[FloatArray]
@@ -35,26 +35,26 @@ class Ranked:
         return int(self.scores[0].shape[1])
 
     def composites(self, agg_head: str) -> FloatArray:
-        """Scores of the composite tokens, float32 ``(n_layer, N)``, falling within each layer (KVCompose step 6)."""
+        """Returns the scores of composite tokens, float32 ``(n_layer, N)``, descending per layer (KVCompose step 6)."""
         pairs = zip(self.scores, self.ranking, strict=True)
         return np.stack([aggregate.composite_scores(scores, ranking, agg_head) for scores, ranking in pairs])
 
 
 class Allocation(ABC):
-    """Tokens kept per layer."""
+    """A rule that divides a budget among the layers."""
 
     @abstractmethod
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
-        """int64 ``(n_layer,)`` with sum ``n_total``, each in ``[floor, N]``.
+        """Returns how many tokens each layer keeps: int64 ``(n_layer,)`` with sum ``n_total``, each in ``[floor, N]``.
 
         Raises:
-            ConfigError: there is no such division.
+            ConfigError: no such division exists.
         """
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """The same for every layer; what is left of the division goes to the first ones."""
+    """Gives every layer the same budget; the first layers get one token more if the division leaves a remainder."""
 
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
         check_budget(ranked, n_total, floor)
@@ -64,12 +64,12 @@ class Uniform(Allocation):
 
 @dataclass(frozen=True)
 class GlobalRanking(Allocation):
-    """One ranking of the composite tokens of all layers (KVCompose, arXiv 2509.05165, steps 6 to 8).
+    """Ranks the composite tokens of all layers together (KVCompose, arXiv 2509.05165, steps 6 to 8).
 
     Attributes:
-        agg_head: over the heads of a composite token, ``"mean"`` or ``"max"``.
-        lower_bound: first composite ranks of every layer that win before anything else.
-        first_layer_rule: layer 0 takes the highest composite score of all layers at every rank, as in the reference.
+        agg_head: aggregation over the heads of a composite token, ``"mean"`` or ``"max"``.
+        lower_bound: number of first composite ranks in every layer that are kept before all others.
+        first_layer_rule: layer 0 gets the highest composite score of all layers at every rank, as in the reference.
     """
 
     agg_head: str = "mean"
@@ -80,12 +80,12 @@ class GlobalRanking(Allocation):
         composites = ranked.composites(self.agg_head)
         if self.first_layer_rule:
             composites[0] = composites.max(axis=0)
-        bound = min(self.lower_bound, ranked.n_tokens, n_total // ranked.n_layer)  # as far as the budget buys it
+        bound = min(self.lower_bound, ranked.n_tokens, n_total // ranked.n_layer)  # at most what the budget buys
         return aggregate.allocate_budget(composites, n_total, max(floor, bound))
 
 
 def check_budget(ranked: Ranked, n_total: int, floor: int) -> None:
-    """ConfigError unless every layer can have its floor and none more than there is."""
+    """Raises ConfigError unless every layer can keep its floor, and the total is at most all tokens of all layers."""
     if not ranked.n_layer * floor <= n_total <= ranked.n_layer * ranked.n_tokens:
         raise ConfigError(
             f"{n_total} composites cannot be kept: {ranked.n_layer} layers of {ranked.n_tokens} tokens, "
@@ -95,19 +95,19 @@ def check_budget(ranked: Ranked, n_total: int, floor: int) -> None:
 
 @dataclass(frozen=True)
 class Pyramid(Allocation):
-    """Budgets that fall linearly with depth (PyramidKV, arXiv 2406.02069).
+    """Gives the layers budgets that fall linearly with depth (PyramidKV, arXiv 2406.02069).
 
-    Every layer has its window, and of the average budget b behind it the last layer has b/beta and the first
-    2b - b/beta; if that is more than there is, the first has all tokens and the last what keeps the average. Budgets
-    are rounded down, and the tokens that this leaves go to the first layers that have room, one to each.
+    Every layer gets its floor and its window. On top of these, with b tokens per layer on average, the last layer gets
+    b/beta and the first 2b - b/beta. If that is more than N, the first layer gets all N tokens, and the last layer as
+    many as preserve the average. Budgets are rounded down; the first layers with room get one of the tokens left each.
 
-    This is the authors' rule (KVCache-Factory, pyramidkv_utils.py). Where we differ: theirs rounds the slope down, and
-    so spends another total. kvpress (pyramidkv_press.py) counts the window as a part of the slope, and falls back to
-    uniform budgets when the last layer would have less than it, at ratio 0.75 of 4,096 tokens already.
+    This is the authors' rule (KVCache-Factory, pyramidkv_utils.py) with one difference: they round the slope down, and
+    so spend another total. kvpress (pyramidkv_press.py) counts the window as a part of the slope. It falls back to
+    uniform budgets when the last layer would get less than the window, e.g. at ratio 0.75 of 4,096 tokens.
 
     Attributes:
-        window: tokens that every layer has on top of its floor, as far as the budget goes.
-        beta: the average budget over the last layer's, at least 1; 1 is uniform.
+        window: number of tokens that every layer gets on top of its floor, as far as the budget allows.
+        beta: the average budget divided by the last layer's, at least 1; 1: uniform budgets.
     """
 
     window: int
@@ -122,7 +122,7 @@ class Pyramid(Allocation):
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
         check_budget(ranked, n_total, floor)
         n_layer, n_tokens = ranked.n_layer, ranked.n_tokens
-        average = Fraction(n_total, n_layer)  # exact, so that rounding is
+        average = Fraction(n_total, n_layer)  # exact, so that the rounding is exact too
         base = min(Fraction(floor + self.window), average)
         rest = average - base
         spread = min(rest - rest / Fraction(self.beta), n_tokens - average)
@@ -132,23 +132,23 @@ class Pyramid(Allocation):
         return n_kept
 
 
-#: rules without options, by the names that `allocation=` takes
+#: the rules that need no options, by their names for `allocation=`
 ALLOCATIONS: dict[str, type[Allocation]] = {"uniform": Uniform, "global": GlobalRanking}
 
 
 @dataclass(frozen=True)
 class ByEvictionError(Allocation):
-    """Budgets by what every layer's attention output loses at a tiny budget (CompressKV, arXiv 2508.02401).
+    """Gives more to layers with a larger error of the attention output at a tiny budget (CompressKV, arXiv 2508.02401).
 
-    With the average budget B a layer has ``32 + round(error * (B - 32) * n_layer)`` tokens, at least 32 and at most 3B;
-    tokens that this leaves go one by one to the layers below their most, largest error first, and tokens that it lacks
-    are taken from those above their least, smallest error first, in as many rounds as it takes. Ties go to the lowest
-    layer. This is the authors' rule (pred_compresskv.py); where it has no answer: the least is never more than B nor
-    less than the floor, the most is never more than there is.
+    With the average budget B a layer gets ``32 + round(error * (B - 32) * n_layer)`` tokens, at least 32 and at most
+    3B. If tokens are left, the layers below their maximum get one each, largest error first. If tokens are missing, the
+    layers above their minimum lose one each, smallest error first. Both repeat until the total is right. Ties go to the
+    lowest layer. This is the authors' rule (pred_compresskv.py). We add bounds where it has no answer: the minimum is
+    at most B and at least the floor, and the maximum is at most N.
 
     Attributes:
-        errors: one a layer; not negative, with sum 1.
-        least: tokens that every layer has, if B is as many.
+        errors: one error per layer, not negative, with sum 1.
+        least: number of tokens that every layer gets, if B is at least as many.
         most: the largest budget, as a multiple of B.
     """
 
@@ -159,9 +159,9 @@ class ByEvictionError(Allocation):
     def __post_init__(self) -> None:
         errors = np.asarray(self.errors, dtype=np.float64)
         if errors.ndim != 1 or not (errors >= 0).all() or abs(errors.sum() - 1) > 1e-3:
-            raise ConfigError(f"errors={self.errors} are not numbers from 0 on with sum 1")
+            raise ConfigError(f"errors={self.errors} must be numbers of at least 0 with sum 1")
         if self.least < 0 or self.most < 1:
-            raise ConfigError(f"least={self.least}, most={self.most}, allowed are 0 and more, and 1 and more")
+            raise ConfigError(f"least={self.least} must be at least 0, most={self.most} at least 1")
 
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
         check_budget(ranked, n_total, floor)

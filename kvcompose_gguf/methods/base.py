@@ -1,6 +1,6 @@
-"""What all methods share: the user's budget, and the way from scores to a plan.
+"""The base of all methods: the user's budget, and the steps from scores to a plan.
 
-A method is one file: it says which attention it needs, scores every token for every KV head, and names the rule that
+A method is one file. It says which attention it needs, scores every token for every KV head, and names the rule that
 divides the budget among the layers.
 """
 
@@ -30,25 +30,25 @@ M = TypeVar("M", bound="Method")
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Options of every method. The budget is exactly one of ``compression_ratio``, ``max_kv_bytes`` and ``n_kept``.
+    """The options of every method. The budget is exactly one of ``compression_ratio``, ``max_kv_bytes`` and ``n_kept``.
 
     Attributes:
         compression_ratio: fraction of the context's KV entries that is REMOVED, in [0, 1).
         max_kv_bytes: bytes that the kept rows may take, all layers, also as text such as ``"512MB"`` or ``"1.5GiB"``;
             the room for new tokens comes on top.
         n_kept: tokens kept per layer, on average over layers.
-        n_sink, n_recent: first and last tokens of the context that every head keeps; less, sinks before recent ones,
-            where the budget does not buy them in every layer (``KVReport`` says how many).
-        keep_last: last prompt tokens that are not compressed but evaluated on top of the compressed context. The
-            papers have no prompt after the context; a chat's last tokens are the question, so they stay whole.
-        min_tokens: contexts shorter than this are left as they are.
-        max_score_bytes: bound of the memory that scoring works in, at any context length; the scores themselves
-            (float32, layers x query heads x tokens) come on top.
-        n_room: free cells to allocate behind the composites; the cache grows by itself beyond them.
-        allocation: how the budget is divided among the layers, a rule or the name of one (``"uniform"``,
+        n_sink, n_recent: number of first and last context tokens that every head keeps. If the budget does not cover
+            them in every layer, recent tokens are dropped before sinks (``KVReport`` has the numbers kept).
+        keep_last: number of last prompt tokens that are not compressed, but evaluated on top of the compressed context.
+            The papers have no prompt after the context. In a chat the last tokens are the question, so they stay whole.
+        min_tokens: shorter contexts are not compressed.
+        max_score_bytes: limit of the working memory of scoring at any context length, not counting the scores (float32,
+            layers x query heads x tokens).
+        n_room: free cells to leave after the composites; the cache grows beyond them when needed.
+        allocation: the rule that divides the budget among the layers, or the name of a rule (``"uniform"``,
             ``"global"``); ``None``: the method's own.
     Raises:
-        ConfigError: an option out of its range, or not exactly one budget.
+        ConfigError: an option is out of range, or the number of budgets given is not one.
     """
 
     compression_ratio: float | None = None
@@ -86,44 +86,45 @@ class Method:
         if isinstance(self.allocation, str):
             check_choice("allocation", self.allocation, tuple(ALLOCATIONS))
         elif self.allocation is not None and not isinstance(self.allocation, Allocation):
-            raise ConfigError(f"allocation={self.allocation!r} is not an Allocation, e.g. Uniform()")
+            raise ConfigError(f"allocation={self.allocation!r} is not an Allocation: use e.g. Uniform()")
 
     #
-    # what a method says about itself
+    # what a method defines
     #
 
     @property
     def simulated(self) -> bool:
-        """What it does to a cache is only tried by ``kvcompose eval``."""
+        """Returns whether the method is only simulated, by ``kvcompose eval``."""
         return False
 
     @property
     def attention_request(self) -> AttentionRequest | None:
-        """The attention that ``scores`` reads; None: keys, values or nothing."""
+        """Returns the attention that ``scores`` reads; None: it reads keys, values or nothing."""
         return None
 
     @property
     def state_request(self) -> StateRequest | None:
-        """The query vectors that ``scores`` reads, if any."""
+        """Returns the query vectors that ``scores`` reads; None: it reads none."""
         return None
 
     def for_model(self: M, model_path: Path) -> M:
-        """The method with what it needs to know about a model, e.g. a calibration.
+        """Returns the method with the data that it needs about a model, e.g. a calibration.
 
         Raises:
-            ConfigError: that has not been made; the message names the command.
+            ConfigError: the data does not exist; the message names the command that makes it.
         """
         return self
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """Importance of every token for every KV head: for each layer float32 ``(n_head_kv, N)``.
+        """Returns the importance of every token for every KV head: for each layer float32 ``(n_head_kv, N)``.
 
-        Infinity: kept before anything else. Only the order within a head counts, unless the allocation compares.
+        Tokens with infinity are kept before all others. Only the order within a head counts, unless the allocation
+        compares heads or layers.
         """
         raise NotImplementedError
 
     def default_allocation(self) -> Allocation:
-        """The method's own way to divide the budget among the layers."""
+        """Returns the method's own rule for dividing the budget among the layers."""
         return Uniform()
 
     #
@@ -131,26 +132,26 @@ class Method:
     #
 
     def rule(self) -> Allocation:
-        """The rule that divides the budget: the one asked for, or the method's own."""
+        """Returns the rule that divides the budget: the option ``allocation``, or the method's own."""
         if isinstance(self.allocation, str):
             return ALLOCATIONS[self.allocation]()
         return self.allocation or self.default_allocation()
 
     def forced(self, layers: Sequence[LayerGeometry], n_tokens: int) -> tuple[int, int]:
-        """Numbers of first and of last tokens that every head keeps: what is asked for, as far as the budget buys it.
+        """Returns how many first and last tokens every head keeps: as many as requested, if the budget covers them.
 
-        They rank first, so their sum is a layer's floor as well.
+        They rank first, so every layer keeps at least their sum.
         """
         most = min(self.n_composites(layers, n_tokens) // len(layers), n_tokens)
         n_sink = min(self.n_sink, most)
         return n_sink, min(self.n_recent, most - n_sink)
 
     def check_budget(self, layers: Sequence[LayerGeometry]) -> None:
-        """Raise ConfigError if the budget is too small for a context of any length."""
+        """Raises ConfigError if the budget is too small even for a context of one token."""
         self.n_composites(layers, 1)
 
     def n_composites(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
-        """Composites that the budget buys for a context of ``n_tokens``, over all layers."""
+        """Returns how many composites the budget buys for a context of ``n_tokens``, over all layers."""
         if self.compression_ratio is not None:
             return budget.composites_for_ratio(self.compression_ratio, len(layers), n_tokens)
         if self.n_kept is not None:
@@ -159,12 +160,12 @@ class Method:
         return budget.composites_for_bytes(self.max_kv_bytes, layers, n_tokens)
 
     def plan(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan:
-        """From scores to the tokens that every head keeps (KVCompose steps 6 to 9; any allocation of the budget).
+        """Returns which tokens every head keeps (KVCompose steps 6 to 9, with any allocation of the budget).
 
         Args:
-            scores: those of an earlier call with the same evidence, which are the same for every budget.
+            scores: the result of ``scores`` for this evidence, which is the same for every budget; None: compute it.
         Raises:
-            ConfigError: scores that are not finite, or layers of different N.
+            ConfigError: the scores have NaN or -infinity, or do not fit the evidence.
         """
         n_tokens, layers = evidence.n_tokens, evidence.layers
         if scores is None:
@@ -184,7 +185,7 @@ class Method:
 
 
 def with_forced(scores: FloatArray, n_sink: int, n_recent: int) -> FloatArray:
-    """``scores`` ``(n_head_kv, N)`` with infinity for the first and last tokens that every head keeps, alone."""
+    """Returns ``scores`` ``(n_head_kv, N)`` with infinity for only the first and last tokens that every head keeps."""
     if not n_sink and not n_recent:
         return scores
     out: FloatArray = np.minimum(scores, np.finfo(np.float32).max)
@@ -194,11 +195,19 @@ def with_forced(scores: FloatArray, n_sink: int, n_recent: int) -> FloatArray:
 
 
 def choice_of(method: Method | None) -> str:
-    """What a method keeps of a context, as text: the method without what decides how much of a prompt is one."""
+    """Returns as text the options that decide what a method keeps of a context; empty without a method."""
     return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1))
 
 
+def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
+    """Returns whether more tokens follow a compressed context than it has. Then everything is compressed again.
+
+    So every token of a growing conversation is read three times at most, and at most about half is not compressed.
+    """
+    return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
+
+
 def map_layers(function: Callable[[int], T], n_layer: int, n_threads: int | None = None) -> list[T]:
-    """The kernels release the GIL, so layers run on as many threads as there are cores, or at most ``n_threads``."""
+    """Calls ``function`` for every layer, in at most ``n_threads`` threads at a time; the kernels release the GIL."""
     with ThreadPoolExecutor(n_threads) as pool:
         return list(pool.map(function, range(n_layer)))

@@ -1,4 +1,4 @@
-"""CompressKV (arXiv 2508.02401): a layer's retrieval heads judge, and layers that lose most keep most."""
+"""CompressKV (arXiv 2508.02401): retrieval heads score the tokens, and layers with larger eviction errors keep more."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from .base import Method, map_layers
 
 @dataclass(frozen=True, kw_only=True)
 class CompressKV(Method):
-    """Attention of an observation window from a few heads a layer, averaged and pooled along the tokens.
+    """Averages the attention of an observation window over a few heads per layer, and pools it along the tokens.
 
-    All KV heads of a layer keep the same tokens. Defaults are the authors' (compresskv/snapkv_utils.py). Where we
-    differ: the window is the prompt's, and with ``keep_last`` a part of it lies behind the context. The heads, and the
-    errors that divide the budget, are measured once a model by ``kvcompose calibrate``.
+    All KV heads of a layer keep the same tokens. Defaults are the authors' (compresskv/snapkv_utils.py). Difference:
+    the window is the prompt's, and with ``keep_last`` part of it lies after the context. ``kvcompose calibrate``
+    measures the heads, and the errors that divide the budget, once per model.
 
     Attributes:
-        window: last prompt tokens that judge; those of them in the context are kept.
-        n_heads: heads of a layer with the highest semantic retrieval scores, ties by index; all if it has fewer.
-        kernel: tokens that are pooled, an odd number; zeros count beyond both ends, as in torch's avg_pool1d.
-        per_head: not the authors': every KV head has its own tokens, by the mean of its query heads, weighted with
-            their scores, evenly if these are all 0.
-        calibration: of the model; None: the one that ``for_model`` finds.
+        window: number of last prompt tokens that act as queries; those in the context are kept.
+        n_heads: number of heads per layer with the highest semantic retrieval scores, ties by index; all if it has
+            fewer.
+        kernel: pooling width in tokens, odd; zeros count beyond both ends, as in torch's avg_pool1d.
+        per_head: not in the paper: every KV head keeps its own tokens, scored by the mean of its query heads. The mean
+            is weighted with their retrieval scores, or equal if all are 0.
+        calibration: the model's calibration; None: ``for_model`` loads it.
     """
 
     window: int = 8
@@ -57,14 +58,14 @@ class CompressKV(Method):
         return AttentionRequest(Window(self.window), "mean")
 
     def for_model(self, model_path: Path) -> CompressKV:
-        """With the model's calibration, unless one was given."""
+        """Returns the method with the model's calibration, unless it already has one."""
         return self if self.calibration else dataclasses.replace(self, calibration=load_calibration(model_path))
 
     def default_allocation(self) -> Allocation:
         return ByEvictionError(self._calibration().errors)
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)``, infinity for the window's tokens."""
+        """Returns the scores of each layer, float32 ``(n_head_kv, N)``, infinity for the window's tokens."""
         heads = [np.array(scores) for scores in self._calibration().heads]
         if [*map(len, heads)] != (needed := [layer.n_head for layer in evidence.layers]):
             raise ConfigError(f"the calibration's heads per layer {[*map(len, heads)]} are not the model's {needed}")
@@ -87,5 +88,5 @@ class CompressKV(Method):
 
     def _calibration(self) -> Calibration:
         if self.calibration is None:
-            raise ConfigError("CompressKV is without a calibration: kvcompose calibrate MODEL, then for_model(MODEL)")
+            raise ConfigError("CompressKV has no calibration: run kvcompose calibrate MODEL, then for_model(MODEL)")
         return self.calibration

@@ -1,4 +1,4 @@
-"""A scorer of one's own, as a function."""
+"""A method that takes its scores from a user's function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class Custom(Method):
-    """Everything but the scores: budget, sinks, allocation, ranking and plan are those of every method.
+    """Calls a user's function for the scores; budget, sinks, allocation, ranking and plan work as in every method.
 
     >>> import numpy as np
     >>> from kvcompose_gguf.methods.custom import Custom
@@ -31,9 +31,9 @@ class Custom(Method):
     >>> method = Custom(compression_ratio=0.75, n_sink=4, scorer=loud_and_attended, request=request)
 
     Attributes:
-        scorer: from the evidence to each layer's scores ``(n_head_kv, N)``, the highest kept first.
-        request: the attention that it reads, if any.
-        states: the query vectors that it reads, if any.
+        scorer: returns each layer's scores ``(n_head_kv, N)`` for the evidence; the highest are kept first.
+        request: the attention that the scorer reads, if any.
+        states: the query vectors that the scorer reads, if any.
     """
 
     scorer: Callable[[Evidence], Sequence[FloatArray]]
@@ -46,7 +46,7 @@ class Custom(Method):
             raise ConfigError(f"scorer={self.scorer!r} is not a function")
         for name, kind in (("request", AttentionRequest), ("states", StateRequest)):
             if not isinstance(getattr(self, name), (kind, type(None))):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not of {kind.__name__}")
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not of class {kind.__name__}")
 
     @property
     def attention_request(self) -> AttentionRequest | None:
@@ -57,5 +57,5 @@ class Custom(Method):
         return self.states
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32; ``plan`` checks the shapes."""
+        """Returns the scores of each layer as float32; ``plan`` checks the shapes."""
         return [np.asarray(scores, dtype=np.float32) for scores in self.scorer(evidence)]

@@ -1,4 +1,4 @@
-"""Expected Attention (arXiv 2510.00636): what a Gaussian of future queries would attend to."""
+"""Expected Attention (arXiv 2510.00636): scores tokens by the expected attention of Gaussian future queries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels.types import FloatArray
 from ..queries import Evidence, QueryStates, StateRequest
 from .base import Method, check_flag, check_integer, check_number, check_positive
 
-#: future positions that are rotated in one call
+#: number of future positions rotated in one call
 CHUNK = 32
 
 
@@ -20,16 +20,16 @@ CHUNK = 32
 class ExpectedAttention(Method):
     """Attention expected from the context's queries at the next positions, mean over the group, times the value's norm.
 
-    With mean mu and covariance Sigma of the scaled queries, rotated by the mean RoPE matrix of the ``n_future``
-    positions from N on: ``E[exp(q k)] = exp(mu k + k Sigma k / 2)``, normalised over the tokens behind the sinks, as in
-    kvpress (expected_attention_press.py). Where we differ: the moments are those of the last ``n_queries`` tokens,
-    kvpress takes all but the sinks. Its newest evaluation sets epsilon to 0.01 and lets the heads of a layer share one
-    budget (evaluate_registry.py).
+    The scaled queries have mean mu and covariance Sigma, rotated by the mean RoPE matrix of the ``n_future`` positions
+    from N on: ``E[exp(q k)] = exp(mu k + k Sigma k / 2)``, normalised over the tokens after the sinks, as in kvpress
+    (expected_attention_press.py). Differences: we take the moments of the last ``n_queries`` tokens, kvpress of all but
+    the sinks. kvpress's newest evaluation sets epsilon to 0.01 and lets the heads of a layer share one budget
+    (evaluate_registry.py).
 
     Attributes:
-        n_queries: last context tokens whose queries are the sample.
-        n_future: positions that the rotation is averaged over.
-        use_covariance: count Sigma, otherwise only mu.
+        n_queries: number of last context tokens that supply sample queries.
+        n_future: number of positions that the rotation is averaged over.
+        use_covariance: use Sigma, otherwise only mu.
         use_vnorm: multiply by the L2 norm of the token's value.
         epsilon: added before that, so that values count where attention is negligible.
     """
@@ -57,7 +57,7 @@ class ExpectedAttention(Method):
         return StateRequest(self.n_queries)
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)``, infinity for the sinks; one layer is read at a time."""
+        """Returns each layer's scores, float32 ``(n_head_kv, N)``, infinity for sinks; reads one layer at a time."""
         return [self._scores(evidence, l) for l in range(len(evidence.layers))]
 
     def _scores(self, evidence: Evidence, l: int) -> FloatArray:
@@ -67,7 +67,7 @@ class ExpectedAttention(Method):
             return out
         states: QueryStates = evidence.read("states", l)
         keys: FloatArray = evidence.read("keys", l)[:, self.n_sink :]
-        # the sinks' queries are outliers; they are among the last tokens of a short context only
+        # the sinks' queries are outliers; only in a short context are they among the last tokens
         n_skipped = max(0, self.n_sink - (n_tokens - states.queries.shape[1]))
         rotation = mean_rotation(states, n_tokens, self.n_future)
         expected = np.zeros((n_head_kv, n_tokens - self.n_sink))
@@ -89,9 +89,9 @@ class ExpectedAttention(Method):
 
 
 def mean_rotation(states: QueryStates, first: int, n_future: int) -> npt.NDArray[np.float64]:
-    """The matrix R, ``(n_embd_head_k, n_embd_head_k)``, for which ``q @ R`` is q's mean rotation over the positions.
+    """Returns R, ``(n_embd_head_k, n_embd_head_k)``, such that ``q @ R`` is q's mean rotation over the positions.
 
-    RoPE is linear, so the rotated rows of the identity are its matrix, whatever its frequencies and layout.
+    RoPE is linear, so the rotated identity is its matrix, whatever its frequencies and layout.
     """
     n_embd = states.queries.shape[2]
     total = np.zeros((n_embd, n_embd))

@@ -1,4 +1,4 @@
-"""KeyDiff (arXiv 2504.15364): keys that differ from the others are attended to most."""
+"""KeyDiff (arXiv 2504.15364): keeps keys that differ from the others, because they get most attention."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .base import Method
 class KeyDiff(Method):
     """Minus the cosine similarity of the key to the head's anchor, the mean of its normalised keys.
 
-    The scores are those of kvpress (keydiff_press.py). Where we differ from the paper, as kvpress does: it compresses
-    block by block while the prompt is read, here all keys of the context are judged at once. A Hadamard rotation, as
-    in a quantized cache, changes no cosine.
+    The scores are those of kvpress (keydiff_press.py). kvpress and we differ from the paper: it compresses block by
+    block while it reads the prompt; we score all keys of the context at once. A Hadamard rotation, as in a quantized
+    cache, changes no cosine.
     """
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)`` in [-1, 1]; one layer's keys are read at a time."""
+        """Returns the scores of each layer, float32 ``(n_head_kv, N)`` in [-1, 1]; reads one layer's keys at a time."""
         return [_scores(evidence.read("keys", l)) for l in range(len(evidence.layers))]
 
 

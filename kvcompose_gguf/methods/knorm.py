@@ -1,4 +1,4 @@
-"""KNorm (arXiv 2406.11430): keys of a small norm are attended to most."""
+"""KNorm (arXiv 2406.11430): keeps keys with a small norm, because they get most attention."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class KNorm(Method):
-    """Minus the L2 norm of the key, as kvpress has it (knorm_press.py).
+    """Minus the L2 norm of the key, as in kvpress (knorm_press.py).
 
-    Where we differ, as kvpress does: the authors' code leaves the first two layers whole in its example (l2compress,
-    README.md). Neither RoPE nor the Hadamard rotation of a quantized cache changes a norm.
+    kvpress and we differ from the authors' example, which leaves the first two layers whole (l2compress, README.md).
+    Neither RoPE nor the Hadamard rotation of a quantized cache changes a norm.
     """
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)``, at most 0; one layer's keys are read at a time."""
+        """Returns the scores of each layer, float32 ``(n_head_kv, N)``, at most 0; reads one layer's keys at a time."""
         return [-np.linalg.norm(evidence.read("keys", l), axis=2) for l in range(len(evidence.layers))]

@@ -22,45 +22,45 @@ SCORING = ("auto", "repeat", "prompts", "window", "prefill", "surrogate")
 
 K = TypeVar("K", bound="KVCompose")
 
-#: agg_task and agg_group of what surrogates are fitted to
+#: the agg_task and agg_group that surrogates are fitted to
 PREDICTED = ("max", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVCompose(Method):
-    """Options of the method; the defaults are the paper's (section 4) unless said otherwise.
+    """The KVCompose method; the defaults are the paper's (section 4) unless said otherwise.
 
-    Those of every method, the budget among them, are described at ``Method``.
+    ``Method`` describes the options that all methods share, including the budget.
 
     Attributes:
-        scoring: whose attention judges the context: ``"repeat"``, the context itself a second time (the paper's);
-            ``"prompts"``, the ``prompts`` given (task-aware); ``"window"``, the last tokens of the prompt, or
-            ``"prefill"``, all of the context's own tokens while they are prefilled. These two need no second pass.
-            With ``agg_task="mean"`` they count for each token only the queries that could see it. ``"surrogate"``:
-            what the repeat would give is predicted from keys and values; for models that were calibrated.
-            ``"auto"``: ``for_model`` makes it ``"surrogate"`` if the model has one and no option speaks against it,
-            else ``"repeat"``.
-        scoring_fraction: share of the context that is run a second time, in pieces spread over all of it, for
-            ``scoring="repeat"``: less time for less quality.
+        scoring: the source of the attention that scores the context. ``"repeat"``: the context itself, read a second
+            time (the paper's). ``"prompts"``: the given ``prompts`` (task-aware). ``"window"``: the last tokens of the
+            prompt. ``"prefill"``: all of the context's own tokens during the prefill. The last two need no second pass;
+            with ``agg_task="mean"`` they average for each token only over the queries that can see it. ``"surrogate"``:
+            predicts the repeat's attention from keys and values, for calibrated models. ``"auto"``: ``for_model``
+            replaces it by ``"surrogate"`` if the model has one and the other options allow it, else by ``"repeat"``.
+        scoring_fraction: share of the context that is read a second time, in pieces spread over all of it, for
+            ``scoring="repeat"``; trades quality for time.
         instruction: text that every chunk of the repeat begins with, for ``scoring="repeat"``.
-        window: last prompt tokens that judge, for ``scoring="window"``; they may lie behind the context, in the
-            question.
-        prompts: texts that are each run on top of the context, for ``scoring="prompts"``.
-        scoring_chunk: query tokens that are on top of the context at a time and removed again before the next; ``None``
-            keeps the whole repeat until the end, as the reference does, in a cache of 2N.
-        agg_task: over query tokens, ``"max"`` or ``"mean"``.
-        agg_group: over the query heads of a KV head, ``"mean"`` or ``"max"``.
-        agg_head: over the heads of a composite token, ``"mean"`` or ``"max"``.
+        window: number of last prompt tokens that act as queries, for ``scoring="window"``; they may lie after the
+            context, in the question.
+        prompts: texts that are each evaluated on top of the context, for ``scoring="prompts"``.
+        scoring_chunk: number of query tokens on top of the context at a time; they are removed before the next chunk.
+            ``None`` keeps the whole repeat until the end, as the reference does, in a cache of 2N cells.
+        agg_task: aggregation over query tokens, ``"max"`` or ``"mean"``.
+        agg_group: aggregation over the query heads of a KV head, ``"mean"`` or ``"max"``.
+        agg_head: aggregation over the heads of a composite token, ``"mean"`` or ``"max"``.
         add_v_norm: multiply by the L2 norm of the token's value.
         add_mean_across_heads: add the mean over the layer's KV heads.
-        n_sink: as in ``Method``, but 4: the paper has none, and loses most where little is kept.
-        keep_token_lower_bound: first composite ranks of every layer that win before anything else. Without it and
-            ``n_sink`` a layer may keep nothing, where the newest reference keeps one token more than its budget.
-        first_layer_rule: layer 0 takes the highest composite score of all layers at every rank. An artefact of the
-            reference (Hugging Face reads the cache length from layer 0) that costs budget; for parity checks.
-        surrogate: of the model, for ``scoring="surrogate"``; None: the one that ``for_model`` finds.
+        n_sink: as in ``Method``, but 4: the paper keeps no sinks, and loses most where little is kept.
+        keep_token_lower_bound: number of first composite ranks in every layer that are kept before all others. Without
+            it and ``n_sink`` a layer may keep nothing; there the newest reference keeps one token more than its budget.
+        first_layer_rule: layer 0 gets the highest composite score of all layers at every rank. The reference has this
+            as a side effect (Hugging Face reads the cache length from layer 0). It costs budget; use it for parity
+            checks.
+        surrogate: the model's surrogate, for ``scoring="surrogate"``; None: ``for_model`` loads it.
     Raises:
-        ConfigError: an option out of its range, or not exactly one budget.
+        ConfigError: an option is out of range, or the number of budgets given is not one.
     """
 
     n_sink: int = 4
@@ -99,12 +99,12 @@ class KVCompose(Method):
         if self.scoring_fraction != 1 and not self._may_repeat:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} needs scoring='repeat'")
         if not isinstance(self.instruction, str) or (self.instruction and not self._may_repeat):
-            raise ConfigError(f"instruction={self.instruction!r} is a text, and needs scoring='repeat'")
+            raise ConfigError(f"instruction={self.instruction!r} must be a text, and needs scoring='repeat'")
         is_list = isinstance(self.prompts, (list, tuple))
         if not is_list or not all(isinstance(text, str) and text for text in self.prompts):
-            raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts")
+            raise ConfigError(f"prompts={self.prompts!r} must be a list of texts that are not empty")
         if (self.scoring == "prompts") != bool(self.prompts):
-            raise ConfigError(f"prompts={self.prompts!r} is needed, as a list of texts, with scoring='prompts' only")
+            raise ConfigError(f"prompts={self.prompts!r}: scoring='prompts' needs at least one text, others none")
         if not isinstance(self.surrogate, (Surrogate, NoneType)):
             raise ConfigError(f"surrogate={self.surrogate!r} is not a Surrogate")
         if self.scoring == "surrogate" and self._aggregations != PREDICTED:
@@ -114,12 +114,12 @@ class KVCompose(Method):
 
     @classmethod
     def paper(cls, **budget: Any) -> KVCompose:
-        """The paper's exact settings, whatever our defaults are: the whole repeat in one piece, nothing forced.
+        """Returns the paper's exact settings, whatever our defaults are: the whole repeat in one piece, no sinks.
 
         Args:
-            **budget: one of Method's budgets, and what the paper does not decide, e.g. ``keep_last``.
+            **budget: one of Method's budgets, and options that the paper does not decide, e.g. ``keep_last``.
         Raises:
-            ConfigError: one of the settings that the paper decides.
+            ConfigError: an option that the paper decides.
         """
         settings: dict[str, Any] = {
             "scoring": "repeat", "scoring_chunk": None, "scoring_fraction": 1.0, "instruction": "",
@@ -128,7 +128,7 @@ class KVCompose(Method):
             "allocation": "global", "n_sink": 0, "n_recent": 0,
         }  # fmt: skip
         if decided := sorted(settings.keys() & budget):
-            raise ConfigError(f"{', '.join(decided)}: decided by the paper's settings, use {cls.__name__}()")
+            raise ConfigError(f"{', '.join(decided)}: the paper's settings decide this; use {cls.__name__}() instead")
         return cls(**settings, **budget)
 
     @property
@@ -137,7 +137,7 @@ class KVCompose(Method):
 
     @property
     def _can_be_predicted(self) -> bool:
-        """No option asks for another repeat than surrogates are fitted to."""
+        """Returns whether the options ask for the same repeat that surrogates are fitted to."""
         return (self.scoring_fraction, self.instruction, *self._aggregations) == (1, "", *PREDICTED)
 
     @property
@@ -160,7 +160,7 @@ class KVCompose(Method):
         return AttentionRequest(queries, self.agg_task)  # type: ignore[arg-type]
 
     def for_model(self: K, model_path: Path) -> K:
-        """With the model's surrogate, if it is needed and none was given; ``"auto"`` is decided."""
+        """Returns the method with ``"auto"`` resolved, and with the model's surrogate if it needs one and has none."""
         if self.scoring == "surrogate" and self.surrogate is None:
             return replace(self, surrogate=load_surrogate(model_path))
         if self.scoring != "auto":
@@ -169,14 +169,14 @@ class KVCompose(Method):
         return replace(self, scoring="surrogate" if surrogate else "repeat", surrogate=surrogate)
 
     def rule(self) -> Allocation:
-        """As ``Method.rule``; the name ``"global"`` is the method's own rule, with its options."""
+        """Same as ``Method.rule``, but ``"global"`` is the method's own rule, with its options."""
         return self.default_allocation() if self.allocation == "global" else super().rule()
 
     def default_allocation(self) -> Allocation:
         return GlobalRanking(self.agg_head, self.keep_token_lower_bound, self.first_layer_rule)
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """Steps 4 and 5 of the method."""
+        """Returns the scores of the method's steps 4 and 5."""
 
         layers = range(len(evidence.layers) if self.add_v_norm else 0)
         # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
@@ -197,5 +197,5 @@ class KVCompose(Method):
 
     def _predicted(self, evidence: Evidence) -> list[FloatArray]:
         if self.surrogate is None:
-            raise ConfigError("scoring='surrogate': kvcompose calibrate MODEL, then for_model(MODEL)")
+            raise ConfigError("scoring='surrogate': run kvcompose calibrate MODEL, then for_model(MODEL)")
         return self.surrogate.predict(evidence)

@@ -1,4 +1,4 @@
-"""KVzip (arXiv 2505.23416): what the model needs to repeat its context."""
+"""KVzip (arXiv 2505.23416): keeps the tokens that the model needs to repeat its context."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..kernels.types import FloatArray
 from ..queries import AttentionRequest, Evidence, Repeat
 from .base import Method, check_integer, check_positive, map_layers
 
-#: before the first chunk and before the others, which quote 8 tokens (kvpress, kvzip_press.py)
+#: before the first chunk, and before the others, which quote 8 tokens (kvpress, kvzip_press.py)
 INSTRUCTION = "\n\nRepeat the previous context exactly."
 CONTINUATION = "\n\nRepeat the part of the previous context exactly, starting with"
 
@@ -18,13 +18,14 @@ CONTINUATION = "\n\nRepeat the part of the previous context exactly, starting wi
 class KVzip(Method):
     """Maximum attention while the context is repeated after an instruction, maximum over the group's query heads.
 
-    Where we differ from the paper and kvpress (kvzip_press.py): the softmax is over everything visible instead of the
-    sinks, the chunk's own keys and its repeat; no chat template is between instruction and repeat; all heads of a layer
-    keep equally many tokens, and all layers do (kvpress: ``layerwise=True``), where the paper ranks the pairs of all
-    layers and heads together.
+    Differences from the paper and kvpress (kvzip_press.py): our softmax covers everything visible, not only the sinks,
+    the chunk's own keys and its repeat; there is no chat template between instruction and repeat; all heads and all
+    layers keep equally many tokens (kvpress: ``layerwise=True``), whereas the paper ranks the pairs of all layers and
+    heads together.
 
     Attributes:
-        scoring_chunk: context tokens that are repeated at a time; ``None``: all of them, in a cache of 2N.
+        scoring_chunk: number of context tokens that are repeated at a time; ``None``: all of them, in a cache of 2N
+            cells.
     """
 
     n_sink: int = 4
@@ -41,7 +42,7 @@ class KVzip(Method):
         return AttentionRequest(queries, "max")
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)`` in [0, 1]; ``plan`` keeps the sinks."""
+        """Returns the scores of each layer, float32 ``(n_head_kv, N)`` in [0, 1]; ``plan`` keeps the sinks."""
 
         def score(l: int) -> FloatArray:
             return aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, "max")

@@ -1,4 +1,4 @@
-"""Observed attention: the prefill's own queries judge, as in H2O (arXiv 2306.14048)."""
+"""Observed attention: the prefill's own queries score the tokens, as in H2O (arXiv 2306.14048)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from .base import Method, map_layers
 
 @dataclass(frozen=True, kw_only=True)
 class ObservedAttention(Method):
-    """Mean attention over the context tokens that could see the token, mean over the group's query heads.
+    """Mean attention from the context tokens that can see the token, mean over the group's query heads.
 
-    The scores are those of kvpress (observed_attention_press.py). Where we differ from H2O, as kvpress does: it adds
-    the attention up, which favours early tokens, evicts while it goes, and reserves half of the budget for the last
-    tokens.
+    The scores are those of kvpress (observed_attention_press.py). kvpress and we differ from H2O: it sums the
+    attention, which favours early tokens, evicts during decoding, and reserves half of the budget for the last tokens.
     """
 
     @property
@@ -24,7 +23,7 @@ class ObservedAttention(Method):
         return AttentionRequest(Prefill(), "mean")
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)``."""
+        """Returns the scores of each layer, float32 ``(n_head_kv, N)``."""
 
         def score(l: int) -> FloatArray:
             return aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, "mean")

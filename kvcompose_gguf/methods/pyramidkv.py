@@ -1,4 +1,4 @@
-"""PyramidKV (arXiv 2406.02069): SnapKV whose budget falls with depth."""
+"""PyramidKV (arXiv 2406.02069): SnapKV with a budget that falls with depth."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .snapkv import SnapKV
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """SnapKV's choice of tokens; the budgets are those of ``Pyramid``, which says where they differ from others'.
+    """Chooses tokens like SnapKV, with the budgets of ``Pyramid``, which lists the differences from other versions.
 
     Attributes:
-        beta: steepness; without limits the last layer has 1/beta of the average budget behind its window.
+        beta: steepness; without limits the last layer gets 1/beta of the average budget outside its window.
     """
 
     beta: float = 20
@@ -22,7 +22,7 @@ class PyramidKV(SnapKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("beta", self.beta)
-        self.default_allocation()  # checks its range
+        self.default_allocation()  # checks the range of beta
 
     def default_allocation(self) -> Allocation:
         return Pyramid(self.window, self.beta)

@@ -1,4 +1,4 @@
-"""Random tokens: what a method has to beat."""
+"""Random tokens: the baseline that every method must beat."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .base import Method, check_integer
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTokens(Method):
-    """Every head of every layer keeps tokens of its own, drawn evenly (as kvpress, random_press.py).
+    """Every head of every layer keeps its own tokens, drawn uniformly (as in kvpress, random_press.py).
 
     Attributes:
-        seed: equal seeds and shapes have equal plans.
+        seed: equal seeds and shapes give equal plans.
     """
 
     seed: int = 0
@@ -29,7 +29,7 @@ class RandomTokens(Method):
             raise ConfigError(f"seed={self.seed} is negative")
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """Noise, float32 ``(n_head_kv, N)`` in [0, 1)."""
+        """Returns noise, float32 ``(n_head_kv, N)`` in [0, 1) for each layer."""
         return [
             np.random.default_rng((self.seed, l)).random((layer.n_head_kv, evidence.n_tokens), dtype=np.float32)
             for l, layer in enumerate(evidence.layers)

@@ -1,4 +1,4 @@
-"""SnapKV (arXiv 2404.14469): the prompt's last tokens judge, and bring the neighbours of what they need."""
+"""SnapKV (arXiv 2404.14469): the prompt's last tokens score the context; pooling also keeps neighbours."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .base import Method, map_layers
 class SnapKV(Method):
     """Attention of an observation window, mean over its queries, pooled along the tokens, mean over the group.
 
-    Defaults and order are those of kvpress (snapkv_press.py), and so are zeros beyond both ends of the pooled tokens,
-    which lower the score of the outermost ones (torch's avg_pool1d counts its padding). Where we differ: the window is
-    the prompt's, and with ``keep_last`` a part of it lies behind the context; only the rest needs to be kept.
+    Defaults and order are those of kvpress (snapkv_press.py). Pooling counts zeros beyond both ends, which lowers the
+    outermost scores (torch's avg_pool1d counts its padding). Difference: the window is the prompt's. With ``keep_last``
+    part of it lies after the context, and only the part in the context must be kept.
 
     Attributes:
-        window: last prompt tokens that judge; those of them in the context are kept.
-        kernel: tokens that are pooled, an odd number.
-        pooling: ``"mean"`` or ``"max"``, in which nothing counts beyond the ends.
+        window: number of last prompt tokens that act as queries; those in the context are kept.
+        kernel: pooling width in tokens, odd.
+        pooling: ``"mean"``, or ``"max"``, which ignores positions beyond the ends.
     """
 
     window: int = 64
@@ -43,7 +43,7 @@ class SnapKV(Method):
         return AttentionRequest(Window(self.window), "mean")
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)``, infinity for the window's tokens."""
+        """Returns the scores of each layer, float32 ``(n_head_kv, N)``, infinity for the window's tokens."""
         n_before = evidence.n_tokens - evidence.n_window
 
         def score(l: int) -> FloatArray:

@@ -1,4 +1,4 @@
-"""StreamingLLM (arXiv 2309.17453): the first tokens and the last."""
+"""StreamingLLM (arXiv 2309.17453): keeps the first and the last tokens."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Method):
-    """Keeps ``n_sink`` attention sinks and, of the rest, the last tokens; no attention is needed.
+    """Keeps ``n_sink`` attention sinks and the last tokens; needs no attention.
 
-    The tokens are those of kvpress (streaming_llm_press.py). Where we differ from the paper: it gives the kept tokens
-    new positions without a gap, here keys keep the rotation that they have.
+    The tokens are those of kvpress (streaming_llm_press.py). Difference from the paper: it gives the kept tokens new
+    positions without a gap; here keys keep their rotation.
     """
 
     n_sink: int = 4
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """A token's score is its position, float32 ``(n_head_kv, N)``; ``plan`` keeps the sinks."""
+        """Returns each token's position as its score, float32 ``(n_head_kv, N)``; ``plan`` keeps the sinks."""
         positions = np.arange(evidence.n_tokens, dtype=np.float32)
         return [np.tile(positions, (layer.n_head_kv, 1)) for layer in evidence.layers]

@@ -1,4 +1,4 @@
-"""TOVA (arXiv 2401.06104): the last token judges, one choice for all heads of a layer."""
+"""TOVA (arXiv 2401.06104): the last token scores the context, with one choice for all heads of a layer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from .base import Method, map_layers
 class TOVA(Method):
     """Attention of the prompt's last token, mean over all query heads of the layer.
 
-    As in kvpress (tova_press.py) that token itself is kept, if it belongs to the context; the paper leaves it to its
-    score. Where we differ: the paper evicts a token a step, here the last query of the prompt decides once, and with
-    ``keep_last`` it lies behind the context.
+    As in kvpress (tova_press.py), that token is kept if it belongs to the context; in the paper its score decides.
+    Difference: the paper evicts one token per step; here the last query of the prompt decides once, and with
+        ``keep_last``
+    it lies after the context.
     """
 
     @property
@@ -26,7 +27,7 @@ class TOVA(Method):
         return AttentionRequest(Window(1), "mean")
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
-        """For each layer float32 ``(n_head_kv, N)`` with equal rows, infinity for the token that judges."""
+        """Returns the scores of each layer, float32 ``(n_head_kv, N)`` with equal rows, infinity for the last token."""
 
         def score(l: int) -> FloatArray:
             scores = aggregate.aggregate_group(evidence.attention[l], 1, "mean")

@@ -1,4 +1,4 @@
-"""The ceiling of KVCompose: the same scores, with every head of every layer keeping its own number of tokens."""
+"""The upper bound of KVCompose: the same scores, but every head of every layer keeps its own number of tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .kvcompose import KVCompose
 
 @dataclass(frozen=True, kw_only=True)
 class Unstructured(KVCompose):
-    """One ranking of all (layer, head, token), which no cache of plain tensors can hold: only simulated, by masking.
+    """Ranks all (layer, head, token) together. Plain tensors cannot hold such a cache, so masking simulates it.
 
-    The bytes are those that a cache with rows per head would have.
+    The reported bytes are those of a cache with separate rows per head.
     """
 
     @property
@@ -28,7 +28,7 @@ class Unstructured(KVCompose):
         return True
 
     def mask(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> TokenMask:
-        """The tokens with the largest scores of all heads; ties go to the lowest layer, head and index."""
+        """Returns the mask of the largest scores of all heads; ties go to the lowest layer, head and index."""
         scores = self.scores(evidence) if scores is None else scores
         n_tokens = evidence.n_tokens
         n_rows = self.n_composites(evidence.layers, n_tokens)
@@ -43,4 +43,4 @@ class Unstructured(KVCompose):
         return TokenMask(n_tokens, tuple(masks))
 
     def plan(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> NoReturn:
-        raise UnsupportedError("the unstructured ceiling is only simulated: kvcompose eval --method unstructured")
+        raise UnsupportedError("the unstructured upper bound is only simulated: kvcompose eval --method unstructured")

@@ -1,1 +1,1 @@
-"""ctypes lives here and nowhere else: find and load the library, declare its functions, status -> exception."""
+"""The ctypes layer: finds and loads the library, declares its functions, and turns statuses into exceptions."""

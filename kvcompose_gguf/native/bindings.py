@@ -155,12 +155,12 @@ _DEVICE_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 
 def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Give every llama_kvc_* function of ``lib`` its C types; returns ``lib``."""
+    """Sets the C types of every llama_kvc_* function of ``lib``; returns ``lib``."""
     return _declare(lib, _FUNCTIONS)
 
 
 def declare_devices(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Give ggml's functions about devices their C types; returns ``lib``."""
+    """Sets the C types of ggml's functions about devices; returns ``lib``."""
     return _declare(lib, _DEVICE_FUNCTIONS)
 
 

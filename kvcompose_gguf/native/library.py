@@ -1,4 +1,4 @@
-"""Find the patched llama.cpp and load it under the unmodified llama-cpp-python bindings."""
+"""Finds the patched llama.cpp and loads it under the unmodified llama-cpp-python bindings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import LibraryError
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
-#: what scripts/build_native.py fills: the shared libraries, and the bindings for environments without llama-cpp-python
+#: scripts/build_native.py fills this folder with the shared libraries, and the bindings if llama-cpp-python is missing
 LIB_DIR = PACKAGE_DIR / "lib"
 BINDINGS_DIR = LIB_DIR / "bindings"
 
@@ -25,28 +25,28 @@ _LIB_PATH_VARIABLE = "LLAMA_CPP_LIB_PATH"
 
 
 def library_dir() -> Path:
-    """The folder that the bindings load libllama from: the user's own choice or the package's."""
+    """Returns the folder from which the bindings load libllama: the user's choice, or the package's folder."""
     return Path(os.environ.get(_LIB_PATH_VARIABLE) or LIB_DIR)
 
 
 @functools.cache
 def load() -> ModuleType:
-    """Import ``llama_cpp`` on top of the patched library.
+    """Imports ``llama_cpp`` with the patched library.
 
-    ``llama_cpp`` reads ``LLAMA_CPP_LIB_PATH`` when it is first imported (llama_cpp/llama_cpp.py), so this has
-    to happen before anybody else's import of it.
+    ``llama_cpp`` reads ``LLAMA_CPP_LIB_PATH`` on its first import (llama_cpp/llama_cpp.py), so call this before any
+    other code imports it.
 
     Returns:
         The module ``llama_cpp``.
     Raises:
-        LibraryError: no library, a stock library, another ABI or another version of the bindings.
+        LibraryError: the library is missing or unpatched, or has another ABI, or the bindings have another version.
     """
     if "llama_cpp" not in sys.modules:
         folder = library_dir()
         if not any(folder.glob("*llama*")):
             raise LibraryError(
                 f"no llama.cpp library in {folder}: run `python scripts/build_native.py` in the checkout, "
-                f"or reinstall with a C++ compiler at hand"
+                f"or install a C++ compiler and reinstall"
             )
         os.environ[_LIB_PATH_VARIABLE] = str(folder)
         if importlib.util.find_spec("llama_cpp") is None:
@@ -60,9 +60,9 @@ def load() -> ModuleType:
 
 
 def check(llama_cpp: ModuleType) -> None:
-    """Raise LibraryError unless ``llama_cpp`` is the pinned bindings over a patched library of this ABI."""
+    """Raises LibraryError unless ``llama_cpp`` is the pinned version and its library is patched and has this ABI."""
     if llama_cpp.__version__ != BINDINGS_VERSION:
-        raise LibraryError(f"llama-cpp-python {llama_cpp.__version__} is installed, {BINDINGS_VERSION} is needed")
+        raise LibraryError(f"llama-cpp-python {llama_cpp.__version__} is installed; {BINDINGS_VERSION} is needed")
     lib = llama_cpp.llama_cpp._lib
     if not hasattr(lib, "llama_kvc_abi"):
         raise LibraryError(
@@ -71,4 +71,4 @@ def check(llama_cpp: ModuleType) -> None:
         )
     abi = lib.llama_kvc_abi()
     if abi != ABI:
-        raise LibraryError(f"the library in {lib._name} has ABI {abi}, this package needs {ABI}: build it again")
+        raise LibraryError(f"the library in {lib._name} has ABI {abi}; this package needs {ABI}: build it again")

@@ -1,4 +1,4 @@
-"""One llama context as the rest of the package sees it: numpy in, numpy out, exceptions instead of statuses."""
+"""Wraps one llama context for the rest of the package: numpy in, numpy out, exceptions instead of statuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXCEPTIONS: dict[int, type[Exception]] = {
 
 @contextmanager
 def start_small(n_cells: int) -> Iterator[None]:
-    """Contexts that this thread creates inside of the ``with`` begin with ``n_cells`` cells and grow as they fill."""
+    """Makes contexts that this thread creates in the ``with`` block start with ``n_cells`` cells, and grow."""
     lib = bindings.declare(library.load().llama_cpp._lib)
     lib.llama_kvc_set_start_cells(n_cells)
     try:
@@ -41,7 +41,7 @@ class KVSession:
     Only :meth:`compose` and :meth:`store` change the cache.
 
     Args:
-        ctx: the bindings' ``llama_context_p``; it has to outlive the session.
+        ctx: the bindings' ``llama_context_p``; it must outlive the session.
     Raises:
         UnsupportedError: this model or cache cannot be compressed; the message says why.
     """
@@ -49,11 +49,11 @@ class KVSession:
     def __init__(self, ctx: Any) -> None:
         self._lib = bindings.declare(library.load().llama_cpp._lib)
         self._ctx = ctypes.cast(ctx, ctypes.c_void_p)
-        self._one_at_a_time = threading.Lock()  # as llama.cpp wants it; layers are planned in several threads
+        self._one_at_a_time = threading.Lock()  # llama.cpp allows one call at a time, but several threads plan layers
         self._closed = False
         self._call("llama_kvc_supported")
         self._biased = False
-        #: the cached layers in order, tuple of LayerGeometry
+        #: the cached layers in order, a tuple of LayerGeometry
         self.layers = tuple(self._geometry(self._layer(ikv)) for ikv in range(self._cache().n_layer))
 
     def _call(self, name: str, *args: Any) -> None:
@@ -95,7 +95,7 @@ class KVSession:
         )
 
     def state(self) -> CacheState:
-        """Cells and bytes of the whole cache, now."""
+        """Returns the current cells and bytes of the whole cache."""
         info = self._cache()
         return CacheState(
             n_cells=info.n_cells,
@@ -108,14 +108,15 @@ class KVSession:
         )
 
     def cells(self, ikv: int) -> KVCells:
-        """Rows of cached layer ``ikv``, now."""
+        """Returns the current rows of cached layer ``ikv``."""
         info = self._layer(ikv)
         return KVCells(n_rows=info.n_rows, n_rows_used=info.n_rows_used, n_bytes=info.n_bytes)
 
     def stored(self, ikv: int, which: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a layer's ``"k"`` or ``"v"`` tensor, uint8 ``(n_bytes,)``.
+        """Returns the bytes of a layer's ``"k"`` or ``"v"`` tensor, uint8 ``(n_bytes,)``.
 
-        In host memory a read-only view of the tensor itself, valid until the cache next changes; else a copy.
+        In host memory this is a read-only view of the tensor itself, valid until the cache next changes; otherwise a
+        copy.
         """
         info = self._layer(ikv)
         layer = self.layers[ikv]
@@ -131,34 +132,34 @@ class KVSession:
         return copy
 
     def store(self, ikv: int, which: str, data: npt.NDArray[np.uint8], offset: int) -> None:
-        """Overwrite bytes of a layer's ``"k"`` or ``"v"`` tensor, from ``offset`` on; what they mean is not checked."""
+        """Overwrites bytes of a layer's ``"k"`` or ``"v"`` tensor from ``offset`` on; does not check their meaning."""
         data = np.ascontiguousarray(data)
         self._call(
             "llama_kvc_set_tensor", ikv, int(which == "v"), data.ctypes.data_as(ctypes.c_void_p), offset, data.size
         )
 
     def reserve(self, n_cells: int) -> None:
-        """Make room for ``n_cells`` cells at once, so that the cache need not grow in steps.
+        """Allocates room for ``n_cells`` cells at once, so that the cache need not grow in steps.
 
-        The room is kept until the next compose or call; what an empty cache has beyond it is given back.
+        The room lasts until the next compose or call. An empty cache releases the cells beyond it.
 
         Raises:
-            ConfigError: more cells than the context has.
-            NativeError: no memory for them; the cache is as it was.
+            ConfigError: the context has fewer cells.
+            NativeError: not enough memory; the cache is unchanged.
         """
         self._call("llama_kvc_reserve", n_cells)
 
     def set_fast_attention(self, on: bool) -> None:
-        """Flash attention of batches by the package's own CPU kernel: llama.cpp's up to rounding, and faster."""
+        """Turns the package's own CPU kernel for flash attention of batches on or off; equal up to rounding."""
         self._call("llama_kvc_set_fast_attention", int(on))
 
     @contextmanager
     def scoring(self, agg: str, n_cells: int, max_bytes: int) -> Iterator[None]:
-        """Decodes inside of the ``with`` collect attention on the cells ``[0, n_cells)``; off again on any exit.
+        """Makes decodes in the ``with`` block collect attention on the cells ``[0, n_cells)``; any exit ends it.
 
         Args:
             agg: ``"max"`` or ``"sum"`` over the query tokens of all decodes.
-            max_bytes: working memory beside the scores themselves, float32 ``n_layer x n_head x n_cells``.
+            max_bytes: limit of the working memory, not counting the scores, float32 ``n_layer x n_head x n_cells``.
         """
         self._call("llama_kvc_scores_begin", bindings.AGG[agg], n_cells, max_bytes)
         try:
@@ -167,7 +168,7 @@ class KVSession:
             self._call("llama_kvc_scores_end")
 
     def scores(self, n_cells: int) -> list[npt.NDArray[np.float32]]:
-        """Attention collected so far, for each layer float32 ``(n_head, n_cells)``; only while scoring."""
+        """Returns the attention collected so far, for each layer float32 ``(n_head, n_cells)``; only while scoring."""
         out = []
         for ikv, layer in enumerate(self.layers):
             scores = np.empty((layer.n_head, n_cells), dtype=np.float32)
@@ -177,7 +178,7 @@ class KVSession:
 
     @contextmanager
     def taps(self, what: str, n_tokens: int) -> Iterator[None]:
-        """Decodes inside of the ``with`` leave vectors of their first ``n_tokens`` tokens behind for ``tapped``.
+        """Makes decodes in the ``with`` block store vectors of their first ``n_tokens`` tokens for ``tapped``.
 
         Args:
             what: ``"queries"``, rotated and scaled so that their products with keys are the attention logits, or
@@ -191,9 +192,10 @@ class KVSession:
             self._call("llama_kvc_taps_end")
 
     def tapped(self, what: str, ikv: int, n_tokens: int) -> npt.NDArray[np.float32]:
-        """What the latest decode left of layer ``ikv``: float32 ``(n_tokens, n_head, n_embd_head)``, k's or v's.
+        """Returns the latest decode's vectors of layer ``ikv``, float32 ``(n_tokens, n_head, n_embd_head)``.
 
-        Hadamard-rotated as the cache's rows are, if these are quantized.
+        ``n_embd_head`` is that of keys for queries, and that of values for outputs. If the cache's rows are quantized,
+        these vectors are Hadamard-rotated as the rows are.
         """
         layer = self.layers[ikv]
         n_embd_head = layer.n_embd_head_v if what == "outputs" else layer.n_embd_head_k
@@ -204,13 +206,13 @@ class KVSession:
     def rope(
         self, ikv: int, rows: npt.NDArray[np.float32], pos: npt.NDArray[np.int32], inverse: bool = False
     ) -> npt.NDArray[np.float32]:
-        """``rows`` float32 ``(n_rows, n_embd_head_k)`` rotated to positions int32 ``(n_rows,)``, or back from them.
+        """Rotates ``rows`` float32 ``(n_rows, n_embd_head_k)`` to positions int32 ``(n_rows,)``, or back from them.
 
-        With the model's own frequencies, factors and scaling, whichever kind of RoPE it has.
+        Uses the model's own frequencies, factors, scaling and kind of RoPE.
         """
         shape = (len(pos), self.layers[ikv].n_embd_head_k)
         if rows.shape != shape:
-            raise ConfigError(f"rows are {rows.shape}, {shape} is needed")
+            raise ConfigError(f"rows are {rows.shape}; {shape} is needed")
         out = np.array(rows, dtype=np.float32, order="C")
         pos = np.ascontiguousarray(pos, dtype=np.int32)
         self._call(
@@ -221,26 +223,26 @@ class KVSession:
 
     @contextmanager
     def biased(self, biases: Sequence[npt.NDArray[np.float32]]) -> Iterator[None]:
-        """Decodes inside of the ``with`` add to the attention logits of the rows, layer by layer.
+        """Makes decodes in the ``with`` block add biases to the attention logits of the rows, layer by layer.
 
         Args:
             biases: for each layer float32 ``(n_head_kv, n_rows)``; minus infinity hides a row from a KV head. Rows are
-                the tokens of a full cache, or the composites of a compressed one and then the tokens behind them.
+                the tokens of a full cache, or the composites of a compressed cache followed by the tokens after them.
         Raises:
             UnsupportedError: values are quantized.
-            StateError: inside of another one.
+            StateError: the block is inside another one.
         """
         if self._biased:
             raise StateError("attention is biased already")
         if len(biases) > len(self.layers):
-            raise ConfigError(f"biases of {len(biases)} layers, the cache has {len(self.layers)}")
+            raise ConfigError(f"biases of {len(biases)} layers; the cache has {len(self.layers)}")
         self._biased = True
         try:
             for ikv, bias in enumerate(biases):
                 bias = np.ascontiguousarray(bias, dtype=np.float32)
                 n_head_kv = self.layers[ikv].n_head_kv
                 if bias.ndim != 2 or bias.shape[0] != n_head_kv:
-                    raise ConfigError(f"biases[{ikv}] is {bias.shape}, ({n_head_kv}, n_rows) is needed")
+                    raise ConfigError(f"biases[{ikv}] is {bias.shape}; ({n_head_kv}, n_rows) is needed")
                 if not bias.shape[1]:
                     continue  # a layer that keeps nothing has no rows
                 self._call("llama_kvc_set_bias", ikv, bias.ctypes.data_as(bindings.c_float_p), bias.shape[1])
@@ -250,13 +252,13 @@ class KVSession:
             self._call("llama_kvc_set_bias", 0, None, 0)
 
     def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
-        """Apply ``plan`` to the cache: all or nothing.
+        """Applies ``plan`` to the cache, all or nothing.
 
         Args:
-            n_room: free cells to leave behind the composites; the cache grows by itself beyond them.
+            n_room: free cells to leave after the composites; the cache grows beyond them when needed.
         Raises:
             ConfigError: the plan does not fit this cache.
-            StateError: the cache is not exactly the plan's tokens, or is composed already.
+            StateError: the cache does not hold exactly the plan's tokens, or is composed already.
         """
         n_kept = plan.n_kept.astype(np.uint32)
         shapes = [cells.shape[0] for cells in plan.cells]

@@ -1,1 +1,1 @@
-"""``kvcompose serve``: llama-server's HTTP interface with the compressed cache behind it."""
+"""``kvcompose serve``: llama-server's HTTP interface on compressed KV caches."""

@@ -1,4 +1,4 @@
-"""llama-server's HTTP interface, as an ASGI application."""
+"""Builds the ASGI application that has llama-server's HTTP interface."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .routes.page import page
 from .server import Server
 from .streams import JSONResponse
 
-#: routes that llama-server has and this one does not, with the reason
+#: routes that llama-server has and this server does not, with what they are for
 NOT_OFFERED = {
     "/rerank": "reranking", "/reranking": "reranking", "/v1/rerank": "reranking", "/v1/reranking": "reranking",
     "/responses": "the responses API", "/v1/responses": "the responses API",
@@ -40,11 +40,11 @@ def create_app(
     on_failure: Callable[[Exception], None] | None = None,
     local_only: bool = False,
 ) -> Any:
-    """The application. It answers at once, and 503 until the model is loaded.
+    """Returns the application. Until the model is loaded, it answers 503.
 
     Args:
-        on_failure: is told why the model cannot be loaded; None: the application starts when it is loaded, or not.
-        local_only: it can only be reached from this machine.
+        on_failure: called with the error if the model cannot be loaded. None: startup waits for the model and raises.
+        local_only: the server listens on loopback addresses only.
     """
 
     async def load(app: FastAPI) -> Engine | None:
@@ -74,7 +74,7 @@ def create_app(
             if engine is not None:
                 await asyncio.to_thread(engine.close)
 
-    # FastAPI's own pages load scripts from elsewhere
+    # FastAPI's documentation pages load scripts from other hosts
     app = FastAPI(title="kvcompose", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = None
     for router in (info.router, slots.router, tokens.router, generate.router, compress.router, page(options.ui)):
@@ -82,7 +82,7 @@ def create_app(
     for path, reason in NOT_OFFERED.items():
         app.add_api_route(path, _refuse(reason), methods=["GET", "POST", "DELETE"], include_in_schema=False)
     _handle_errors(app)
-    # without a key, pages of other hosts could read what was asked here
+    # without a key, web pages of other hosts could read the answers
     origins = options.cors_origins or ("*" if options.api_keys else "localhost")
     return Gate(
         app, options.api_keys, options.max_body_bytes, origins, options.timeout,
@@ -98,7 +98,7 @@ def _refuse(reason: str) -> Callable[[], Any]:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    """Every error is llama-server's error object."""
+    """Answer every error with llama-server's error object."""
 
     @app.exception_handler(ApiError)
     async def on_api_error(http: Request, error: ApiError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""Messages into a prompt, by the model's own template or one of llama.cpp's."""
+"""Turns chat messages into a prompt, with the model's own template or one of llama.cpp's."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ CHATML = (
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
 
-#: what models of the Hermes family and Qwen put before a call
+#: the text that Hermes models and Qwen write before a tool call
 CALL_BEGIN = "<tool_call>"
 
 
 class ChatTemplate:
-    """A Jinja template of the kind that models come with.
+    """A chat template in Jinja, as models contain it.
 
     Args:
-        source: of the template; ``"chatml"``: that one.
-        bos, eos: texts of these tokens.
-        bos_is_added: to all tokens of a text, so that it must not be in the text as well.
+        source: the template's text, or ``"chatml"`` for the ChatML template.
+        bos, eos: texts of the tokens that begin and end a text.
+        bos_is_added: the tokenizer adds the BOS token, so ``render`` removes it from the text.
     Raises:
-        ConfigError: it is no template.
+        ConfigError: Jinja cannot parse the template.
     """
 
     def __init__(self, source: str, bos: str = "", eos: str = "", bos_is_added: bool = True) -> None:
@@ -58,17 +58,17 @@ class ChatTemplate:
 
     @property
     def has_tools(self) -> bool:
-        """Whether it shows tools to the model."""
+        """Whether the template shows tools to the model."""
         return bool(re.search(r"\btools\b", self.source))
 
     @property
     def tags_calls(self) -> bool:
-        """Whether calls stand between ``<tool_call>`` and ``</tool_call>``; else they are the whole answer, as JSON."""
+        """Whether tool calls are between ``<tool_call>`` and ``</tool_call>``. If not, the whole answer is JSON."""
         return CALL_BEGIN in self.source
 
     @property
     def names_parameters(self) -> bool:
-        """Whether a call's arguments are called parameters, as Llama 3's are."""
+        """Whether a tool call has ``parameters``, as with Llama 3, and not ``arguments``."""
         return '"parameters": ' in self.source and '"arguments": ' not in self.source
 
     def render(
@@ -77,23 +77,23 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt of ``messages``.
+        """Returns the prompt for ``messages``.
 
         Args:
-            variables: more that the template may look at.
+            variables: additional variables for the template.
         Raises:
-            ApiError: the template refuses them.
+            ApiError: the template raises an error.
         """
         try:
             known = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._tokens}
             text = self._template.render({**(variables or {}), **known})
-        except Exception as error:  # a template may do anything
+        except Exception as error:  # a template can raise any exception
             raise ApiError(500, f"Failed to apply the chat template: {error}") from error
         return text.removeprefix(self._begins_with)
 
 
 class BuiltinTemplate:
-    """One of the formats that llama.cpp knows by name (llama_chat_apply_template), for ``--chat-template llama3``."""
+    """A chat format that llama.cpp has by name (llama_chat_apply_template), for example ``--chat-template llama3``."""
 
     has_tools = tags_calls = names_parameters = False
 
@@ -102,7 +102,7 @@ class BuiltinTemplate:
 
     @staticmethod
     def names() -> list[str]:
-        """All of them."""
+        """Returns the names of all formats."""
         llama_cpp = library.load()
         found = (ctypes.c_char_p * llama_cpp.llama_chat_builtin_templates(None, 0))()
         llama_cpp.llama_chat_builtin_templates(found, len(found))
@@ -114,7 +114,7 @@ class BuiltinTemplate:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """As ``ChatTemplate.render``; variables mean nothing to these."""
+        """Returns the prompt, as ``ChatTemplate.render`` does. Ignores ``variables``."""
         llama_cpp = library.load()
         pairs = [
             tuple(message[name].encode("utf-8", "replace") for name in ("role", "content")) for message in messages
@@ -130,7 +130,7 @@ class BuiltinTemplate:
 
 
 class _Nothing(jinja2.Undefined):
-    """What a template has not been given is nothing, also beside a ``+``, as in llama.cpp's own Jinja."""
+    """An undefined variable: an empty text, also in an addition, as in llama.cpp's own Jinja."""
 
     def __add__(self, other: Any) -> Any:
         return other
@@ -139,9 +139,9 @@ class _Nothing(jinja2.Undefined):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks what a model was trained on, and means nothing here."""
+    """Ignores ``{% generation %}``, which marks the text that a model was trained on."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2's way)
+    tags = {"generation"}  # noqa: RUF012 (jinja2 expects a class attribute)
 
     def parse(self, parser: Any) -> Any:
         parser.stream.skip(1)
@@ -162,10 +162,10 @@ def _raise(message: str) -> None:
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """Messages with their content as one text, as templates want them (oaicompat_chat_params_parse).
+    """Returns messages for a template, each with its content as one text (oaicompat_chat_params_parse).
 
     Raises:
-        ApiError: they are not what OpenAI's API allows, or have images.
+        ApiError: the messages do not fit OpenAI's API, or contain images.
     """
     if messages is None:
         raise invalid("'messages' is required")
@@ -192,7 +192,7 @@ def _checked(message: Any) -> dict[str, Any]:
     out = {name: value for name, value in message.items() if name in ("name", "tool_call_id", "reasoning_content")}
     text = content if isinstance(content, str) else "\n".join(_part(part) for part in content or [])
     if role == "assistant" and isinstance(content, list):
-        out["prefill"] = "\n\n".join(map(_part, content))  # what llama-server puts between parts that are continued
+        out["prefill"] = "\n\n".join(map(_part, content))  # llama-server joins continued parts so
     out |= {"role": "system" if role == "developer" else role, "content": text}
     return out | {"tool_calls": [_checked_call(call) for call in calls]} if calls else out
 
@@ -221,5 +221,5 @@ def _checked_call(call: Any) -> dict[str, Any]:
 
 
 def random_id() -> str:
-    """32 letters and digits."""
+    """Returns 32 random letters and digits."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(32))

@@ -1,9 +1,10 @@
-"""/v1/chat/completions."""
+"""Answers /v1/chat/completions."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastapi.responses import Response
 from . import chat, formats, reasoning, tools
 from .errors import invalid
 from .formats import About
-from .generation import Generation, Progress, Token
+from .generation import End, Generation, Progress, Token
 from .grammars import grammar_of
 from .messages import MessageStream
 from .options import REASONING_FORMATS
@@ -24,13 +25,13 @@ from .streams import JSONResponse, event_stream, merged, together, while_connect
 
 @dataclass(frozen=True, kw_only=True)
 class ChatPrompt:
-    """What a chat makes of its messages.
+    """The prompt of a chat and its tools.
 
     Attributes:
-        text: up to where the assistant speaks.
-        begun: of a message of the assistant's, which is to be continued.
-        tools: that the model may call.
-        choice: whether it may, must not, or has to.
+        text: the prompt, up to the assistant's message.
+        begun: the beginning of the assistant's message, if the request gives one to continue.
+        tools: tools that the model may call.
+        choice: whether the model may ("auto"), must not ("none") or has to ("required") call one.
     """
 
     text: str
@@ -40,10 +41,10 @@ class ChatPrompt:
 
 
 def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
-    """The prompt of a chat.
+    """Returns the prompt of a chat.
 
     Raises:
-        ApiError: messages or tools make no sense, or the template refuses them.
+        ApiError: messages or tools are invalid, or the template refuses them.
     """
     messages = chat.check_messages(request.messages)
     offered, choice = tools.check_tools(request.tools, request.tool_choice, server.template)
@@ -77,14 +78,14 @@ def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A chat to answer.
+    """A chat that is ready to be answered.
 
     Attributes:
-        what: is generated.
-        tail: the end of the prompt, up to where the assistant speaks.
-        begun: what of its message the prompt has already.
-        echoes: this is told as well.
-        names: of the tools that may be called.
+        what: the generation.
+        tail: the last characters of the prompt, before the assistant's message.
+        begun: the beginning of the assistant's message that the prompt contains.
+        echoes: whether the answer repeats ``begun``.
+        names: names of the tools that the model may call.
     """
 
     what: Generation
@@ -102,7 +103,7 @@ def _asked(server: Server, request: ChatRequest) -> _Asked:
         grammar = grammar_of(tools.call_schema(asked.tools, key))
         begun += chat.CALL_BEGIN + "\n" if server.template.tags_calls else ""
     if grammar is not None or request.grammar:
-        prompt = reasoning.closed(prompt)  # it leaves no words for thoughts
+        prompt = reasoning.closed(prompt)  # the grammar does not allow thinking
     calls = asked.tools if asked.choice != "none" else []
     return _Asked(
         server.generation(request, server.reader.tokens(prompt + begun), grammar), prompt[-64:], begun,
@@ -112,7 +113,7 @@ def _asked(server: Server, request: ChatRequest) -> _Asked:
 
 
 def _message_stream(server: Server, request: ChatRequest, asked: _Asked) -> MessageStream:
-    """Reads what the model says."""
+    """Returns a parser for the model's answer."""
     form = request.reasoning_format or server.options.reasoning_format
     if form not in REASONING_FORMATS:
         raise invalid(f"Unknown reasoning format: {form}")
@@ -123,7 +124,7 @@ def _message_stream(server: Server, request: ChatRequest, asked: _Asked) -> Mess
 
 
 async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
-    """Answer a chat, whole or in pieces."""
+    """Answer a chat, whole or streamed."""
     if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs requires logprobs to be set to true")
     if request.logprobs and request.n_probs is None:
@@ -147,11 +148,11 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
         ]
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
 
-    return await server.aside(answer)  # many probabilities of many tokens take their time
+    return await server.aside(answer)  # many probabilities take long to format
 
 
 def _chat_grammar(request: ChatRequest) -> str | None:
-    """GBNF of a response format; None: the request's own."""
+    """Returns GBNF for the response format. None: use the request's own grammar."""
     kind = (request.response_format or {}).get("type", "text")
     schema = request.json_schema
     if kind == "json_object":
@@ -170,35 +171,40 @@ def _chat_grammar(request: ChatRequest) -> str | None:
 
 async def _chat_chunks(
     server: Server, request: ChatRequest, asked: _Asked, about: About, reader: MessageStream
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncGenerator[dict[str, Any], None]:
     has_role = False
     held = reader.add(asked.begun)
     if not asked.echoes:
         held = []
-    async for _, step in server.events(about.what, request.id_slot):
-        if isinstance(step, Progress):
-            if request.return_progress:
+    async with aclosing(server.events(about.what, request.id_slot)) as told:
+        async for _, step in told:
+            if isinstance(step, Progress):
+                if request.return_progress:
+                    has_role = True
+                    more = formats.extras(step, request.timings_per_token)
+                    yield formats.chat_part(about, {"role": "assistant", "content": None}, **more)
+                continue
+            if not has_role:
                 has_role = True
-                more = formats.extras(step, request.timings_per_token)
-                yield formats.chat_part(about, {"role": "assistant", "content": None}, **more)
-            continue
-        if not has_role:
-            has_role = True
-            yield formats.chat_part(about, {"role": "assistant", "content": None})
-        deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
-        held = []
-        for delta in deltas:
-            chunk = formats.chat_part(about, delta)
-            if isinstance(step, Token) and delta is deltas[-1]:  # they go with the last
-                chunk |= formats.extras(step, request.timings_per_token)
-                if about.logprobs:
-                    chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
-            yield chunk
-        if isinstance(step, Token):
-            continue
-        timings = {"timings": formats.timings(step.timings, step.report)}
-        wants_usage = request.stream_options is not None and request.stream_options.include_usage
-        last = formats.chat_part(about, {}, formats.chat_finish(step, reader.n_calls > 0))
-        yield last if wants_usage else last | timings
-        if wants_usage:
-            yield formats.chat_usage(about, step) | timings
+                yield formats.chat_part(about, {"role": "assistant", "content": None})
+            deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
+            held = []
+            for delta in deltas:
+                chunk = formats.chat_part(about, delta)
+                if isinstance(step, Token) and delta is deltas[-1]:  # they belong to the token, so they go once
+                    chunk |= formats.extras(step, request.timings_per_token)
+                    if about.logprobs:
+                        chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
+                yield chunk
+            if isinstance(step, End):
+                for chunk in _last_chunks(request, about, reader, step):
+                    yield chunk
+
+
+def _last_chunks(request: ChatRequest, about: About, reader: MessageStream, end: End) -> Iterator[dict[str, Any]]:
+    timings = {"timings": formats.timings(end.timings, end.report)}
+    wants_usage = request.stream_options is not None and request.stream_options.include_usage
+    last = formats.chat_part(about, {}, formats.chat_finish(end, reader.n_calls > 0))
+    yield last if wants_usage else last | timings
+    if wants_usage:
+        yield formats.chat_usage(about, end) | timings

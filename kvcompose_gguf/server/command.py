@@ -1,4 +1,4 @@
-"""``kvcompose serve``."""
+"""Runs ``kvcompose serve``: makes the engine, opens the sockets, serves requests."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .app import create_app
 from .engine import Engine
 from .options import ServeOptions
 
-#: cells of a cache come in so many
+#: llama.cpp allocates cache cells in multiples of this
 N_PAD = 256
 
-#: folder of idle caches in that of saved slots, where no slot's file name leads
+#: folder for idle contexts inside of ``slot_save_path``; the API cannot reach it, since file names are no paths
 IDLE = "idle"
 
 
 def make_engine(options: ServeOptions) -> Engine:
-    """The model's slots, each with its share of ``n_ctx``, as llama-server divides it."""
+    """Returns an engine with the model's slots. Each slot has an equal share of ``n_ctx``, as in llama-server."""
     with open_vocabulary(options.model_path) as vocabulary:
         n_ctx = options.n_ctx or n_ctx_trained(vocabulary)
     n_slot = -(-max(1, n_ctx // options.n_parallel) // N_PAD) * N_PAD
@@ -42,10 +42,10 @@ def make_engine(options: ServeOptions) -> Engine:
 
 
 def read_keys(keys: str, file: Path | None) -> tuple[str, ...]:
-    """Keys of a text with commas between, and of a file's lines.
+    """Returns API keys from a comma-separated text and from the lines of a file.
 
     Raises:
-        ConfigError: the file cannot be read, or has no key.
+        ConfigError: the file cannot be read, or contains no key.
     """
     found = [key.strip() for key in keys.split(",")]
     if file is not None:
@@ -60,12 +60,13 @@ def read_keys(keys: str, file: Path | None) -> tuple[str, ...]:
 
 
 def serve(options: ServeOptions, hosts: str, port: int) -> None:
-    """Answer requests until the process is told to end.
+    """Serve requests until the process gets a signal to stop.
 
     Args:
-        hosts: addresses to listen on, with commas between.
+        hosts: comma-separated addresses to listen on.
+        port: the port, 0: any free one.
     Raises:
-        ConfigError: one of them cannot be listened on.
+        ConfigError: an address or the port cannot be used.
         Exception: the model cannot be loaded.
     """
     failures: list[Exception] = []
@@ -79,7 +80,7 @@ def serve(options: ServeOptions, hosts: str, port: int) -> None:
         sockets = [listening.enter_context(_listen(name, port)) for name in names]
         is_local = all(ipaddress.ip_address(listener.getsockname()[0]).is_loopback for listener in sockets)
         app = create_app(options, lambda: make_engine(options), on_failure, is_local)
-        # h11 leaves the case of headers as it is
+        # h11 does not change the case of headers
         config = uvicorn.Config(app, http="h11", log_level="warning", server_header=False, timeout_graceful_shutdown=3)
         server = uvicorn.Server(config)
         ports = [listener.getsockname()[1] for listener in sockets]

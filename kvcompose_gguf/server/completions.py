@@ -1,8 +1,9 @@
-"""/completion and /v1/completions."""
+"""Answers /completion, /v1/completions and /infill."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,11 +30,13 @@ async def complete(
     part: Whole,
     done: bool = True,
 ) -> Response:
-    """Continue every prompt, in the form that ``whole`` and, streamed, ``part`` write.
+    """Continue every prompt and return the answer.
 
     Args:
-        prompts: makes their tokens.
-        done: streams end with ``[DONE]``.
+        prompts: returns the tokens of every prompt.
+        whole: formats a generation's end.
+        part: formats a step of a streamed generation.
+        done: whether a stream ends with ``[DONE]``.
     """
     asked = await server.aside(lambda: [server.generation(request, tokens) for tokens in prompts()])
     abouts = server.abouts(request, asked)
@@ -44,7 +47,7 @@ async def complete(
     work = (server.finish(about.what, request.id_slot) for about in abouts)
     ends = await while_connected(http, together(work, len(server.engine.slots)))
     placed = [(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
-    # a long prompt is made a text again
+    # the answer contains the prompt as text: a long one takes time
     return await server.aside(_answer, whole, placed)
 
 
@@ -57,9 +60,10 @@ def _answer(whole: Whole, placed: Sequence[tuple[About, End]]) -> JSONResponse:
 
 async def _completion_chunks(
     server: Server, request: GenerationRequest, about: About, whole: Whole, part: Whole
-) -> AsyncIterator[dict[str, Any]]:
-    async for slot, step in server.events(about.what, request.id_slot):
-        if isinstance(step, End):
-            yield await server.aside(partial(whole, replace(about, id_slot=slot), step, streamed=True))
-        elif isinstance(step, Token) or request.return_progress:
-            yield part(about, step, request.timings_per_token)
+) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(server.events(about.what, request.id_slot)) as told:
+        async for slot, step in told:
+            if isinstance(step, End):
+                yield await server.aside(partial(whole, replace(about, id_slot=slot), step, streamed=True))
+            elif isinstance(step, Token) or request.return_progress:
+                yield part(about, step, request.timings_per_token)

@@ -1,4 +1,4 @@
-"""Vectors of texts, from a context of their own on the slots' weights."""
+"""Makes embedding vectors, in a context of their own that shares the weights of the slots."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 
 
 class Embedder:
-    """A context that makes vectors.
+    """A context that makes embedding vectors, one text at a time.
 
     Args:
-        pooling: of ``POOLING``; None: the model's own.
-        n_batch: most tokens of a text.
+        model_path: the model file.
+        weights_of: the ``Llama`` that owns the weights.
         decode_through: as for ``SlotLlama``.
-        n_queue: texts that may wait.
-        timeout: seconds that a text may wait.
+        n_batch: the maximum number of tokens in a text.
+        pooling: a name in ``POOLING``. None: the model's own.
+        n_queue: the maximum number of texts that wait.
+        timeout: the maximum number of seconds that a text waits.
+    Raises:
+        ConfigError: ``pooling`` is unknown, or the model needs it and it is None.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class Embedder:
         self._thread = ThreadPoolExecutor(1, "vectors")
         self._n_queue, self._timeout = n_queue, timeout
         self._waiting: set[Future[FloatArray]] = set()
-        #: decodes so far
+        #: number of decodes so far
         self.n_decodes = 0
         self._llama = SlotLlama(
             str(model_path), decode_through=decode_through, weights_of=weights_of, embedding=True, pooling_type=kind,
@@ -61,20 +65,20 @@ class Embedder:
         if self._llama.pooling_type() not in POOLING.values():
             self.close()
             raise ConfigError(
-                f"this model's vectors are pooled otherwise than by {', '.join(POOLING)}: pooling is needed"
+                f"this model has another kind of pooling: give --pooling, one of {', '.join(POOLING)}"
             )
 
     @property
     def is_pooled(self) -> bool:
-        """Whether a text has one vector, and not one for every token."""
+        """Whether a text has one vector. If not, every token has one."""
         return bool(self._llama.pooling_type() != POOLING["none"])
 
     def submit(self, tokens: Sequence[int]) -> Future[FloatArray]:
-        """Vectors of a text, float32 ``(1 or n_tokens, n_embd)``; those of one that nobody waits for are not made.
+        """Returns a future of a text's vectors, float32 ``(1 or n_tokens, n_embd)``. Cancel it to leave the queue.
 
         Raises:
-            ApiError: it has no tokens, or too many.
-            Busy: too many wait.
+            ApiError: the text has no tokens, or too many.
+            Busy: the queue is full, or the server stops.
         """
         llama = self._llama
         if not tokens:
@@ -85,18 +89,18 @@ class Embedder:
                 f"(current batch size: {llama.n_batch})",
             )  # fmt: skip
         if len(self._waiting) > self._n_queue:
-            raise Busy(f"{self._n_queue} texts wait already")
+            raise Busy(f"{self._n_queue} texts wait: try again later")
         try:
             future = self._thread.submit(self._embed, list(tokens), time.monotonic() + self._timeout)
         except RuntimeError as error:
-            raise Busy("the server is about to end") from error
+            raise Busy("the server is stopping") from error
         self._waiting.add(future)
         future.add_done_callback(self._waiting.discard)
         return future
 
     def _embed(self, tokens: list[int], deadline: float) -> FloatArray:
         if time.monotonic() > deadline:
-            raise TimedOut("the text waited longer than the server allows")
+            raise TimedOut("the text waited longer than the server's --timeout")
         llama, llama_cpp = self._llama, library.load()
         llama._ctx.kv_cache_clear()
         llama._batch.reset()
@@ -111,13 +115,17 @@ class Embedder:
         return vectors
 
     def close(self) -> None:
-        """Free the context, when nobody uses it."""
+        """Wait for the text in work, cancel those that wait, and free the context."""
         self._thread.shutdown(cancel_futures=True)
         self._llama.close()
 
 
 def normalized(vectors: FloatArray, kind: int) -> FloatArray:
-    """Vectors as llama.cpp normalizes them (common_embd_normalize): -1 not, 0 to int16's range, 2 Euclid, p p-norm."""
+    """Returns vectors normalized as in llama.cpp (common_embd_normalize).
+
+    Args:
+        kind: -1 for none, 0 for the range of int16, 2 for the Euclidean norm, another p for the p-norm.
+    """
     x = vectors.astype(np.float64)
     if kind < 0:
         return vectors
@@ -135,10 +143,10 @@ def normalized(vectors: FloatArray, kind: int) -> FloatArray:
 
 
 def texts_of(reader: Reader, content: Any) -> list[tuple[int, ...]]:
-    """Tokens of every text of a request: strings, tokens, both, or parts of a text.
+    """Returns the tokens of every text in a request: strings, lists of tokens, mixed lists, or objects with parts.
 
     Raises:
-        ApiError: it is none.
+        ApiError: ``content`` is something else.
     """
     if content is None:
         raise invalid('"input" or "content" must be provided')
@@ -164,7 +172,7 @@ def _tokens(reader: Reader, item: Any) -> tuple[int, ...]:
 
 
 def openai_body(vectors: Sequence[FloatArray], n_tokens: int, model: str, as_base64: bool) -> dict[str, Any]:
-    """The answer of /v1/embeddings."""
+    """Returns the body of /v1/embeddings."""
     data = []
     for index, vector in enumerate(vectors):
         entry: dict[str, Any] = {"embedding": _encoded(vector[0], as_base64), "index": index, "object": "embedding"}
@@ -174,7 +182,7 @@ def openai_body(vectors: Sequence[FloatArray], n_tokens: int, model: str, as_bas
 
 
 def native_body(vectors: Sequence[FloatArray]) -> list[dict[str, Any]]:
-    """The answer of /embedding."""
+    """Returns the body of /embedding."""
     return [{"index": index, "embedding": rows.tolist()} for index, rows in enumerate(vectors)]
 
 

@@ -1,4 +1,4 @@
-"""Requests, in the order in which they came, on the slots that suit them best."""
+"""Queues jobs and runs them in slots: in order of arrival, each in the slot that has most of its prompt."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from .embeddings import Embedder
 from .idle import IdleCaches
 from .slots import Busy, Cancelled, Slot, TimedOut, Turns
 
-#: share of a prompt that has to be in a slot's cache already for the slot to be chosen for it
+#: a slot is chosen for its cache if that has at least this share of the prompt
 MIN_SIMILARITY = 0.1
 
-#: cells beside a prompt's own: those of an empty cache, or of a chunk that scores it
+#: the clock of deadlines, in seconds; tests replace it
+now = time.monotonic
+
+#: cells that a job may need beside those of its tokens: an empty cache's, or a chunk's that scores the prompt
 N_SCRATCH = 768
 
 
@@ -32,15 +35,15 @@ class Job:
     """Work for one slot.
 
     Attributes:
-        work: is called with the slot, in its thread; its result or exception is the future's.
-        tokens: of the prompt, which decide the slot.
-        id_slot: that it has to be, or -1.
-        n_tokens: that its cache may have to hold.
-        method: that compresses the prompt, which decides what can be continued.
-        reuse: what a cache has of the prompt need not be evaluated.
-        id: its number among all.
-        deadline: on ``time.monotonic``'s clock, after which it ends.
-        future: of the result.
+        work: called with the slot, in the slot's thread. Its result or exception becomes the future's.
+        tokens: the prompt's tokens. The engine chooses the slot that has most of them.
+        id_slot: the slot to use, -1: any.
+        n_tokens: tokens that the slot's cache may have to hold.
+        method: the method that compresses the prompt. A cache of another method cannot be continued.
+        reuse: whether the job may continue what is in the cache.
+        id: number of the job.
+        deadline: time on the clock ``now`` when the job is given up.
+        future: the result. It is set after the slot is idle again.
     """
 
     work: Callable[[Slot], Any]
@@ -55,48 +58,53 @@ class Job:
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
-        """End it, before its next decode if it runs."""
+        """End the job: at once if it waits, before its next decode if it runs."""
         self._cancelled.set()
         self.future.cancel()
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether somebody has called ``cancel``."""
+        """Whether ``cancel`` was called."""
         return self._cancelled.is_set()
 
     @property
     def is_late(self) -> bool:
-        """Whether its time is over."""
-        return time.monotonic() > self.deadline
+        """Whether the deadline has passed."""
+        return now() > self.deadline
 
     def check(self) -> None:
-        """Raise if its result is of no use.
+        """Raise if nobody needs the job's result any more.
 
         Raises:
-            Cancelled: nobody waits for it.
-            TimedOut: it has taken too long.
+            Cancelled: ``cancel`` was called.
+            TimedOut: the deadline has passed.
         """
         if self.is_cancelled:
             raise Cancelled("the request was cancelled")
         if self.is_late:
-            raise TimedOut("the request took longer than the server allows")
+            raise TimedOut("the request took longer than the server's --timeout")
 
 
 class Engine:
-    """A model's slots and the queue before them.
+    """A model's slots and the queue of jobs.
+
+    A job ends in this order: its work ends, its slot becomes idle, waiting jobs start, its future gets the result. So
+    whoever has the result finds the slot idle, with the job's cache, unless another job was waiting for the slot.
 
     Args:
-        model_path: of the weights, which are loaded once.
-        n_slots: requests that run at a time, each with a cache of its own.
-        n_queue: requests that may wait.
-        kv_budget: bytes of all slots' caches; what is idle makes room, who was used longest ago first, and what does
-            not fit beside what runs waits. None: no bound.
-        timeout: seconds that a job may take, with its time in the queue; None: no bound.
-        idle_path, idle_bytes: folder for compressed contexts that slots have to give up, and bytes of all its files; 0:
-            they are forgotten.
-        embeddings: whether there is a context for vectors, of at most so many tokens a text; 0: none.
-        pooling: of these vectors.
-        **kwargs: of every slot's ``Llama``.
+        model_path: the model file. Its weights are loaded once.
+        n_slots: jobs that can run side by side. Each slot has its own cache.
+        n_queue: jobs that can wait.
+        kv_budget: maximum bytes of all caches together. Idle slots are evicted, least recently used first. A job that
+            does not fit beside the running ones waits. None: no limit.
+        timeout: maximum seconds of a job, including its time in the queue. None: no limit.
+        idle_path: folder for the compressed contexts of evicted slots.
+        idle_bytes: maximum bytes of all files in that folder. 0: evicted contexts are not saved.
+        embeddings: maximum tokens of a text for embeddings. 0: no embeddings.
+        pooling: pooling of the embeddings.
+        **kwargs: arguments for the ``Llama`` of every slot.
+    Raises:
+        ConfigError: an argument is out of range.
     """
 
     def __init__(
@@ -121,6 +129,7 @@ class Engine:
         self._kv_budget = kv_budget
         self._timeout = math.inf if timeout is None else timeout
         self._numbers = itertools.count()
+        self._swaps: list[Future[None]] = []  # evictions and restores that may not be done: later jobs wait for them
         self.idle: IdleCaches | None = None
         self._closed = False
         self.slots: list[Slot] = []
@@ -144,45 +153,46 @@ class Engine:
 
     @property
     def llama(self) -> Any:
-        """Of the first slot: for the vocabulary, templates and properties, not for its cache."""
+        """The first slot's ``Llama``: use it for the vocabulary and properties, not for its cache."""
         return self.slots[0].llama
 
     @property
     def n_waiting(self) -> int:
-        """Jobs in the queue."""
-        return len(self._waiting)
+        """Number of jobs in the queue, without cancelled ones."""
+        return sum(not job.is_cancelled for job in list(self._waiting))
 
     @property
     def n_busy(self) -> int:
-        """Slots at work."""
+        """Number of slots at work."""
         return sum(not slot.is_idle for slot in self.slots)
 
     def submit(self, job: Job) -> None:
-        """Start a job, or let it wait for a slot.
+        """Start a job, or put it into the queue.
 
         Raises:
-            Busy: the queue is full.
-            ConfigError: there is no such slot, or the budget is too small for it alone.
+            Busy: the queue is full, or the engine is closed.
+            ConfigError: there is no slot ``id_slot``, or ``kv_budget`` is too small for this job alone.
         """
         if job.id_slot >= len(self.slots):
             raise ConfigError(f"id_slot={job.id_slot}: there are {len(self.slots)} slots")
         most = None if self._kv_budget is None else self._kv_budget - self._empty_bytes * (len(self.slots) - 1)
         if most is not None and self._bytes_of(job) > most:
             raise ConfigError(
-                f"{job.n_tokens} tokens need {self._bytes_of(job)} bytes of cache, the server's budget leaves {most}"
+                f"{job.n_tokens} tokens need {self._bytes_of(job)} bytes of cache, the server's budget leaves {most}: "
+                "ask for fewer tokens"
             )
         with self._lock:
             if self._closed:
-                raise Busy("the server is about to end")
-            job.id, job.deadline = next(self._numbers), time.monotonic() + self._timeout
+                raise Busy("the server is stopping")
+            job.id, job.deadline = next(self._numbers), now() + self._timeout
             self._waiting.append(job)
             self._start_waiting()
             if len(self._waiting) > self._n_queue:
                 self._waiting.remove(job)
-                raise Busy(f"all {len(self.slots)} slots work and {self._n_queue} requests wait already")
+                raise Busy(f"all {len(self.slots)} slots work and {self._n_queue} requests wait: try again later")
 
     def close(self) -> None:
-        """Cancel what runs and free everything, the weights last."""
+        """Cancel all jobs, wait for them, and free everything, the weights last."""
         with self._lock:
             self._closed = True
             waiting, self._waiting = list(self._waiting), deque()
@@ -198,21 +208,28 @@ class Engine:
         self._turns.close()
 
     def _start_waiting(self) -> None:
-        """Give idle slots to jobs; a job that waits for a certain slot lets others pass, one that needs memory not."""
+        """Give idle slots to waiting jobs, in order.
+
+        A job that waits for a certain slot lets later ones pass. A job that waits for memory does not.
+        """
         for job in [job for job in self._waiting if job.is_cancelled or job.is_late]:
             self._waiting.remove(job)
             if not job.is_cancelled and job.future.set_running_or_notify_cancel():
-                job.future.set_exception(TimedOut("the request waited longer than the server allows"))
+                job.future.set_exception(TimedOut("the request waited longer than the server's --timeout"))
         for job in list(self._waiting):
             slot = self._slot_for(job)
-            room = self._make_room(slot, job) if slot is not None else []
-            if room is None:
+            if slot is None:
+                continue
+            if not self._make_room(slot, job):
                 break
-            if slot is not None and job.future.set_running_or_notify_cancel():
+            if job.future.set_running_or_notify_cancel():
                 self._waiting.remove(job)
                 slot.occupy(max(self._bytes_of(job), slot.kv_bytes), job.id)
                 slot.check = _closed if self._closed else job.check
-                slot.start(functools.partial(self._work, job=job, room=room))
+                before = self._swaps = [swap for swap in self._swaps if not swap.done()]
+                swap: Future[None] = Future()
+                self._swaps = [*before, swap]
+                slot.start(functools.partial(self._work, job=job, before=before, swap=swap))
 
     def _slot_for(self, job: Job) -> Slot | None:
         idle = [slot for slot in self.slots if slot.is_idle]
@@ -221,7 +238,7 @@ class Engine:
         if not idle:
             return None
         if job.tokens and job.reuse:
-            here = ((slot.llama.n_continued(job.tokens, job.method), slot) for slot in idle)
+            here = ((slot.n_continued(job.tokens, job.method), slot) for slot in idle)
             n_same, best = max(here, key=lambda pair: pair[0])
             n_saved = self.idle.n_context(best.llama, job) if self.idle is not None else 0
             if n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= n_saved:
@@ -241,25 +258,26 @@ class Engine:
             if kv_budget is not None:
                 raise
         if kv_budget is not None and kv_budget < self._empty_bytes * len(self.slots):
-            raise ConfigError(f"kv_budget={kv_budget} is less than {len(self.slots)} empty slots have")
+            raise ConfigError(
+                f"kv_budget={kv_budget} is less than {len(self.slots)} empty slots have: at least "
+                f"{self._empty_bytes * len(self.slots)} bytes are needed"
+            )
 
     def _bytes_of(self, job: Job) -> int:
-        """That a slot has with the job's tokens, before they are compressed."""
+        """Returns the bytes of a cache that holds the job's tokens before they are compressed."""
         # a cache grows by a quarter at a time, and scoring needs a chunk of cells on top
         return max(self._empty_bytes, (job.n_tokens * 5 // 4 + N_SCRATCH) * self._cell_bytes)
 
-    def _make_room(self, slot: Slot, job: Job) -> list[Future[None]] | None:
-        """What has to be forgotten, in the threads of its slots, before a job uses a slot; None: it has to wait."""
+    def _make_room(self, slot: Slot, job: Job) -> bool:
+        """Start to evict idle caches until a job fits; returns False if it has to wait for running jobs."""
         if self._kv_budget is None:
-            return []
+            return True
         others = [other for other in self.slots if other is not slot]
         room = self._kv_budget - sum(self._empty_bytes if s.is_idle else s.reserved for s in others)
         if self._bytes_of(job) > room:
-            return None
-        forgotten = []
-        if slot.kv_bytes > room:  # what is cut off gives no memory back
-            forgotten.append(slot.start(self._forget))
-            slot.kv_bytes = self._empty_bytes
+            return False
+        if slot.kv_bytes > room:  # truncating a cache frees no memory
+            self._start_forgetting(slot)
         idle = sorted((other for other in others if other.is_idle), key=lambda other: other.last_used)
         n_mine = max(self._bytes_of(job), slot.kv_bytes)
         n_over = n_mine + sum(other.kv_bytes - self._empty_bytes for other in idle) - room
@@ -267,27 +285,42 @@ class Engine:
             if n_over <= 0:
                 break
             n_over -= other.kv_bytes - self._empty_bytes
-            forgotten.append(other.start(self._forget))
-            other.kv_bytes = self._empty_bytes
-        return forgotten
+            self._start_forgetting(other)
+        return True
+
+    def _start_forgetting(self, slot: Slot) -> None:
+        """Empty an idle slot's cache, in the slot's thread. Its context is saved before, if there is a folder."""
+        slot.forgets = slot.start(self._forget)
+        slot.kv_bytes = self._empty_bytes
+        self._swaps.append(slot.forgets)
 
     def _forget(self, slot: Slot) -> None:
         if self.idle is not None:
             self.idle.keep(slot.llama)
         slot.forget()
 
-    def _work(self, slot: Slot, job: Job, room: list[Future[None]]) -> None:
+    def _work(self, slot: Slot, job: Job, before: list[Future[None]], swap: Future[None]) -> None:
+        """Run a job in the slot's thread, then release the slot, then set the job's result, in this order.
+
+        Args:
+            before: swaps that began before the job. When they end, their memory is free and their contexts are on disk,
+                where the job can find them.
+            swap: ends when the job has swapped the slot's own cache.
+        """
         result, error = None, None
         try:
-            job.check()
-            wait(room)
-            if self.idle is not None and job.tokens:
-                self.idle.exchange(slot.llama, job, None if self._kv_budget is None else job.n_tokens)
+            try:
+                wait(before)
+                job.check()
+                if self.idle is not None and job.tokens:
+                    self.idle.exchange(slot.llama, job, None if self._kv_budget is None else job.n_tokens)
+            finally:
+                swap.set_result(None)
             result = job.work(slot)
         except BaseException as raised:
             error = raised
         try:
-            with self._lock:  # idle before anybody learns of the result: the next request may be on its way
+            with self._lock:
                 slot.release()
                 self._start_waiting()
         except BaseException as raised:
@@ -299,4 +332,4 @@ class Engine:
 
 
 def _closed() -> None:
-    raise Cancelled("the server is about to end")
+    raise Cancelled("the server is stopping")

@@ -1,4 +1,4 @@
-"""What goes wrong, as llama-server tells it: ``{"error": {"code", "message", "type"}}``."""
+"""Errors in llama-server's form: ``{"error": {"code", "message", "type"}}``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import ConfigError, ContextLengthError, KVComposeError
 from .slots import Busy, TimedOut
 
-#: seconds after which a client may try again when the queue is full
+#: value of ``Retry-After``, seconds, when the queue is full
 RETRY_AFTER = 1
 
 TYPES = {
@@ -18,13 +18,13 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """An error that the client is told.
+    """An error for the client.
 
     Args:
-        code: of HTTP.
-        message: for humans.
-        kind: llama-server's type; None: the code's usual one.
-        **details: more fields of the error object.
+        code: HTTP status.
+        message: one sentence for humans.
+        kind: llama-server's error type. None: the usual type of the status.
+        **details: additional fields of the error object.
     """
 
     def __init__(self, code: int, message: str, kind: str | None = None, **details: Any) -> None:
@@ -33,22 +33,22 @@ class ApiError(Exception):
         self.kind = kind or TYPES.get(code, "server_error")
 
     def body(self) -> dict[str, Any]:
-        """The error object of llama-server (format_error_response in server-common.cpp)."""
+        """Returns llama-server's error object (format_error_response in server-common.cpp)."""
         return {"error": {"code": self.code, "message": self.message, "type": self.kind, **self.details}}
 
 
 def invalid(message: str) -> ApiError:
-    """The client's fault."""
+    """Returns an error 400: the request is invalid."""
     return ApiError(400, message)
 
 
 def not_supported(message: str) -> ApiError:
-    """A route or a feature that this server does not have, or was not started with."""
+    """Returns an error 501: this server does not have a route or feature, or was started without it."""
     return ApiError(501, message)
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an exception."""
+    """Returns the error for a client that an exception stands for."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):

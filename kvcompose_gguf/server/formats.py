@@ -1,4 +1,4 @@
-"""Answers as llama-server writes them (server-task.cpp): its own, OpenAI's completions and OpenAI's chat."""
+"""Formats answers as llama-server does (server-task.cpp): its own form, OpenAI's completions, OpenAI's chat."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .messages import Message
 from .sampling import Chosen
 from .slots import Slot, SlotLlama
 
-#: JSON has no infinity
+#: stands for minus infinity, which JSON does not have
 SMALLEST = -3.4028234663852886e38
 
 FINISH = {"none": "stop", "eos": "stop", "word": "stop", "limit": "length"}
@@ -21,12 +21,12 @@ FINISH = {"none": "stop", "eos": "stop", "word": "stop", "limit": "length"}
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What an answer says of its request and its server.
+    """Facts about a request and the server that its answer contains.
 
     Attributes:
-        index: of the answer among those to the same request.
-        id_slot: where it was made.
-        verbose: OpenAI's forms have llama-server's own beside them.
+        index: number of this answer among the answers to the request.
+        id_slot: number of the slot that made the answer.
+        verbose: whether answers in OpenAI's form contain llama-server's own form too.
     """
 
     what: Generation
@@ -50,8 +50,8 @@ class About:
 
 
 def timings(t: Timings, report: KVReport | None = None) -> dict[str, Any]:
-    """llama-server's figures, and of a compressed prompt ours."""
-    n_steps = t.predicted_n - 1  # the first token is the prompt's
+    """Returns llama-server's timings and, for a compressed prompt, our ``kv`` figures."""
+    n_steps = t.predicted_n - 1  # the prompt's last decode gives the first token
     return {
         "cache_n": t.cache_n, "prompt_n": t.prompt_n, "prompt_ms": 1000 * t.prompt_seconds,
         "prompt_per_token_ms": _over(1000 * t.prompt_seconds, t.prompt_n),
@@ -64,7 +64,7 @@ def timings(t: Timings, report: KVReport | None = None) -> dict[str, Any]:
 
 
 def compression(report: KVReport) -> dict[str, Any]:
-    """Figures of a compression, for timings and /slots."""
+    """Returns the figures of a compression, for timings and /slots."""
     return {
         "n_tokens": report.n_tokens, "n_kept": report.n_kept.tolist(), "ratio": report.compression_ratio,
         "bytes": report.kv_bytes_kept, "bytes_full": report.kv_bytes_full,
@@ -74,7 +74,7 @@ def compression(report: KVReport) -> dict[str, Any]:
 
 
 def usage(end: End, n_prompt: int) -> dict[str, Any]:
-    """OpenAI's numbers of tokens."""
+    """Returns OpenAI's token counts."""
     n = end.timings.predicted_n
     return {
         "completion_tokens": n, "prompt_tokens": n_prompt, "total_tokens": n_prompt + n,
@@ -83,7 +83,7 @@ def usage(end: End, n_prompt: int) -> dict[str, Any]:
 
 
 def probabilities(llama: SlotLlama, chosen: Chosen, text: str, after_sampling: bool) -> dict[str, Any]:
-    """A token with the most probable ones in its place."""
+    """Returns a token with its probability and the most probable tokens."""
     value, best = ("prob", "top_probs") if after_sampling else ("logprob", "top_logprobs")
 
     def entry(token: int, probability: float, text: str | None = None) -> dict[str, Any]:
@@ -94,13 +94,13 @@ def probabilities(llama: SlotLlama, chosen: Chosen, text: str, after_sampling: b
             "bytes": list(piece), value: number,
         }  # fmt: skip
 
-    # what samplers left out has no probability
+    # tokens that the samplers removed have no probability
     others = [entry(token, p) for token, p in chosen.best if p > 0 or not after_sampling]
     return {**entry(chosen.token, chosen.probability, text), best: others}
 
 
 def settings(what: Generation, stream: bool, timings_per_token: bool) -> dict[str, Any]:
-    """``generation_settings`` (task_params::to_json)."""
+    """Returns ``generation_settings`` (task_params::to_json)."""
     sampling = what.sampling
     named = {name: getattr(sampling, name) for name in SETTINGS}
     bias = [{"token": token, "bias": b if math.isfinite(b) else None} for token, b in sampling.logit_bias]
@@ -118,12 +118,12 @@ def settings(what: Generation, stream: bool, timings_per_token: bool) -> dict[st
 
 
 def brief_settings(what: Generation) -> dict[str, Any]:
-    """Of /props and /slots: without what may be long (task_params::to_json, only_metrics)."""
+    """Returns the settings for /props and /slots, without long ones (task_params::to_json, only_metrics)."""
     return {name: value for name, value in settings(what, False, False).items() if name not in LONG_SETTINGS}
 
 
 def slot(slot: Slot) -> dict[str, Any]:
-    """What a slot does and holds, for /slots."""
+    """Returns the state of a slot, for /slots."""
     llama, task = slot.llama, slot.task
     body: dict[str, Any] = {
         "id": slot.id, "n_ctx": llama.n_ctx(), "speculative": False, "is_processing": not slot.is_idle
@@ -172,7 +172,7 @@ def _progress(progress: Progress) -> dict[str, Any]:
 
 
 def native(about: About, end: End, streamed: bool = False) -> dict[str, Any]:
-    """The whole answer, or the end of a streamed one."""
+    """Returns a whole answer, or the last chunk of a streamed one."""
     what, llama = about.what, about.llama
     body = {
         "index": about.index, "content": "" if streamed else end.text,
@@ -189,7 +189,7 @@ def native(about: About, end: End, streamed: bool = False) -> dict[str, Any]:
 
 
 def native_part(about: About, step: Token | Progress, timings_per_token: bool) -> dict[str, Any]:
-    """A token of a streamed answer, or a part of its prompt."""
+    """Returns the chunk for a token of a streamed answer, or for a part of the prompt that was read."""
     if isinstance(step, Progress):
         n, content, tokens = 0, "", [0]
     else:
@@ -204,7 +204,7 @@ def native_part(about: About, step: Token | Progress, timings_per_token: bool) -
 
 
 def prompt_text(llama: SlotLlama, tokens: Sequence[int]) -> str:
-    """A prompt as the model sees it."""
+    """Returns the text of a prompt, control tokens included."""
     return b"".join(llama.piece(token, special=True) for token in tokens).decode("utf-8", "replace")
 
 
@@ -227,7 +227,7 @@ def _selected(body: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
 
 
 def text_completion(about: About, end: End, streamed: bool = False) -> dict[str, Any]:
-    """The whole answer of /v1/completions, or the end of a streamed one."""
+    """Returns the whole answer of /v1/completions, or the last chunk of a streamed one."""
     logprobs = {"content": _all_probabilities(about, end)} if about.what.n_probs and not streamed else None
     choice = {
         "text": "" if streamed else end.text, "index": about.index, "logprobs": logprobs,
@@ -240,7 +240,7 @@ def text_completion(about: About, end: End, streamed: bool = False) -> dict[str,
 
 
 def text_completion_part(about: About, step: Token | Progress, timings_per_token: bool) -> dict[str, Any]:
-    """A token of a streamed answer of /v1/completions."""
+    """Returns the chunk for a token of a streamed /v1/completions."""
     content = step.text if isinstance(step, Token) else ""
     logprobs = None
     if isinstance(step, Token) and about.what.n_probs:
@@ -250,7 +250,7 @@ def text_completion_part(about: About, step: Token | Progress, timings_per_token
 
 
 def chat_completion(about: About, end: End, said: Message) -> dict[str, Any]:
-    """The whole answer of /v1/chat/completions."""
+    """Returns the whole answer of /v1/chat/completions."""
     message: dict[str, Any] = {"role": "assistant", "content": said.content}
     if said.reasoning:
         message["reasoning_content"] = said.reasoning
@@ -268,23 +268,23 @@ def chat_completion(about: About, end: End, said: Message) -> dict[str, Any]:
 
 
 def chat_part(about: About, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:
-    """A piece of a streamed answer of /v1/chat/completions."""
+    """Returns a chunk of a streamed /v1/chat/completions."""
     choice = {"finish_reason": finish, "index": about.index, "delta": delta}
     return {"choices": [choice], **_head(about, "chat.completion.chunk"), **more}
 
 
 def chat_usage(about: About, end: End) -> dict[str, Any]:
-    """The last piece, if usage was asked for."""
+    """Returns the last chunk, for requests that want ``usage``."""
     return {"choices": [], **_head(about, "chat.completion.chunk"), "usage": usage(end, len(about.what.tokens))}
 
 
 def chat_finish(end: End, has_calls: bool) -> str:
-    """Why an answer ended."""
+    """Returns the finish reason of a chat."""
     return "tool_calls" if has_calls and end.stop_type != "limit" else FINISH[end.stop_type]
 
 
 def chat_logprobs(about: About, step: Token) -> dict[str, Any]:
-    """Of a token of a streamed chat."""
+    """Returns the ``logprobs`` for a token of a streamed chat."""
     return {"content": [_probabilities_of(about, step)]}
 
 
@@ -296,7 +296,7 @@ def _head(about: About, kind: str) -> dict[str, Any]:
 
 
 def extras(step: Token | Progress, timings_per_token: bool) -> dict[str, Any]:
-    """What goes with a piece of a streamed answer."""
+    """Returns the optional fields of a chunk: progress and timings."""
     told = {"prompt_progress": _progress(step)} if isinstance(step, Progress) else {}
     return told | ({"timings": timings(step.timings)} if timings_per_token else {})
 
@@ -306,7 +306,7 @@ def _probabilities_of(about: About, step: Token) -> dict[str, Any]:
 
 
 def _all_probabilities(about: About, end: End) -> list[dict[str, Any]]:
-    """Of the tokens of the text: those of a stop text are none of it."""
+    """Returns the probabilities of the answer's tokens, without the stop string."""
     tokens = list(end.tokens)
     if end.stopping_word:
         n_stop = len(about.llama.tokenize(end.stopping_word.encode(), add_bos=False, special=True))

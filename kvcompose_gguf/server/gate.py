@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: origins, keys, sizes."""
+"""Checks every request before its route: origin, API key, size of the body."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: files of the page
+#: files of the web page
 FILES = ("index.html", "page.css", "page.js")
-#: paths that are there before the model is
+#: paths that work before the model is loaded
 PAGE = frozenset({"/", "/favicon.ico", *(f"/{name}" for name in FILES)})
-#: paths that need no key
+#: paths that need no API key
 PUBLIC = PAGE | {"/health", "/v1/health"}
 
 CORS = {
@@ -34,24 +34,24 @@ JSON = b"application/json; charset=utf-8"
 
 
 class _Refused(BaseException):
-    """A body is longer or slower than it may be; frameworks that turn exceptions into answers do not know it."""
+    """A body is too long or too slow. A BaseException, so that the framework does not turn it into an answer itself."""
 
     def __init__(self, error: ApiError) -> None:
         self.error = error
 
 
 class Gate:
-    """ASGI middleware: CORS as llama-server's, API keys, and a bound on bodies.
+    """ASGI middleware for CORS as in llama-server, API keys and a limit on bodies.
 
     Args:
-        app: behind it.
-        api_keys: of which a request needs one; none: everybody may.
-        max_body_bytes: of a request.
-        origins: of the pages that may ask: ``"*"`` all, ``"localhost"`` those of this machine and the server's own, or
-            one.
-        local_only: the server is called by names of this machine alone: another's is a page's that pretends to be it.
-        timeout: seconds until the next piece of a body has to be there; None: no bound.
-        is_ready: whether the application can answer; until then only the page comes.
+        app: the application.
+        api_keys: a request needs one of them. Empty: no key is needed.
+        max_body_bytes: maximum bytes of a request's body.
+        origins: allowed CORS origins: ``"*"``, ``"localhost"`` (this machine and the server itself), or one origin.
+        timeout: maximum seconds between two pieces of a body. None: no limit.
+        is_ready: returns whether the model is loaded. Until then only the web page is served.
+        local_only: refuse requests whose ``Host`` is another name than this machine's. A web page of another host could
+            otherwise reach the server by DNS rebinding.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Gate:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # some clients look headers up as llama-server writes them
+                # some clients look for header names with the case that llama-server uses
                 message["headers"] = [(name.title(), value) for name, value in (*message.get("headers", ()), *more)]
             await send(message)
 
@@ -91,7 +91,7 @@ class Gate:
             body = json.dumps(error.body()).encode()
             await _answer(send_with_headers, error.code, body, JSON)
             return
-        # whatever a client says that it sends, llama-server reads JSON
+        # llama-server reads JSON whatever content type the client sends
         named = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
         scope = {**scope, "headers": [*named, (b"content-type", b"application/json")]}
         try:
@@ -117,16 +117,16 @@ class Gate:
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         origin = headers.get(b"origin")
         if origin is not None and method not in ("GET", "HEAD") and not self._may_ask(origin, headers):
-            # a browser hides the answer from the page, but what was asked would have been done
-            return ApiError(403, "pages of this origin may not ask: --cors-origins")
+            # a browser hides the answer from the page, but the server would have done the work
+            return ApiError(403, "this origin is not allowed: start the server with --cors-origins")
         if self._local_only and not _is_local(b"://" + headers.get(b"host", b"localhost")):
-            return ApiError(403, "the server is called by another name than this machine's")
+            return ApiError(403, "Host is not a name of this machine: use localhost, 127.0.0.1 or [::1]")
         if not self._is_ready() and path not in PAGE:
             return ApiError(503, "Loading model")
         if self._keys and path not in PUBLIC:
             given = headers.get(b"authorization") or headers.get(b"x-api-key", b"")
             given = given.removeprefix(b"Bearer ")
-            # all of them, in the same time whichever it is
+            # compare with all keys, so that the time does not depend on which one fits
             if not any([hmac.compare_digest(given, key) for key in self._keys]):
                 return ApiError(401, "Invalid API Key")
         length = headers.get(b"content-length", b"0")
@@ -135,18 +135,19 @@ class Gate:
         return None
 
     def _too_long(self) -> ApiError:
-        return ApiError(413, f"the request is longer than {self._max_body_bytes} bytes")
+        return ApiError(413, f"the request is longer than {self._max_body_bytes} bytes: raise --max-body")
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Bodies without a length are counted while they come."""
+        """Returns ``receive`` with a limit on the bytes and on the wait for the next ones."""
         n_bytes, is_whole = 0, False
 
         async def receive_bounded() -> Message:
             nonlocal n_bytes, is_whole
-            try:  # what comes behind the body is that the client has gone, whenever that is
+            try:  # after the body, the next message is the disconnect: no limit for that
                 message = await asyncio.wait_for(receive(), None if is_whole else self._timeout)
             except asyncio.TimeoutError:
-                raise _Refused(ApiError(408, f"the request did not come within {self._timeout:g} seconds")) from None
+                late = ApiError(408, f"the body of the request did not come within {self._timeout:g} seconds")
+                raise _Refused(late) from None
             is_whole = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
             if n_bytes > self._max_body_bytes:

@@ -1,4 +1,4 @@
-"""One generation on one slot: prompt -> tokens -> text, as in llama-server (process_token, server-context.cpp)."""
+"""Runs one generation in one slot: prompt -> tokens -> text, as in llama-server (process_token, server-context.cpp)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .sampling import Chosen, Sampler, Sampling
 from .slots import Slot, Task
 from .text import TextStream
 
-#: tokens that memory is reserved for if an answer may be as long as it likes
+#: tokens that memory is reserved for if the length of an answer is not limited
 N_UNBOUNDED = 1024
 
 StopType = Literal["none", "eos", "word", "limit"]
@@ -23,20 +23,20 @@ StopType = Literal["none", "eos", "word", "limit"]
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What is to be generated.
+    """The inputs of a generation.
 
     Attributes:
-        tokens: of the prompt.
-        sampling: how tokens are chosen.
-        method: that compresses the prompt, or None.
-        n_predict: most tokens, -1: as many as fit; 0 is as 1.
-        n_indent: a line of fewer spaces than this ends it.
-        t_max_predict_ms: a line that ends later than this ends it; -1: never.
-        stops: texts that end it.
-        ignore_eos: for the answer's settings; ``sampling`` forbids end tokens already.
-        reuse: what the cache has of the prompt need not be evaluated.
-        n_probs: most probable tokens that are told for every token.
-        post_sampling_probs: after the samplers, not before.
+        tokens: the prompt's tokens.
+        sampling: options of the samplers.
+        method: the method that compresses the prompt. None: no compression.
+        n_predict: maximum number of tokens. -1: as many as fit. 0 means 1.
+        n_indent: stop at a line that is indented by fewer spaces.
+        t_max_predict_ms: stop at the first line end after this time. -1: no limit.
+        stops: stop strings.
+        ignore_eos: reported in the answer's settings. ``sampling`` forbids the end tokens.
+        reuse: whether the prompt may continue what is in the cache.
+        n_probs: number of most probable tokens to report for every token.
+        post_sampling_probs: report probabilities after the samplers, not before them.
     """
 
     tokens: tuple[int, ...]
@@ -52,14 +52,14 @@ class Generation:
     post_sampling_probs: bool = False
 
     def n_most(self, n_ctx: int) -> int:
-        """Tokens of the prompt and the answer, of which an unbounded one is taken to have at most ``N_UNBOUNDED``."""
+        """Returns for how many tokens to reserve memory: ``N_UNBOUNDED`` for an answer without a limit."""
         n_predict = N_UNBOUNDED if self.n_predict < 0 else self.n_predict
         return min(n_ctx, len(self.tokens) + n_predict)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Part of a prompt was read: ``processed`` of ``total`` tokens, ``cache`` of which were there before."""
+    """A part of the prompt was read: ``processed`` of ``total`` tokens. ``cache`` of them were in the cache before."""
 
     total: int
     cache: int
@@ -68,7 +68,7 @@ class Progress:
 
     @property
     def timings(self) -> Timings:
-        """So far."""
+        """The timings so far."""
         n = self.processed - self.cache
         seconds = self.time_ms / 1000 if n else 0.0
         return Timings(cache_n=self.cache, prompt_n=n, prompt_seconds=seconds, predicted_n=0, predicted_seconds=0.0)
@@ -79,10 +79,10 @@ class Token:
     """A token was generated.
 
     Attributes:
-        text: that may be shown now, of this token and of those before it.
+        text: text that can be shown now, of this token and of earlier ones.
         chosen: the token and its probabilities.
-        n_decoded: tokens so far, with this one.
-        timings: so far.
+        n_decoded: number of tokens so far, including this one.
+        timings: the timings so far.
     """
 
     text: str
@@ -93,14 +93,14 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
-    """Numbers of tokens and seconds.
+    """Token counts and seconds of a generation.
 
     Attributes:
-        cache_n: tokens of the prompt that were in the cache.
-        prompt_n: tokens of the prompt that were evaluated.
-        prompt_seconds: until the first token was sampled, compression included.
+        cache_n: prompt tokens that were in the cache.
+        prompt_n: prompt tokens that were evaluated.
+        prompt_seconds: seconds until the first token was sampled, including compression.
         predicted_n: tokens generated.
-        predicted_seconds: from the first to the last of them.
+        predicted_seconds: seconds from the first generated token to the last.
     """
 
     cache_n: int
@@ -112,17 +112,19 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """A generation has ended.
+    """The result of a generation.
 
     Attributes:
-        text: all of it.
-        tokens: and their probabilities.
-        shown: what could be shown when each had come.
-        stop_type, stopping_word: why it ended.
-        truncated: the context was full.
-        n_cached: tokens in the cache.
-        seed: of the samplers.
-        report: of the prompt's compression, if it has one; of an earlier request if the context was its.
+        text: the whole text.
+        tokens: the tokens with their probabilities.
+        shown: for every token, the text that could be shown when it came.
+        stop_type: why the generation ended.
+        stopping_word: the stop string that was found, or empty.
+        truncated: whether the context was full.
+        n_cached: tokens in the cache now.
+        seed: the samplers' seed.
+        timings: the timings.
+        report: the report of the context's compression, which an earlier request may have done. None: not compressed.
     """
 
     text: str
@@ -144,11 +146,13 @@ def generate(slot: Slot, what: Generation, emit: Emit) -> End:
     """Read a prompt and continue it.
 
     Args:
-        emit: is told of every step.
+        emit: called with every step, in the slot's thread.
+    Returns:
+        The end. The caller passes it on after the slot was released.
     Raises:
         ContextLengthError: the prompt leaves no room for a token.
-        ConfigError: a grammar that cannot be read.
-        Cancelled: the slot was told so.
+        ConfigError: the grammar cannot be parsed.
+        Cancelled: the job was cancelled.
     """
     llama, n_ctx = slot.llama, slot.llama.n_ctx()
     what = replace(what, tokens=tuple(llama.joined(what.tokens)))
@@ -197,14 +201,14 @@ class _Clock:
 
 
 class _Reading:
-    """A prompt on its way into the cache."""
+    """Reads a prompt into the cache and emits its progress."""
 
     def __init__(self, slot: Slot, what: Generation, emit: Emit, clock: _Clock, task: Task) -> None:
         self._slot, self._what, self._emit, self._clock, self._task = slot, what, emit, clock, task
         self._processed = self._n_known = slot.llama.n_continued(what.tokens, what.method) if what.reuse else 0
 
     def read(self) -> int:
-        """Returns how many tokens were in the cache."""
+        """Read the prompt; returns how many of its tokens were in the cache."""
         self._tell()
         self._slot.on_decode = self._decoded
         cache_n = self._slot.llama.read(self._what.tokens, self._what.method, self._what.reuse)
@@ -213,7 +217,7 @@ class _Reading:
 
     def _decoded(self, n_tokens: int) -> None:
         processed = min(self._slot.llama.n_tokens + n_tokens, len(self._what.tokens))
-        if processed > self._processed:  # a scoring pass does not get on with the prompt
+        if processed > self._processed:  # a scoring pass reads tokens again
             self._processed = processed
             self._tell()
 
@@ -256,7 +260,7 @@ def _continue(
         if is_end and stop_type != "word":
             stop_type = "eos"
         if stop_type != "none":
-            shown += stream.end()  # what might have become a stop text is none
+            shown += stream.end()  # the text held back for a stop string
         texts.append(shown)
         task.has_new_line |= "\n" in shown
         emit(Token(text=shown, chosen=chosen, n_decoded=len(tokens), timings=timings()))
@@ -270,22 +274,22 @@ def _continue(
 
 
 class _Indent:
-    """Lines of fewer spaces than the first ones end a generation."""
+    """Stops a generation at a line with too little indentation (``n_indent``)."""
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self._at = 0  # the newline that the next line to look at is behind
+        self._at = 0  # position of the newline before the next line to check
         self._end: int | None = None
 
     def allows(self, text: str) -> bool:
-        """Whether no whole line but the first is indented by less; one that is empty does not count."""
+        """Returns whether every line after the first is indented enough. Empty lines do not count."""
         if self._n <= 0:
             return True
         while (at := text.find("\n", self._at)) >= 0:
             first = re.compile(r"[^ \t]").search(text, at + 1)
             self._at = at
             if first is None:
-                return True  # the line has only begun
+                return True  # the line has no text yet
             n_spaces = first.start() - at - 1
             if first[0] != "\n" and n_spaces < self._n:
                 self._end = first.start()
@@ -295,5 +299,5 @@ class _Indent:
         return True
 
     def cut(self, text: str) -> str:
-        """``text`` without the line that ended it."""
+        """Returns ``text`` without the line that ended it."""
         return text if self._end is None else text[: self._end]

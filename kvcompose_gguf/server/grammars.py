@@ -1,7 +1,7 @@
-"""Grammars that llama.cpp can be given: what makes its parser or its matcher run away is refused before.
+"""Checks grammars, and makes grammars of JSON schemas, before llama.cpp gets them.
 
-llama-grammar.cpp recurses for every parenthesis and every chain of rules, repeats rules as often as it is told, and
-sees only direct left recursion. An exception or an overflow there would end the process.
+llama-grammar.cpp recurses for every parenthesis and every chain of rules, expands repetitions without a limit, and
+detects only direct left recursion. An exception or a stack overflow there would end the process.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ..errors import ConfigError
 from ..native import library
 from .errors import invalid
 
-#: characters of a grammar, parentheses in each other, rules, and repetitions that are counted
+#: limits of a grammar: characters, nested parentheses, rules, counted repetitions
 MAX_CHARS, MAX_DEPTH, MAX_RULES, MAX_REPEAT = 1 << 18, 450, 20000, 1000
 
-#: values in a schema, in each other, and the longest counted repetition: longer ones are not bounded
+#: limits of a schema: values, nesting, counted repetitions (a longer maximum is treated as none)
 MAX_VALUES, MAX_SCHEMA_DEPTH, MAX_COUNT = 5000, 60, 400
 
 TOKENS = re.compile(
@@ -28,15 +28,16 @@ TOKENS = re.compile(
 )
 BRACES = re.compile(r"\{\s*(\d+)\s*(?:(,)\s*(\d*)\s*)?\}")
 
-#: an alternative is a list of items: the name of a rule, or None for a text, and whether it may be empty by itself
+#: part of an alternative: the name of a rule (None: a text), and whether its own operator lets it be empty
 Item = tuple[str | None, bool]
 Alternatives = list[list[Item]]
 
 
 def check_grammar(grammar: str) -> None:
-    """ConfigError if llama.cpp could not take ``grammar``, for its size, its repetitions or its left recursion.
+    """Check the size, the repetitions and the left recursion of a grammar. llama.cpp reports other mistakes itself.
 
-    What is no GBNF for other reasons llama.cpp says itself.
+    Raises:
+        ConfigError: llama.cpp could not handle ``grammar``.
     """
     if len(grammar) > MAX_CHARS:
         raise ConfigError(f"failed to parse grammar: it has more than {MAX_CHARS} characters")
@@ -49,7 +50,7 @@ def check_grammar(grammar: str) -> None:
 
 
 class _Parser:
-    """As much of GBNF as is needed to see which rules may stand first."""
+    """Parses as much of GBNF as is needed to find the rules that can be first in a rule."""
 
     def __init__(self, grammar: str) -> None:
         self._tokens: list[tuple[str, str]] = []
@@ -65,7 +66,7 @@ class _Parser:
         self._rules: dict[str, Alternatives] = {}
 
     def rules(self) -> dict[str, Alternatives]:
-        """Rules by their names; a group is a rule named ``(``n."""
+        """Returns all rules by name. A group is a rule with the name ``(``n."""
         rules = self._rules
         while self._at < len(self._tokens):
             if self._peek() == "newline":
@@ -86,7 +87,7 @@ class _Parser:
 
     def _alternatives(self, depth: int) -> Alternatives:
         if depth > MAX_DEPTH:
-            raise ConfigError(f"failed to parse grammar: more than {MAX_DEPTH} parentheses in each other")
+            raise ConfigError(f"failed to parse grammar: more than {MAX_DEPTH} nested parentheses")
         found: Alternatives = [[]]
         while self._at < len(self._tokens):
             kind, text = self._tokens[self._at]
@@ -113,7 +114,7 @@ class _Parser:
         return found
 
     def _ends_rule(self) -> bool:
-        """A rule goes on behind a newline that an alternative follows or went before."""
+        """Returns whether a newline ends the rule: not before or after ``|``, and not after ``::=``."""
         following = next((token for token in self._tokens[self._at :] if token[0] != "newline"), ("", ""))
         return following[1] != "|" and self._tokens[self._at - 1][1] not in ("|", "::=")
 
@@ -137,7 +138,7 @@ class _Parser:
 
 
 def _nullable(rules: dict[str, Alternatives]) -> set[str]:
-    """Rules that may match nothing."""
+    """Returns the rules that can match the empty text."""
     users: dict[str, set[str]] = {}
     for name, alternatives in rules.items():
         for what, _ in itertools.chain(*alternatives):
@@ -156,7 +157,7 @@ def _nullable(rules: dict[str, Alternatives]) -> set[str]:
 
 
 def _first_rules(alternatives: Alternatives, nullable: set[str]) -> set[str]:
-    """Rules that may stand first."""
+    """Returns the rules that can be first in these alternatives."""
     found: set[str] = set()
     for alternative in alternatives:
         for what, empty in alternative:
@@ -168,7 +169,7 @@ def _first_rules(alternatives: Alternatives, nullable: set[str]) -> set[str]:
 
 
 def _check_chains(edges: dict[str, set[str]]) -> None:
-    """ConfigError if a rule may begin with itself, or a chain of rules that begin with each other is too long."""
+    """Raise ConfigError if a rule can begin with itself, or if a chain of first rules is too long."""
     depth: dict[str, int] = {}
     for start in edges:
         path: list[tuple[str, Any]] = [(start, iter(edges[start]))] if start not in depth else []
@@ -195,16 +196,16 @@ def _check_chains(edges: dict[str, set[str]]) -> None:
 
 
 def grammar_of(schema: Any) -> str:
-    """GBNF of a JSON schema.
+    """Returns a GBNF grammar for a JSON schema.
 
     Raises:
-        ApiError: it cannot be made.
+        ApiError: the schema is invalid, or cannot be converted.
     """
     if not isinstance(schema, (dict, bool)):
-        raise invalid(f"JSON schema conversion failed:\n{json.dumps(schema)[:100]} is no schema")
+        raise invalid(f"JSON schema conversion failed:\n{json.dumps(schema)[:100]} is not a schema")
     try:
         bounded = _bounded({"type": "object"} if schema in ({}, True) else schema, [0])
-        if isinstance(bounded, dict) and "$ref" in bounded:  # the converter does not look beside a reference
+        if isinstance(bounded, dict) and "$ref" in bounded:  # the converter ignores what is beside a reference
             bounded = {"allOf": [{"$ref": bounded.pop("$ref")}], **bounded}
         converter = _converter()(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
         converter.visit(converter.resolve_refs(bounded, "stdin"), "")
@@ -213,15 +214,19 @@ def grammar_of(schema: Any) -> str:
         raise invalid("JSON schema conversion failed:\nit is too deep") from error
     except ConfigError as error:
         raise invalid(f"JSON schema conversion failed:\n{error}") from error
-    except Exception as error:  # the converter asserts, and looks things up
+    except Exception as error:  # the converter raises many kinds of exceptions
         raise invalid(f"JSON schema conversion failed:\n{type(error).__name__}: {error}") from error
 
 
 def _bounded(value: Any, n_seen: list[int], depth: int = 0) -> Any:
-    """A schema without repetitions that the converter would write out one by one: a long bound is none."""
+    """Returns a schema without long maxima, which the converter would expand one by one.
+
+    Raises:
+        ConfigError: the schema is too large or too deep, or has a minimum or a pattern that is too long.
+    """
     n_seen[0] += 1
     if n_seen[0] > MAX_VALUES or depth > MAX_SCHEMA_DEPTH:
-        raise ConfigError(f"it has more than {MAX_VALUES} values, or more than {MAX_SCHEMA_DEPTH} in each other")
+        raise ConfigError(f"it has more than {MAX_VALUES} values, or is more than {MAX_SCHEMA_DEPTH} levels deep")
     if isinstance(value, list):
         return [_bounded(item, n_seen, depth + 1) for item in value]
     if not isinstance(value, dict):
@@ -243,7 +248,7 @@ def _bounded(value: Any, n_seen: list[int], depth: int = 0) -> Any:
 
 
 def _converter() -> Any:
-    """The bindings' converter with literals that are escaped as GBNF wants it."""
+    """Returns the bindings' converter class, with literals escaped as GBNF needs it."""
     base = library.load().llama_grammar.SchemaConverter
 
     class Converter(base):  # type: ignore[misc, valid-type]

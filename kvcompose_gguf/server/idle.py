@@ -1,4 +1,4 @@
-"""Compressed contexts that no slot has any more, on disk until a prompt begins with one."""
+"""Keeps compressed contexts of evicted slots on disk, until a prompt begins with one of them."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from typing import Protocol
 
 from ..errors import StateError
 from ..methods import Method
-from ..methods.base import choice_of
+from ..methods.base import choice_of, has_grown
 from .saved import SlotFile, describe, restore, save
-from .slots import SlotLlama, has_grown
+from .slots import SlotLlama
 
 log = logging.getLogger(__name__)
 
 
 class Asked(Protocol):
-    """A prompt, and how it is to be read."""
+    """A prompt and how to read it."""
 
     @property
     def tokens(self) -> Sequence[int]:
-        """Of the prompt."""
+        """The prompt's tokens."""
 
     @property
     def method(self) -> Method | None:
-        """That compresses it."""
+        """The method that compresses the prompt."""
 
     @property
     def reuse(self) -> bool:
-        """Whether what is here may be used."""
+        """Whether a saved context may be used."""
 
 
 class IdleCaches:
-    """Contexts that slots had to give up.
+    """Saved contexts of evicted slots, for one model.
 
     Args:
-        folder: of the files, which is made; those of the same model that are there already are found again.
-        max_bytes: of all files of this model; whose was used longest ago goes first.
-        llama: of the model that they have to be of; it is not used beyond this call.
+        folder: folder for the files. It is created. Files of the same model in it are used again.
+        max_bytes: maximum bytes of all files of this model. The least recently used file is deleted first.
+        llama: a ``Llama`` of the model, only used during this call.
     """
 
     def __init__(self, folder: Path, max_bytes: int, llama: SlotLlama) -> None:
         self._folder, self._max_bytes = folder / llama.identity.key, max_bytes
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Path, SlotFile] = OrderedDict()  # whose was used last is last
+        self._entries: OrderedDict[Path, SlotFile] = OrderedDict()  # least recently used first
         for private in (folder, self._folder):
             private.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in sorted(self._folder.glob("*.kvc"), key=lambda file: file.stat().st_mtime):
@@ -60,15 +60,15 @@ class IdleCaches:
         self._trim()
 
     def n_context(self, llama: SlotLlama, asked: Asked) -> int:
-        """Tokens of the longest saved context that a prompt can continue; 0: there is none."""
+        """Returns the length of the longest saved context that the prompt can continue, 0: there is none."""
         found = self._find(llama, asked, None)
         return 0 if found is None else len(found[1].context)
 
     def exchange(self, llama: SlotLlama, asked: Asked, n_most: int | None) -> None:
-        """Before a prompt is read: save the slot's context if it is not the prompt's, bring back the prompt's own.
+        """Prepare a slot for a prompt: save the context that the prompt does not continue, restore one that it does.
 
         Args:
-            n_most: tokens that there is memory for; None: as many as the slot's context has.
+            n_most: maximum tokens to restore. None: as many as fit into the slot.
         """
         n_live = llama.n_continued(asked.tokens, asked.method) if asked.reuse else 0
         found = self._find(llama, asked, n_most)
@@ -84,7 +84,7 @@ class IdleCaches:
                 self._drop(file)
 
     def keep(self, llama: SlotLlama) -> None:
-        """Save a slot's context, if it has a compressed one that is not here as it is now; what fails is logged."""
+        """Save a slot's compressed context if the file is missing or out of date. Failures are logged."""
         if not llama.n_context:
             return
         context, composed_by = tuple(llama.context_tokens), llama.composed_by
@@ -96,8 +96,8 @@ class IdleCaches:
                 return
         try:
             saved = save(llama, file, self._max_bytes)
-        except Exception as error:  # a full disk or memory costs the context, nothing else
-            log.warning("a context of %d tokens is not kept: %s", len(context), error)
+        except Exception as error:  # for example a full disk: only this context is lost
+            log.warning("a context of %d tokens could not be saved: %s", len(context), error)
             return
         with self._lock:
             self._entries.pop(file, None)

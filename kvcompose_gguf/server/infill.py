@@ -1,4 +1,4 @@
-"""Prompts that have a middle missing (format_prompt_infill in server-common.cpp)."""
+"""Makes prompts for /infill, where the middle of a text is missing (format_prompt_infill in server-common.cpp)."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from .errors import invalid, not_supported
 from .params import Reader
 from .slots import SlotLlama
 
-#: between texts, for models that have no token for it
+#: separates files, for models without a token for that
 SNIPPET = "\n\n--- snippet ---\n\n"
 
 
 def infill_prompt(
     llama: SlotLlama, reader: Reader, prefix: str, suffix: str, extra: Sequence[Any], prompt: str, n_predict: int
 ) -> tuple[int, ...]:
-    """Tokens of what is around a hole, other files' texts before them as far as they fit.
+    """Returns the tokens of a prompt with the text before and after the gap, and as much of other files as fits.
 
     Args:
-        extra: of each file ``{"filename", "text"}``.
-        prompt: what the missing text begins with.
-        n_predict: tokens that are wanted, at most.
+        prefix, suffix: the text before and after the gap.
+        extra: other files, each ``{"filename", "text"}``.
+        prompt: the beginning of the missing text.
+        n_predict: maximum number of tokens to generate.
     Raises:
-        ApiError: the model has no such tokens, or ``extra`` is something else.
+        ApiError: the model has no infill tokens, or ``extra`` is invalid.
     """
     fim = {name: _token(llama, name) for name in ("pre", "suf", "mid", "rep", "sep")}
     names = {"pre": "prefix", "suf": "suffix", "mid": "middle"}

@@ -1,4 +1,4 @@
-"""An assistant's message out of its text: thoughts, content and calls."""
+"""Divides the model's text into an assistant's message: thoughts, content and tool calls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .tools import BareCalls, CallStream
 
 
 class MessageStream:
-    """Deltas of a message, as OpenAI's chunks have them, while its text comes.
+    """Makes the deltas of OpenAI's chunks while the text comes.
 
     Args:
-        thoughts: divides the text.
-        calls: finds calls in what is not thought; None: there are none.
+        thoughts: separates the thoughts.
+        calls: finds tool calls in the rest. None: there are no tools.
     """
 
     def __init__(self, thoughts: Thoughts, calls: CallStream | BareCalls | None) -> None:
@@ -23,20 +23,20 @@ class MessageStream:
 
     @property
     def n_calls(self) -> int:
-        """Calls so far."""
+        """Number of tool calls so far."""
         return 0 if self._calls is None else self._calls.n_calls
 
     def add(self, text: str) -> list[dict[str, Any]]:
-        """What is certain now that ``text`` has come."""
+        """Returns the deltas that are certain after ``text``."""
         return self._deltas(*self._thoughts.add(text))
 
     def end(self) -> list[dict[str, Any]]:
-        """What was held back, when nothing more comes."""
+        """Returns the deltas of the text that was held back, at the end."""
         deltas = self._deltas(*self._thoughts.end())
         return deltas + (self._calls.end() if self._calls is not None else [])
 
     def whole(self, text: str) -> Message:
-        """The message of a text that is there at once."""
+        """Returns the message of a whole text."""
         return _joined([*self.add(text), *self.end()])
 
     def _deltas(self, thoughts: str, content: str) -> list[dict[str, Any]]:
@@ -48,12 +48,12 @@ class MessageStream:
 
 @dataclass(frozen=True)
 class Message:
-    """What a model said.
+    """An assistant's message.
 
     Attributes:
-        content: without thoughts and calls.
+        content: the text without thoughts and tool calls.
         reasoning: the thoughts.
-        tool_calls: as OpenAI's API has them, arguments as JSON text.
+        tool_calls: the calls in OpenAI's form, with arguments as JSON text.
     """
 
     content: str

@@ -1,4 +1,4 @@
-"""llama-server's metrics, and ours, for Prometheus."""
+"""Metrics for Prometheus: llama-server's and our own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPECULATIVE = ("draft_tokens", "accepted_tokens", "drafts")
 
 @dataclass
 class _Throughput:
-    """Steps and seconds since the last look."""
+    """Counts steps and seconds between two readings."""
 
     n: int = 0
     seconds: float = 0.0
@@ -32,7 +32,7 @@ class _Throughput:
 
 
 class Metrics(Collector):
-    """Sums over all generations of an engine."""
+    """Metrics of all generations of an engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -60,7 +60,7 @@ class Metrics(Collector):
         self._seen: weakref.WeakSet[KVReport] = weakref.WeakSet()
 
     def count(self, end: End) -> None:
-        """Add a generation."""
+        """Add a generation to the metrics."""
         t = end.timings
         with self._lock:
             self._n_prompt += t.prompt_n
@@ -81,7 +81,7 @@ class Metrics(Collector):
                 self._score_seconds.observe(end.report.score_seconds)
 
     def count_vectors(self, n_tokens: int, seconds: float) -> None:
-        """Add tokens of texts whose vectors were made."""
+        """Add the tokens of embedded texts to the metrics."""
         with self._lock:
             self._n_prompt += n_tokens
             self._prompt_seconds += seconds
@@ -89,13 +89,13 @@ class Metrics(Collector):
             self._prompt.seconds += seconds
 
     def text(self) -> bytes:
-        """Prometheus' text format."""
-        # llama-server calls it a counter, whose names end in _total for prometheus-client
+        """Returns the metrics in Prometheus' text format."""
+        # llama-server declares it as a counter; prometheus-client would append _total to the name of a counter
         kind = b"# TYPE llamacpp:n_tokens_max "
         return bytes(generate_latest(self._registry)).replace(kind + b"gauge", kind + b"counter")
 
     def collect(self) -> Iterator[Metric]:
-        """What Prometheus asks for."""
+        """Yields the metrics that are not histograms."""
         slots = self._engine.slots
         embedder = self._engine.embedder
         n_decodes = sum(slot.n_decodes for slot in slots) + (0 if embedder is None else embedder.n_decodes)
@@ -115,7 +115,7 @@ class Metrics(Collector):
                 "llamacpp:predicted_tokens_seconds": (self._predicted.take(), "Tokens a second since the last look."),
                 "llamacpp:requests_processing": (self._engine.n_busy, "Requests in slots."),
                 "llamacpp:requests_deferred": (self._engine.n_waiting, "Requests in the queue."),
-                # a decode is one slot's
+                # every decode is for one slot
                 "llamacpp:n_busy_slots_per_decode": (float(n_decodes > 0), "Slots that a decode is for, on average."),
                 "kvcompose_kv_bytes": (sum(slot.kv_bytes for slot in slots), "Bytes of all slots' caches."),
             }

@@ -1,4 +1,4 @@
-"""What a server is started with."""
+"""Options of the server."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Options of ``kvcompose serve``; most are llama-server's.
+    """Options of ``kvcompose serve``. Most are llama-server's.
 
     Attributes:
-        model_path: of the weights.
-        alias: the model's names for clients, with commas between; empty: its path.
-        tags: words about it for clients, with commas between.
-        method: that compresses prompts unless a request says otherwise, or None.
-        n_ctx: tokens of all slots together, 0: what the model was trained for.
-        n_parallel: slots.
-        n_queue: requests that may wait for one.
-        kv_budget: bytes of all slots' caches; None: no bound.
-        n_predict: most tokens of requests that do not say, -1: as many as fit.
-        sampling: of requests that do not say.
-        api_keys: of which a request needs one; none: everybody may.
-        max_body_bytes: of a request.
-        timeout: seconds that a request may take, with its time in the queue, and that a piece of its body may; None: no
-            bound.
-        cors_origins: whose pages may ask: "*", "localhost" or an origin; empty: all where there are keys, else
-            "localhost".
-        chat_template: Jinja; None: the model's own, or ChatML.
+        model_path: the model file.
+        alias: comma-separated names of the model for clients. Empty: its path.
+        tags: comma-separated tags reported by ``/v1/models``.
+        method: the method that compresses prompts, unless a request chooses another. None: no compression.
+        n_ctx: tokens of all slots together. 0: the length that the model was trained for.
+        n_parallel: number of slots.
+        n_queue: maximum number of requests that wait for a slot.
+        kv_budget: maximum bytes of all slots' caches together. None: no limit.
+        n_predict: default for the maximum number of tokens. -1: as many as fit.
+        sampling: default options of the samplers.
+        api_keys: a request needs one of them. Empty: no key is needed.
+        max_body_bytes: maximum bytes of a request's body.
+        timeout: maximum seconds of a request, including its time in the queue, and between two pieces of its body.
+            None: no limit.
+        cors_origins: allowed CORS origins: "*", "localhost" or one origin. Empty: "*" with API keys, else "localhost".
+        chat_template: a Jinja template or the name of one of llama.cpp's formats. None: the model's own, or ChatML.
         reasoning: whether models that can think before they answer do so.
-        reasoning_format: of ``REASONING_FORMATS``: whether their thoughts are content ("none") or beside it.
-        endpoint_metrics, endpoint_slots: whether /metrics and /slots answer.
-        slot_save_path: folder of saved slots; None: they are not saved.
-        idle_bytes: of the compressed contexts that slots had to give up, in a folder of that one; 0: not saved.
-        embeddings: most tokens of a text whose vector is asked for; 0: none are made.
-        pooling: of these vectors, "none", "mean", "cls" or "last"; None: the model's own.
-        ui: whether there is a page at /.
-        verbose: answers carry their prompts.
+        reasoning_format: one of ``REASONING_FORMATS``. "none" leaves thoughts in the content, others separate them.
+        endpoint_metrics, endpoint_slots: whether the server has /metrics and /slots.
+        slot_save_path: folder for saved slots. None: slots cannot be saved.
+        idle_bytes: maximum bytes of the saved contexts of evicted slots, in ``slot_save_path``. 0: none are saved.
+        embeddings: maximum tokens of a text for embeddings. 0: no embeddings.
+        pooling: pooling of the embeddings: "none", "mean", "cls" or "last". None: the model's own.
+        ui: whether the server has a web page at /.
+        verbose: whether answers contain their prompts.
     Raises:
-        ConfigError: an option out of its range.
+        ConfigError: an option is out of range.
     """
 
     model_path: Path
@@ -90,24 +89,24 @@ class ServeOptions:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
-            raise ConfigError(f"timeout={self.timeout} is no number of seconds")
+            raise ConfigError(f"timeout={self.timeout} is not a positive number of seconds")
         if self.reasoning_format not in REASONING_FORMATS:
             raise ConfigError(f"reasoning_format={self.reasoning_format!r} is none of {', '.join(REASONING_FORMATS)}")
         if self.idle_bytes and self.slot_save_path is None:
-            raise ConfigError("idle caches are saved in slot_save_path, which is not given")
+            raise ConfigError(f"idle_bytes={self.idle_bytes} needs slot_save_path, the folder for the files")
         if self.n_predict < -1:
             raise ConfigError(f"n_predict={self.n_predict} is below -1")
         if self.slot_save_path is not None and not self.slot_save_path.is_dir():
-            raise ConfigError(f"slot_save_path={str(self.slot_save_path)!r} is no folder")
+            raise ConfigError(f"slot_save_path={str(self.slot_save_path)!r} is no folder: create it first")
 
     @property
     def model_name(self) -> str:
-        """What clients call the model: of several aliases the first in the alphabet, as llama-server does it."""
+        """The model's name for clients: the alphabetically first alias, as in llama-server, or the path."""
         return min(self.aliases, default=str(self.model_path))
 
     @property
     def aliases(self) -> list[str]:
-        """All names, sorted."""
+        """All aliases, sorted."""
         return _words(self.alias)
 
     @property

@@ -1,4 +1,4 @@
-"""From a request's fields to what a slot does."""
+"""Turns the fields of a request into tokens and a ``Generation``."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ PROMPT_KINDS = (
     "or a list of mixed strings & tokens."
 )
 
+NO_BUDGET = "kv_compress: the server was started without a budget: give ratio, n_kept or max_kv_bytes"
+
 BUDGETS = ("compression_ratio", "n_kept", "max_kv_bytes")
 
-#: of texts that are tokenized at all
+#: longer texts cannot fit into a context, so they are refused without tokenizing them
 MAX_CHARS_PER_TOKEN = 128
 
-#: of a token's logit; infinity would make every probability nothing
+#: maximum bias of a logit; infinity would make all probabilities zero
 MAX_BIAS = 1e4
 
-#: most probable tokens that are told of each
+#: maximum number of most probable tokens to report for a token
 MAX_PROBS = 128
 
-#: options of methods that a request may give, beside the budget: those that cost no more than the server's own
+#: options of methods that a request may set, beside the budget: none of them makes a request more expensive
 METHOD_OPTIONS = frozenset({
     "scoring", "window", "scoring_fraction", "agg_task", "agg_group", "agg_head", "add_v_norm", "add_mean_across_heads",
     "n_sink", "n_recent", "allocation", "kernel", "n_heads", "per_head", "first_layer_rule", "keep_token_lower_bound",
 })  # fmt: skip
 
-#: fields that a request and Sampling have by the same name
+#: fields that have the same name in a request and in Sampling
 SAMPLING_FIELDS = tuple(
     name for name in Sampling.__dataclass_fields__
     if name not in ("samplers", "logit_bias", "grammar", "dry_sequence_breakers")
@@ -53,8 +55,8 @@ class Reader:
     """Reads requests for one model.
 
     Args:
-        llama: whose vocabulary it is.
-        options: what is meant where a request says nothing.
+        llama: a ``Llama`` of the model, for its vocabulary.
+        options: the server's options, with defaults for absent fields.
     """
 
     def __init__(self, llama: SlotLlama, options: ServeOptions) -> None:
@@ -67,12 +69,12 @@ class Reader:
     #
 
     def prompts(self, prompt: Prompt, begin: bool = True) -> list[tuple[int, ...]]:
-        """Tokens of every prompt of a request: a list is several, unless it has a number in it.
+        """Returns the tokens of every prompt. A list is several prompts, unless it contains a number.
 
         Args:
-            begin: texts have the token that begins one, if the model does.
+            begin: whether texts begin with the BOS token, if the model uses one.
         Raises:
-            ApiError: it is no prompt.
+            ApiError: ``prompt`` is not a prompt.
         """
         if not isinstance(prompt, list):
             return [self._prompt(prompt, begin)]
@@ -99,10 +101,10 @@ class Reader:
         raise invalid(PROMPT_KINDS)
 
     def tokens(self, text: str, special: bool = True, begin: bool = True) -> tuple[int, ...]:
-        """Tokens of a text, behind the token that begins one if the model has it and ``begin``.
+        """Returns the tokens of a text, after the BOS token if ``begin`` and the model uses one.
 
         Raises:
-            ApiError: it is longer than any context of the server, so that counting its tokens is no use.
+            ApiError: the text is too long for any context.
         """
         if len(text) > MAX_CHARS_PER_TOKEN * self._llama.n_ctx():
             raise invalid(
@@ -112,7 +114,7 @@ class Reader:
         return (*bos, *self._llama.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=special))
 
     def mixed(self, parts: Mixed, begin: bool = True, special: bool = True) -> tuple[int, ...]:
-        """Tokens of texts and tokens, in their order."""
+        """Returns the tokens of a list of texts and tokens."""
         out: list[int] = []
         for number, part in enumerate(parts):
             if isinstance(part, str):
@@ -128,12 +130,13 @@ class Reader:
     #
 
     def generation(self, request: GenerationRequest, tokens: Sequence[int], grammar: str | None = None) -> Generation:
-        """What ``request`` wants done with the prompt ``tokens``.
+        """Returns the generation that a request asks for.
 
         Args:
-            grammar: GBNF instead of the request's own.
+            tokens: the prompt's tokens.
+            grammar: GBNF to use instead of the request's own.
         Raises:
-            ApiError: a field that makes no sense.
+            ApiError: a field is invalid.
         """
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         n_predict = request.n_predict
@@ -156,17 +159,17 @@ class Reader:
         )
 
     def method(self, how: KVCompress | bool | None) -> Method | None:
-        """The method that compresses a prompt, or None.
+        """Returns the method that compresses a prompt, or None.
 
         Raises:
-            ApiError: it cannot be.
+            ApiError: ``how`` is invalid.
         """
         default = self._options.method
         if how is False:
             return None
         if how is None or how is True:
             if how is True and default is None:
-                raise invalid("kv_compress: the server was started without a budget, give one")
+                raise invalid(NO_BUDGET)
             return default
         given = how.model_dump(exclude_none=True)
         budget: dict[str, Any] = {name: given.pop(name) for name in ("n_kept", "max_kv_bytes") if name in given}
@@ -175,7 +178,7 @@ class Reader:
         try:
             spec = given.pop("method", None)
             if spec is not None:
-                # a name of ours: others would be imported
+                # only names of our methods: make_method would import others
                 name, *options = spec.split(",")
                 if name not in METHODS:
                     raise ConfigError(f"method={spec!r} is none of {', '.join(METHODS)}")
@@ -196,7 +199,7 @@ class Reader:
     def _ready(self, method: Method) -> Method:
         key = repr(method)
         if key not in self._methods:
-            if len(self._methods) >= 256:  # nobody has so many
+            if len(self._methods) >= 256:  # bounds the memory
                 self._methods.clear()
             self._methods[key] = method.for_model(Path(self._llama.model_path))
         return self._methods[key]
@@ -220,7 +223,7 @@ class Reader:
 
     @functools.cached_property
     def end_tokens(self) -> list[int]:
-        """Tokens that end a generation."""
+        """All tokens that end a generation."""
         return [token for token in range(self._n_vocab) if self._llama.is_end(token)]
 
     def _biases(self, logit_bias: Any) -> list[tuple[int, float]]:
@@ -249,7 +252,7 @@ class Reader:
 
 
 def _samplers(names: list[str] | str) -> tuple[str, ...]:
-    """Samplers by names, of which there are several, or by letters; unknown ones are left out, as llama-server does."""
+    """Returns samplers given by names, aliases or letters. Ignores unknown ones, as llama-server does."""
     if isinstance(names, str):
         by_letter = {letter: name for name, letter in SAMPLERS.items()}
         return tuple(by_letter[letter] for letter in names if letter in by_letter)

@@ -1,4 +1,4 @@
-"""Names for documents that were compressed, so that they need not be sent again."""
+"""Remembers compressed documents by an id, so that clients need not send them again."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from collections.abc import Sequence
 
 from .errors import ApiError
 
-#: tokens of all documents that are remembered, 4 bytes each; the cache itself is a slot's, or on disk
+#: maximum tokens of all remembered documents, 4 bytes each; their caches are in slots or on disk
 MAX_TOKENS = 1 << 22
 
 
 class Prefixes:
-    """Tokens of documents by an id that only depends on them."""
+    """Tokens of documents, by an id that is a hash of the tokens."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._tokens: OrderedDict[str, array[int]] = OrderedDict()
 
     def add(self, tokens: Sequence[int]) -> str:
-        """The id of a document; the one that was used longest ago is forgotten for it if there are too many."""
+        """Remember a document and return its id. The least recently used ones are forgotten if there are too many."""
         name = "kvp-" + hashlib.sha256(struct.pack(f"<{len(tokens)}i", *tokens)).hexdigest()[:32]
         with self._lock:
             self._tokens[name] = array("i", tokens)
@@ -33,13 +33,13 @@ class Prefixes:
         return name
 
     def tokens(self, name: str) -> tuple[int, ...]:
-        """The document.
+        """Returns the tokens of a document.
 
         Raises:
-            ApiError: there is none of that name.
+            ApiError: no document has this id.
         """
         with self._lock:
             if name not in self._tokens:
-                raise ApiError(404, f"kv_prefix: there is no {name[:64]!r}, or it was forgotten: POST /kv/compress")
+                raise ApiError(404, f"kv_prefix={name[:64]!r} is unknown or forgotten: use /kv/compress again")
             self._tokens.move_to_end(name)
             return tuple(self._tokens[name])

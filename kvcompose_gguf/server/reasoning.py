@@ -1,13 +1,13 @@
-"""What a model thinks before it answers, apart from the answer (reasoning_content)."""
+"""Separates the thoughts of a model from its answer (``reasoning_content``)."""
 
 from __future__ import annotations
 
-#: what models put around it
+#: texts that models write before and after their thoughts
 PAIRS = {"<think>": "</think>", "<|START_THINKING|>": "<|END_THINKING|>"}
 
 
 def closed(prompt: str) -> str:
-    """A prompt in which thinking that has just begun has ended again: the model shall not."""
+    """Returns a prompt that ends the thoughts it begins, so that the model does not think."""
     for begin, end in PAIRS.items():
         if prompt.rstrip().endswith(begin):
             return prompt + end
@@ -15,11 +15,11 @@ def closed(prompt: str) -> str:
 
 
 class Thoughts:
-    """Divides an answer that comes in pieces.
+    """Divides a streamed answer into thoughts and content.
 
     Args:
-        prompt: what the answer follows, in which the thinking may have begun.
-        is_wanted: whether it is divided at all; if not, everything is content.
+        prompt: the end of the prompt, which may begin the thoughts.
+        is_wanted: whether to separate thoughts. If not, everything is content.
     """
 
     def __init__(self, prompt: str, is_wanted: bool = True) -> None:
@@ -31,12 +31,12 @@ class Thoughts:
                 self._is_decided, self._end, self._strips = True, end, True
 
     def add(self, text: str) -> tuple[str, str]:
-        """What is certain now: more of the thoughts, and more of the content."""
+        """Returns the additional thoughts and content that are certain after ``text``."""
         self._held += text
         if not self._is_decided:
             beginning = self._held.lstrip()
             if any(begin.startswith(beginning) and begin != beginning for begin in PAIRS):
-                return "", ""  # may become one
+                return "", ""  # may become the beginning of thoughts
             self._is_decided = True
             for begin, end in PAIRS.items():
                 if beginning.startswith(begin):
@@ -46,7 +46,7 @@ class Thoughts:
             before, found, after = self._held.partition(self._end)
             if not found:
                 n_open = next((n for n in range(len(self._end) - 1, 0, -1) if before.endswith(self._end[:n])), 0)
-                # what may be the end waits, and so do spaces that may be its
+                # hold back what may be the end marker, and spaces before it
                 n_sure = len(before[: len(before) - n_open].rstrip())
                 thoughts, self._held = before[:n_sure], before[n_sure:]
                 return self._stripped(thoughts), ""
@@ -56,12 +56,12 @@ class Thoughts:
         return thoughts, content
 
     def end(self) -> tuple[str, str]:
-        """What was held back, when nothing more comes."""
+        """Returns the thoughts and content that were held back, at the end."""
         held, self._held = self._held, ""
         return (held.rstrip(), "") if self._end else ("", held)
 
     def _stripped(self, text: str) -> str:
-        """Without the white space at the beginning of thoughts, and of what follows them."""
+        """Removes white space at the beginning of the thoughts and of the content after them."""
         if self._strips:
             text = text.lstrip()
             self._strips = not text

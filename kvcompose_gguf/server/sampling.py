@@ -1,4 +1,4 @@
-"""llama.cpp's samplers in llama-server's order (common/sampling.cpp), for one generation."""
+"""Runs llama.cpp's samplers for one generation, in llama-server's order (common/sampling.cpp)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 llama_cpp = library.load()
 
-#: stands for a random seed
+#: the seed that means: choose one at random
 RANDOM_SEED = 0xFFFFFFFF
 
-#: samplers by the names that requests have for them, and by the letters of the command line
+#: names of the samplers in requests, with their letters on the command line
 SAMPLERS = {
     "penalties": "e", "dry": "d", "top_n_sigma": "s", "top_k": "k", "typ_p": "y", "top_p": "p", "min_p": "m",
     "xtc": "x", "temperature": "t", "infill": "i", "adaptive_p": "a",
 }  # fmt: skip
 DEFAULT_SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 
-#: mirostat's window (common/sampling.cpp)
+#: mirostat's parameter m (common/sampling.cpp)
 MIROSTAT_M = 100
 
 TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -39,14 +39,14 @@ TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; names and defaults are llama-server's (common_params_sampling in common/common.h).
+    """Options of the samplers, with llama-server's names and defaults (common_params_sampling in common/common.h).
 
     Attributes:
-        samplers: that are applied, in this order, unless ``mirostat`` is 1 or 2.
-        logit_bias: what is added to the logits of tokens, minus infinity forbids one.
-        grammar: GBNF that the text has to follow, or empty.
+        samplers: names of the samplers, in the order to apply them. Ignored if ``mirostat`` is 1 or 2.
+        logit_bias: pairs of a token and the number to add to its logit. Minus infinity forbids the token.
+        grammar: a GBNF grammar that the text has to follow. Empty: none.
     Raises:
-        ConfigError: an option out of its range.
+        ConfigError: an option is out of range.
     """
 
     seed: int = RANDOM_SEED
@@ -86,9 +86,9 @@ class Sampling:
         if self.repeat_penalty <= 0:
             raise ConfigError(f"repeat_penalty={self.repeat_penalty} is not positive")
         if self.mirostat not in (0, 1, 2):
-            raise ConfigError(f"mirostat={self.mirostat} is none of 0, 1, 2")
+            raise ConfigError(f"mirostat={self.mirostat} is not 0, 1 or 2")
         if unknown := [name for name in self.samplers if name not in SAMPLERS]:
-            raise ConfigError(f"samplers={unknown} are not known, there are {', '.join(SAMPLERS)}")
+            raise ConfigError(f"samplers={unknown} are unknown: use {', '.join(SAMPLERS)}")
         for name in ("repeat_last_n", "dry_penalty_last_n"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
@@ -96,12 +96,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A token that was sampled.
+    """A sampled token.
 
     Attributes:
-        token: its number.
-        probability: that it had, or NaN if nobody asked.
-        best: the most probable tokens and their probabilities, falling.
+        token: the token's number.
+        probability: the token's probability, NaN if probabilities were not requested.
+        best: the most probable tokens with their probabilities, in falling order.
     """
 
     token: int
@@ -110,22 +110,22 @@ class Chosen:
 
 
 class Sampler:
-    """The samplers of one generation; they remember its tokens.
+    """The samplers of one generation, with their memory of its tokens.
 
     Args:
-        llama: whose logits are sampled.
+        llama: the ``Llama`` that has the logits.
         sampling: the options.
-        n_best: probabilities of so many most probable tokens come with every token.
-        after_sampling: these are what the samplers left, not the model's.
+        n_best: number of most probable tokens to return with every token.
+        after_sampling: return probabilities after the samplers, not the model's own.
     Raises:
-        ConfigError: the grammar cannot be read.
+        ConfigError: the grammar cannot be parsed.
     """
 
     def __init__(self, llama: Llama, sampling: Sampling, n_best: int = 0, after_sampling: bool = False) -> None:
         self._llama, self._n_best, self._after_sampling = llama, n_best, after_sampling
-        #: that was used, also if a random one was asked for
+        #: the seed in use, also if a random one was requested
         self.seed = secrets.randbits(32) if sampling.seed == RANDOM_SEED else sampling.seed
-        # llama.cpp allocates what these say, and a context has no more
+        # llama.cpp allocates memory for these, and a context has at most n_ctx tokens
         n_ctx = llama.n_ctx()
         sampling = replace(
             sampling, repeat_last_n=min(sampling.repeat_last_n, n_ctx),
@@ -147,22 +147,22 @@ class Sampler:
                 setattr(self, name, None)
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Count tokens of the prompt, as far back as the penalties look."""
+        """Tell the samplers the last tokens of the prompt, as many as the penalties use."""
         for token in tokens[max(0, len(tokens) - self._n_remembered) :]:
             llama_cpp.llama_sampler_accept(self._chain, token)
 
     def sample(self) -> Chosen:
-        """Choose the next token from the logits of the latest decode, and remember it.
+        """Returns the next token, sampled from the logits of the latest decode.
 
         Raises:
-            StateError: the grammar allows no token.
+            StateError: the samplers or the grammar leave no token.
         """
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._llama.ctx, -1), (self._llama.n_vocab(),))
         candidates = self._candidates(logits)
         llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(candidates))
         token = _selected(candidates)
         if self._grammar is not None and (token is None or not self._allows(token)):
-            # rejected: what the grammar leaves is sampled again
+            # rejected: sample again from the tokens that the grammar allows
             candidates = self._candidates(logits)
             llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(candidates))
             if not np.isfinite(_cells(candidates)["logit"]).any():
@@ -200,7 +200,7 @@ class Sampler:
         return llama_cpp.llama_token_data_array(data=data, size=len(self._cells), selected=-1, sorted=False)
 
     def _allows(self, token: int) -> bool:
-        """accept() of a token that the grammar forbids would end the process."""
+        """Returns whether the grammar allows a token. llama.cpp ends the process on accept() of a forbidden one."""
         one = llama_cpp.llama_token_data(token, 1.0, 0.0)
         candidates = llama_cpp.llama_token_data_array(data=ctypes.pointer(one), size=1, selected=-1, sorted=False)
         llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(candidates))
@@ -210,7 +210,7 @@ class Sampler:
         if not grammar:
             return None
         if "\0" in grammar:
-            raise ConfigError("failed to parse grammar: it has a zero byte")
+            raise ConfigError("failed to parse grammar: it contains a zero byte")
         sampler = llama_cpp.llama_sampler_init_grammar(self._vocab, grammar.encode("utf-8", "replace"), b"root")
         if not sampler:
             raise ConfigError("failed to parse grammar")
@@ -233,7 +233,7 @@ class Sampler:
             return samplers
         names = list(s.samplers)
         if "infill" in names and "top_k" not in names[: names.index("infill")]:
-            names.insert(0, "top_k")  # it compares every pair of tokens
+            names.insert(0, "top_k")  # the infill sampler compares every pair of tokens
         samplers += [self._make_one(name, s) for name in names if name != "adaptive_p"]
         if "adaptive_p" in s.samplers:
             last = llama_cpp.llama_sampler_init_adaptive_p(s.adaptive_target, s.adaptive_decay, self.seed)
@@ -268,14 +268,14 @@ class Sampler:
 
 
 def softmax(logits: npt.NDArray[np.float32]) -> FloatArray:
-    """Probabilities of logits ``(n_vocab,)``."""
+    """Returns the probabilities of logits ``(n_vocab,)``."""
     shifted = np.exp(logits - logits.max())
     probabilities: FloatArray = shifted / shifted.sum()
     return probabilities
 
 
 def _cells(candidates: Any) -> npt.NDArray[Any]:
-    """The candidates that samplers left, wherever they put them."""
+    """Returns the candidates that the samplers left, at the address where they put them."""
     address = ctypes.addressof(candidates.data.contents)
     buffer = (ctypes.c_uint8 * (candidates.size * TOKEN_DATA.itemsize)).from_address(address)
     return np.frombuffer(buffer, dtype=TOKEN_DATA)

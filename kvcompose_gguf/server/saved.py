@@ -1,4 +1,4 @@
-"""Slots on disk: session files (``kvcompose_gguf.sessions``) with what the server knows about a slot."""
+"""Saves slots as session files (``kvcompose_gguf.sessions``), with what the server knows about a slot."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Saved:
 
 @dataclass(frozen=True)
 class SlotFile:
-    """What a file of a slot says.
+    """Facts about the file of a slot.
 
     Attributes:
-        context: tokens of its compressed context; empty: its cache is a full one.
-        composed_by: how that was compressed (``choice_of``).
-        is_document: the context was compressed for itself.
-        n_tokens: tokens of the conversation.
-        n_bytes: size of the file.
+        context: tokens of the compressed context. Empty: the cache is a full one.
+        composed_by: the method that compressed it (``choice_of``).
+        is_document: whether /kv/compress made it.
+        n_tokens: tokens of the whole conversation, including the context.
+        n_bytes: bytes of the file.
     """
 
     context: tuple[int, ...]
@@ -40,7 +40,7 @@ class SlotFile:
 
 
 def save(llama: SlotLlama, file: Path, max_bytes: int | None = None) -> Saved:
-    """Write a slot's tokens and cache, for this user alone; the file is replaced when the new one is whole.
+    """Write a slot's tokens and cache, readable by this user only. The file appears when it is complete.
 
     Raises:
         StateError: the file cannot be written, or would have more than ``max_bytes``.
@@ -51,11 +51,11 @@ def save(llama: SlotLlama, file: Path, max_bytes: int | None = None) -> Saved:
 
 
 def restore(llama: SlotLlama, file: Path) -> Saved:
-    """Bring back what ``save`` wrote.
+    """Restore what ``save`` wrote.
 
     Raises:
-        StateError: there is no such file, it is damaged, of another model or setting, or too long for the slot; the
-            slot keeps what it has.
+        StateError: the file is missing, damaged, of another model or setting, or too long for the slot, and the slot's
+            cache is unchanged. Or llama.cpp refused the state, and the slot is empty.
     """
     with _told("restore"):
         info = llama.load_slot(file)
@@ -63,7 +63,7 @@ def restore(llama: SlotLlama, file: Path) -> Saved:
 
 
 def describe(llama: SlotLlama, file: Path) -> SlotFile:
-    """Return what a file says, wholly checked.
+    """Returns the facts about a file, after all of it was checked.
 
     Raises:
         StateError: as ``restore``.
@@ -78,7 +78,7 @@ def describe(llama: SlotLlama, file: Path) -> SlotFile:
 
 
 def n_tokens_of(file: Path) -> int:
-    """Return the tokens of a saved conversation, from the file's header alone.
+    """Returns the number of tokens in a saved conversation, from the file's header alone.
 
     Raises:
         StateError: it cannot be read.
@@ -89,7 +89,7 @@ def n_tokens_of(file: Path) -> int:
 
 @contextmanager
 def _told(action: str) -> Iterator[None]:
-    """Errors inside of the ``with`` begin as llama-server's do."""
+    """Errors raised inside of the ``with`` begin like llama-server's."""
     try:
         yield
     except StateError as error:

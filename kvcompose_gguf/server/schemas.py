@@ -1,4 +1,4 @@
-"""Bodies of requests, with llama-server's names, defaults and ranges (server-schema.cpp)."""
+"""Models of the request bodies, with llama-server's names, defaults and ranges (server-schema.cpp)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ INT_MAX = 2**31 - 1
 
 Count = Annotated[int, Field(ge=0, le=INT_MAX)]
 CountOrAll = Annotated[int, Field(ge=-1, le=INT_MAX)]
-#: tokens and texts, in any order
+#: a list of tokens and texts, mixed
 Mixed = list[int | str]
 
 
 class _Request(BaseModel):
-    """A body in which null is as good as nothing."""
+    """A request body. A field that is null counts as absent."""
 
     @model_validator(mode="before")
     @classmethod
@@ -24,7 +24,7 @@ class _Request(BaseModel):
 
 
 class PromptObject(BaseModel):
-    """A prompt that could have images beside it, which no model here can see."""
+    """A prompt that may contain images in llama-server. This server refuses images."""
 
     prompt_string: str | Mixed
     multimodal_data: list[str] | None = None
@@ -45,32 +45,31 @@ Share = Annotated[float, _clamped(0, 1)]
 
 
 class KVCompress(BaseModel):
-    """How a prompt's cache is compressed; not llama-server's.
+    """How to compress the cache of a prompt. llama-server does not have this.
 
-    Exactly one of ``ratio``, the fraction removed, ``n_kept``, tokens a layer, and ``max_kv_bytes``, or none: the
-    server's own budget.
+    Give at most one of ``ratio``, ``n_kept`` and ``max_kv_bytes``. Without one, the server's own budget is used.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     method: str | None = Field(
-        None, max_length=200, description="E.g. `kvcompose,scoring=window` or `snapkv`; the server's by default."
+        None, max_length=200, description="For example `kvcompose,scoring=window` or `snapkv`. Default: the server's."
     )
-    ratio: float | None = Field(None, ge=0, lt=1, description="Fraction of the entries that is removed.")
-    n_kept: float | None = Field(None, gt=0, description="Tokens kept per layer, on average.")
-    max_kv_bytes: int | None = Field(None, gt=0, description="Bytes that the kept rows may take.")
-    min_tokens: int | None = Field(None, ge=1, description="Shorter prompts are left as they are.")
-    keep_last: int | None = Field(None, ge=0, description="Last prompt tokens that are not compressed.")
+    ratio: float | None = Field(None, ge=0, lt=1, description="Fraction of the cache entries to remove.")
+    n_kept: float | None = Field(None, gt=0, description="Tokens to keep per layer, on average.")
+    max_kv_bytes: int | None = Field(None, gt=0, description="Maximum bytes of the rows that are kept.")
+    min_tokens: int | None = Field(None, ge=1, description="Shorter prompts are not compressed.")
+    keep_last: int | None = Field(None, ge=0, description="Number of last prompt tokens that are not compressed.")
 
 
 class StreamOptions(_Request):
-    """Of OpenAI's API."""
+    """``stream_options`` of OpenAI's API."""
 
     include_usage: bool = False
 
 
 class GenerationRequest(_Request):
-    """Fields of every request for text; what is absent or null is the server's default."""
+    """Fields of all generation requests. Absent fields have the server's defaults."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
@@ -126,23 +125,23 @@ class GenerationRequest(_Request):
     adaptive_decay: float | None = Field(None, ge=0, le=0.99)
     min_keep: Count | None = None
     kv_compress: KVCompress | bool | None = Field(
-        None, description="Not llama-server's: true or absent: as the server does it; false: not; or how."
+        None, description="Not in llama-server. true or absent: the server's options. false: none. Or an object."
     )
 
 
 class CompletionRequest(GenerationRequest):
-    """Of /completion and /v1/completions."""
+    """Body of /completion and /v1/completions."""
 
     prompt: Prompt
     kv_prefix: str | None = Field(
         None,
         max_length=64,
-        description="Not llama-server's: an id of /kv/compress, whose document comes before the prompt.",
+        description="Not in llama-server. An id from /kv/compress: its document is put before the prompt.",
     )
 
 
 class InfillRequest(GenerationRequest):
-    """Of /infill."""
+    """Body of /infill."""
 
     input_prefix: str
     input_suffix: str
@@ -172,7 +171,7 @@ CHOICES = [{"enum": ["auto", "none", "required"]}, _object("function", function=
 
 
 class ChatRequest(GenerationRequest):
-    """Of /v1/chat/completions; chat.py and tools.py check what is only described here, whose errors say more."""
+    """Body of /v1/chat/completions. chat.py and tools.py check messages and tools, with better error messages."""
 
     messages: Annotated[Any, WithJsonSchema({"type": "array", "items": MESSAGE})] = None
     tools: Annotated[Any, WithJsonSchema({"type": "array", "items": TOOL})] = None
@@ -190,7 +189,7 @@ class ChatRequest(GenerationRequest):
 
 
 class TokenizeRequest(_Request):
-    """Of /tokenize."""
+    """Body of /tokenize."""
 
     content: str | Mixed = ""
     add_special: bool = False
@@ -199,13 +198,13 @@ class TokenizeRequest(_Request):
 
 
 class DetokenizeRequest(_Request):
-    """Of /detokenize."""
+    """Body of /detokenize."""
 
     tokens: Annotated[list[int], Field(max_length=1 << 20)] = []
 
 
 class EmbeddingRequest(_Request):
-    """Of /embedding and /v1/embeddings."""
+    """Body of /embedding and /v1/embeddings."""
 
     input: Any = None
     content: Any = None
@@ -216,7 +215,7 @@ class EmbeddingRequest(_Request):
 
 
 class CompressRequest(_Request):
-    """Of /kv/compress."""
+    """Body of /kv/compress."""
 
     prompt: str | Mixed = Field(description="The document that later prompts begin with.")
     kv_compress: KVCompress | None = None

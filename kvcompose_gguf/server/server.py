@@ -1,10 +1,11 @@
-"""A model behind routes: what they share."""
+"""The state that all routes share: options, engine, metrics, chat template."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
@@ -29,11 +30,11 @@ T = TypeVar("T")
 
 
 class Server:
-    """A model behind routes.
+    """The state that all routes share.
 
     Args:
-        options: what it is started with.
-        engine: of the model's slots; it is closed with the application.
+        options: the server's options.
+        engine: the model's slots. The application closes it.
     """
 
     def __init__(self, options: ServeOptions, engine: Engine) -> None:
@@ -55,7 +56,7 @@ class Server:
         return chat.ChatTemplate(source, bos, eos, self.llama.adds_bos)
 
     def text(self, token: int) -> str:
-        """A token's text, of control tokens too; empty if the model does not have it."""
+        """Returns the text of a token, also of a control token. Empty if ``token`` is negative: the model has none."""
         return self.llama.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
     #
@@ -63,7 +64,7 @@ class Server:
     #
 
     def generation(self, request: GenerationRequest, tokens: Sequence[int], grammar: str | None = None) -> Generation:
-        """What a request wants, checked as far as it can be without a slot."""
+        """Returns the generation for a request, checked as far as possible without a slot."""
         if len(tokens) >= self.llama.n_ctx():
             raise self.too_long(tokens)
         what = self.reader.generation(request, tokens, grammar)
@@ -74,12 +75,12 @@ class Server:
         return what
 
     def prompts(self, request: CompletionRequest) -> list[tuple[int, ...]]:
-        """Tokens of every prompt of a request, behind the document that it names."""
+        """Returns the tokens of every prompt of a request, with the document of ``kv_prefix`` before each."""
         before = self.prefixes.tokens(request.kv_prefix) if request.kv_prefix is not None else ()
         return [(*before, *tokens) for tokens in self.reader.prompts(request.prompt, begin=not before)]
 
     def too_long(self, tokens: Sequence[int]) -> ApiError:
-        """What is said of a prompt that does not fit."""
+        """Returns the error for a prompt that does not fit into a slot."""
         n_ctx = self.llama.n_ctx()
         return ApiError(
             400, f"request ({len(tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
@@ -87,10 +88,10 @@ class Server:
         )  # fmt: skip
 
     def abouts(self, request: GenerationRequest, asked: Sequence[Generation]) -> list[About]:
-        """What the answers to a request say, ``n`` for each generation.
+        """Returns an ``About`` for every answer to a request, ``n`` for each generation.
 
         Raises:
-            ApiError: more than there are slots.
+            ApiError: ``n`` is larger than the number of slots.
         """
         n, n_slots = request.n or 1, len(self.engine.slots)
         if n > n_slots:
@@ -108,26 +109,28 @@ class Server:
         ]  # fmt: skip
 
     async def aside(self, function: Callable[..., T], *args: Any) -> T:
-        """The result of what may take long, while others are served."""
+        """Returns the result of a function that may take long. It runs in a thread, so that others are served."""
         return await asyncio.to_thread(function, *args)
 
-    async def events(self, what: Generation, id_slot: int = -1) -> AsyncIterator[tuple[int, Step]]:
-        """As ``steps``, counted."""
-        async for slot, step in steps(self.engine, what, id_slot):
-            if isinstance(step, End):
-                self.metrics.count(step)
-            yield slot, step
+    async def events(self, what: Generation, id_slot: int = -1) -> AsyncGenerator[tuple[int, Step], None]:
+        """Yields the steps of a generation as ``service.steps`` does, and adds its end to the metrics."""
+        async with aclosing(steps(self.engine, what, id_slot)) as told:
+            async for slot, step in told:
+                if isinstance(step, End):
+                    self.metrics.count(step)
+                yield slot, step
 
     async def finish(self, what: Generation, id_slot: int) -> tuple[int, End]:
-        """The end of a generation."""
-        async for slot, step in self.events(what, id_slot):
-            if isinstance(step, End):
-                return slot, step
+        """Returns the number of the slot and the end of a generation, when the slot is idle."""
+        async with aclosing(self.events(what, id_slot)) as told:
+            async for slot, step in told:
+                if isinstance(step, End):
+                    return slot, step
         raise ApiError(500, "the generation has no end")
 
 
 def _child(what: Generation, k: int) -> Generation:
-    """One of several answers to the same prompt: each has its own seed, unless they are random."""
+    """Returns the generation of the k-th answer to a prompt: with its own seed, unless seeds are random."""
     if k == 0 or what.sampling.seed == RANDOM_SEED:
         return what
     return replace(what, sampling=replace(what.sampling, seed=(what.sampling.seed + k) % 2**32))
@@ -138,5 +141,5 @@ async def _server_of(http: Request) -> Server:
     return server
 
 
-#: of a route's parameter: the server behind it
+#: type of the route parameter that receives the server
 Serving = Annotated[Server, Depends(_server_of)]

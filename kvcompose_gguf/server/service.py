@@ -1,28 +1,31 @@
-"""Generations for any number of clients: an event loop on one side, slots with their threads on the other."""
+"""Runs generations and other jobs for HTTP handlers: the event loop waits here for the threads of the slots.
+
+Guaranteed order: the slot of a job is idle before the handler gets the job's result or error. (If another job waits for
+the slot, that job has it by then.) So no answer leaves before its slot is idle, and the client's next request finds the
+slot with its cache.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Any
 
 from ..errors import KVComposeError
 from .engine import Engine, Job
 from .errors import api_error
 from .generation import End, Generation, Progress, Token, generate
-from .slots import Slot
-
-T = TypeVar("T")
+from .slots import Busy, Slot
 
 Step = Progress | Token | End
 
 
 async def run(engine: Engine, job: Job) -> Any:
-    """The result of a job; to stop waiting ends it.
+    """Returns a job's result, after its slot is idle. Cancelling this call cancels the job.
 
     Raises:
-        ApiError: what the client is told.
+        ApiError: the job failed, the queue is full, or there is no such slot.
     """
     try:
         engine.submit(job)
@@ -30,34 +33,54 @@ async def run(engine: Engine, job: Job) -> Any:
     except KVComposeError as error:
         raise api_error(error) from error
     finally:
-        job.cancel()
+        await _stopped(job)
 
 
-async def steps(engine: Engine, what: Generation, id_slot: int = -1) -> AsyncIterator[tuple[int, Step]]:
-    """What happens in a generation, and in which slot; to stop listening ends it.
+async def steps(engine: Engine, what: Generation, id_slot: int = -1) -> AsyncGenerator[tuple[int, Step], None]:
+    """Yields the steps of a generation, each with the number of its slot.
+
+    ``Progress`` and ``Token`` come while the slot works. ``End`` comes, or an error is raised, after the slot is idle.
+    Closing the generator cancels the generation, and returns when the slot is idle: use ``contextlib.aclosing``.
 
     Raises:
-        ApiError: what the client is told.
+        ApiError: the generation failed, the queue is full, or there is no such slot.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Step] | None]()
 
     def tell(item: tuple[int, Step] | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and who listened with it
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
-    def work(slot: Slot) -> None:
-        end = generate(slot, what, lambda step: tell((slot.id, step)))
-        tell((slot.id, end))
+    def work(slot: Slot) -> tuple[int, End]:
+        return slot.id, generate(slot, what, lambda step: tell((slot.id, step)))
 
     job = Job(work, what.tokens, id_slot, what.n_most(engine.llama.n_ctx()), what.method, what.reuse)
-    job.future.add_done_callback(lambda future: tell(None))
+    job.future.add_done_callback(lambda future: tell(None))  # the engine has released the slot before
     try:
         engine.submit(job)
         while (item := await queue.get()) is not None:
             yield item
-        if not job.future.cancelled() and (error := job.future.exception()) is not None:
+        if job.future.cancelled():
+            raise Busy("the server is about to end")
+        if (error := job.future.exception()) is not None:
             raise api_error(error) from error
-    except KVComposeError as error:
-        raise api_error(error) from error
+        yield job.future.result()
+    except KVComposeError as refused:
+        raise api_error(refused) from refused
     finally:
-        job.cancel()
+        await _stopped(job)
+
+
+async def _stopped(job: Job) -> None:
+    """Cancel a job if it is not done, and return when no slot works on it."""
+    job.cancel()
+    if job.future.done():
+        return
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_done(future: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(done.set)
+
+    job.future.add_done_callback(on_done)
+    await done.wait()

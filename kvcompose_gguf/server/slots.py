@@ -1,4 +1,4 @@
-"""Conversations side by side: each has its own cache, all have the same weights, and their decodes take turns."""
+"""Slots: each has its own cache and thread. All share the weights, and their decodes run one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import KVComposeError, UnsupportedError
 from ..kernels.types import FloatArray
 from ..llama import Llama
 from ..methods import Method
-from ..methods.base import choice_of
+from ..methods.base import choice_of, has_grown
 from ..native import library
 from ..report import KVReport
 from ..sessions import SessionInfo
@@ -26,38 +26,38 @@ T = TypeVar("T")
 
 
 class Cancelled(KVComposeError):
-    """Nobody waits for the result any more."""
+    """The job was cancelled: nobody waits for its result."""
 
 
 class TimedOut(KVComposeError):
-    """A request has taken as long as it may."""
+    """The job has passed its deadline."""
 
 
 class Busy(KVComposeError):
-    """All slots work and the queue is full."""
+    """The queue is full, or the server is stopping."""
 
 
 class Turns:
-    """One thread that computes for all: who has waited longest is next, and nobody's threads wait beside another's."""
+    """Runs all decodes on one thread, in arrival order, so that llama.cpp's thread pools never compete."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "compute")
 
     def run(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns, or raises, when its turn has come."""
+        """Run ``function`` when its turn comes; returns or raises what it does."""
         return self._thread.submit(function).result()
 
     def close(self) -> None:
-        """Wait for what runs."""
+        """Wait for the decodes that were submitted."""
         self._thread.shutdown()
 
 
 class SlotLlama(Llama):
-    """A ``Llama`` whose decodes go through a function.
+    """A ``Llama`` that passes its decodes to a function.
 
     Args:
-        decode_through: is called with every decode and the number of its tokens, and has to call it.
-        weights_of: whose weights it uses, which has to live longer; None: it loads its own.
+        decode_through: called with every decode and its number of tokens. It has to call the decode.
+        weights_of: the ``Llama`` to share weights with. It has to be closed after this one. None: load the weights.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SlotLlama(Llama):
             super().__init__(model_path, **kwargs)
         decode = self._ctx.decode
         self._ctx.decode = lambda batch: decode_through(lambda: decode(batch), batch.n_tokens())
-        #: the context is a document that was compressed for itself, and stays however much follows it
+        #: /kv/compress made the context: it is never compressed again, however much follows it
         self.is_document = False
 
     @property
@@ -82,7 +82,7 @@ class SlotLlama(Llama):
 
     @property
     def composed_by(self) -> str:
-        """How the context was compressed (``choice_of``); empty: the cache is a full one."""
+        """The method of the compressed context, as text (``choice_of``). Empty: nothing is compressed."""
         return "" if self._composed is None else self._composed.choice
 
     @property
@@ -108,24 +108,24 @@ class SlotLlama(Llama):
         return info
 
     def cached_tokens(self) -> list[int]:
-        """Tokens that a prompt may begin with to be continued, those of a compressed context included."""
+        """Returns the tokens in the cache, including those of a compressed context."""
         return [int(token) for token in self._input_ids]
 
     def begins(self, tokens: Sequence[int], context: Sequence[int]) -> bool:
-        """Whether a prompt's text begins with the text of ``context``."""
+        """Returns whether a prompt's text begins with the text of ``context``."""
         return tuple(tokens[: len(context)]) == tuple(context) or self._at_seam(list(tokens), context) is not None
 
     def joined(self, tokens: Sequence[int]) -> list[int]:
-        """A prompt's tokens so that they begin with the compressed context, if its text does."""
+        """Returns a prompt's tokens, changed to begin with the compressed context if the text does."""
         return (self._at_seam(list(tokens)) if self._composed is not None else None) or list(tokens)
 
     def n_reusable(self, tokens: Sequence[int]) -> int:
-        """Tokens of a prompt that need not be evaluated, however the context was compressed."""
+        """Returns how many tokens of a prompt are in the cache, whatever method compressed it."""
         n_same = min(seam.common_prefix(self.cached_tokens(), self.joined(tokens)), max(0, len(tokens) - 1))
         return 0 if n_same < self.n_context else n_same
 
     def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
-        """Tokens of a prompt that ``read`` will not evaluate."""
+        """Returns how many tokens of a prompt ``read`` will not evaluate."""
         if self.n_context:
             if self.composed_by != choice_of(method):
                 return 0
@@ -134,12 +134,12 @@ class SlotLlama(Llama):
         return self.n_reusable(tokens)
 
     def read(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> int:
-        """Bring a prompt into the cache, compressed by ``method``, up to the logits of its last token.
+        """Read a prompt into the cache, compressed by ``method``, up to the logits of its last token.
 
-        A context that another method has compressed is read again, and so is one that ``has_grown``.
+        If another method compressed the context, or the conversation ``has_grown``, the prompt is read again.
 
         Returns:
-            How many of its tokens were there already.
+            How many of the prompt's tokens were in the cache.
         """
         if self.kv_compressor != method:
             self.kv_compressor = method
@@ -152,7 +152,7 @@ class SlotLlama(Llama):
             n_before = self.n_context - self.kv_report.n_prefilled
         n_same = self.n_reusable(tokens)
         if self._composed is not None and self._composed.windows is not None and n_same < self.n_tokens:
-            self._back_to_context()  # sliding windows can go back to the context's end, and nowhere else
+            self._back_to_context()  # sliding windows can only go back to the end of the context
             n_same = self.n_context
         if not n_same or not self._forget_after(n_same):
             self.reset()
@@ -161,7 +161,7 @@ class SlotLlama(Llama):
         return min(n_before, n_same)
 
     def compress_prompt(self, tokens: Sequence[int], method: Method) -> KVReport:
-        """Leave a cache that prompts continue which begin with ``tokens``."""
+        """Compress a document, so that prompts that begin with ``tokens`` continue it; returns the report."""
         if self.kv_compressor != method:
             self.kv_compressor = method
         if self._compressed != list(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
@@ -171,9 +171,9 @@ class SlotLlama(Llama):
         return self.kv_report
 
     def _forget_after(self, n_tokens: int) -> bool:
-        """Whether the cache holds exactly the first ``n_tokens`` now."""
+        """Truncate the cache to ``n_tokens``; returns whether that was possible."""
         if self.n_context and not self.can_truncate:
-            # windows that go back to the context's end have been brought there, others hold all that there is
+            # sliding windows are at the end of the context already, or they still hold everything
             self._requires_eval = True
             if n_tokens < self.n_tokens and not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
                 return False
@@ -187,14 +187,15 @@ class SlotLlama(Llama):
 
 @dataclass
 class Task:
-    """What a slot is doing, or did last, for /slots; the slot's thread writes it, anybody reads.
+    """The current or latest work of a slot, for /slots. Only the slot's thread writes it.
 
     Attributes:
         id: number of the job.
-        about: what is generated, or None.
-        n_cached, n_processed: tokens of the prompt that were there, and that were evaluated.
+        about: the generation. None: another kind of job.
+        n_cached: prompt tokens that were in the cache.
+        n_processed: prompt tokens that were evaluated.
         n_decoded: tokens generated.
-        has_new_line: one of them ended a line.
+        has_new_line: whether the text contains a line end.
     """
 
     id: int
@@ -206,18 +207,20 @@ class Task:
 
 
 class Slot:
-    """A cache that one request at a time works on.
+    """A cache with its own thread. One job at a time uses it.
 
     Attributes:
-        id: its number.
-        llama: its context.
-        check: raises if the work of the present request is of no use any more; called before every decode.
-        on_decode: told the tokens of every decode that is done.
-        n_decodes: decodes so far.
-        kv_bytes: of its cache, when it was last looked at in a thread that may.
-        reserved: bytes that the present request's cache may take.
-        busy_since: seconds on ``time.monotonic``'s clock, or None: it is idle.
-        task: the present one, or the last; None: it never had one.
+        id: number of the slot.
+        llama: the slot's context.
+        check: called before every decode. It raises if the job is cancelled or late.
+        on_decode: called after every decode, with its number of tokens.
+        n_decodes: number of decodes so far.
+        kv_bytes: bytes of the cache at the last ``look``.
+        reserved: maximum bytes of the cache during the current job.
+        busy_since: time on ``time.monotonic``'s clock when the current job started. None: the slot is idle.
+        last_used: time on the same clock when the last job ended.
+        task: the current or latest work. None: there was none.
+        forgets: future of the latest eviction of the cache. None: there was none.
     """
 
     def __init__(
@@ -231,17 +234,18 @@ class Slot:
         self.last_used = 0.0
         self.reserved = 0
         self.task: Task | None = None
+        self.forgets: Future[None] | None = None
         self._turns = turns
         self._thread = ThreadPoolExecutor(1, f"slot-{number}")
         self.llama = SlotLlama(str(model_path), decode_through=self._decode, weights_of=weights_of, **kwargs)
         self.look()
 
     def start(self, work: Callable[[Slot], None]) -> Future[None]:
-        """Do ``work`` in the slot's own thread, after what it does now."""
+        """Run ``work`` in the slot's thread, after the work that is there."""
         return self._thread.submit(work, self)
 
     def close(self, last: Callable[[SlotLlama], None] | None = None) -> None:
-        """Wait for its work, and free its cache, after ``last`` was called with it."""
+        """Wait for the slot's work, call ``last`` with the context, and free the context."""
         self._thread.shutdown()
         if last is not None:
             last(self.llama)
@@ -259,41 +263,38 @@ class Slot:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it can take a request."""
+        """Whether the slot can take a job."""
         return self.busy_since is None
 
+    def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
+        """Returns how many tokens of a prompt an idle slot need not evaluate: 0 while its thread empties the cache."""
+        is_forgetting = self.forgets is not None and not self.forgets.done()
+        return 0 if is_forgetting else self.llama.n_continued(tokens, method)
+
     def look(self) -> None:
-        """Count the cache's bytes, while nothing changes it; 0 of models that cannot be compressed."""
+        """Set ``kv_bytes``. Call it only while nothing changes the cache. Stays 0 for models without compression."""
         with contextlib.suppress(UnsupportedError):
             self.kv_bytes = self.llama.kv_bytes
 
     def forget(self) -> None:
-        """Empty its cache, which nobody works on."""
+        """Empty the cache. The slot has to be idle."""
         self.llama.reset()
         self.look()
 
     def occupy(self, n_bytes: int, id_task: int) -> None:
-        """Take it for a request whose cache may take so many bytes."""
+        """Make the slot busy with a job, with a cache of at most ``n_bytes``."""
         self.busy_since, self.reserved, self.task = time.monotonic(), n_bytes, Task(id_task)
 
     def release(self) -> None:
-        """Give it back."""
+        """Make the slot idle. The engine calls this before it sets the job's result."""
         self.busy_since, self.last_used = None, time.monotonic()
         self.check, self.on_decode = lambda: None, lambda n_tokens: None
         self.look()
 
 
-def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
-    """Whether more follows a compressed context than it has: then all of it is compressed again.
-
-    So a conversation that grows is read three times at most, and less than about half of it is there in full.
-    """
-    return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
-
-
 @contextlib.contextmanager
 def _borrowed_weights(owner: Llama | None) -> Iterator[None]:
-    """Llama objects made inside of the ``with`` take ``owner``'s weights, and do not free them."""
+    """Inside of the ``with``, new ``Llama`` objects share ``owner``'s weights and do not free them."""
     if owner is None:
         yield
         return
@@ -303,7 +304,7 @@ def _borrowed_weights(owner: Llama | None) -> Iterator[None]:
     def borrow(**kwargs: Any) -> Any:
         model = original.__new__(original)
         model.__dict__.update(owner._model.__dict__)
-        model._exit_stack = contextlib.ExitStack()  # what close() closes: nothing
+        model._exit_stack = contextlib.ExitStack()  # close() frees nothing
         return model
 
     internals.LlamaModel = borrow

@@ -1,10 +1,10 @@
-"""Server-sent events, of one answer or several."""
+"""Sends answers: server-sent events, several generations at a time, and clients that disconnect."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -14,29 +14,35 @@ from .errors import ApiError
 
 T = TypeVar("T")
 
-#: seconds between two looks at whether a client is still there
+#: seconds between two checks whether the client has disconnected
 POLL_SECONDS = 0.2
 
 
 class JSONResponse(Response):
-    """As Starlette's; halves of characters, which JSON can name and no text can have, are replaced."""
+    """A JSON response that replaces lone surrogates: JSON can contain them, UTF-8 cannot."""
 
     media_type = "application/json; charset=utf-8"
 
     def render(self, content: Any) -> bytes:
-        """Of anything that JSON has."""
+        """Returns ``content`` as JSON."""
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-async def event_stream(http: Request, chunks: AsyncIterator[dict[str, Any]], done: bool) -> StreamingResponse:
-    """Server-sent events; what goes wrong before the first of them is an ordinary error."""
+async def event_stream(
+    http: Request, chunks: AsyncGenerator[dict[str, Any], None], done: bool
+) -> StreamingResponse:
+    """Returns server-sent events of ``chunks``; an error before the first chunk is an ordinary error response.
+
+    Args:
+        done: the last event is ``[DONE]``.
+    """
     try:
         first = await while_connected(http, anext(chunks))
     except BaseException:
-        await chunks.aclose()  # type: ignore[attr-defined]
+        await chunks.aclose()
         raise
 
-    async def lines() -> AsyncIterator[bytes]:
+    async def lines() -> AsyncGenerator[bytes, None]:
         try:
             yield _event(first)
             async for chunk in chunks:
@@ -46,29 +52,44 @@ async def event_stream(http: Request, chunks: AsyncIterator[dict[str, Any]], don
         except ApiError as error:
             yield _event(error.body())
         finally:
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await _to_its_end(chunks.aclose())
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
+async def _to_its_end(cleanup: Coroutine[Any, Any, None]) -> None:
+    """Run ``cleanup``, which goes on in a task of its own if this call is cancelled.
+
+    When a client disconnects, Starlette cancels the task that sends, at every ``await``, so also in ``finally``.
+    """
+    task = asyncio.ensure_future(cleanup)
+    _cleanups.add(task)
+    task.add_done_callback(_cleanups.discard)
+    await asyncio.shield(task)
+
+
+#: tasks that nobody may wait for; the event loop itself keeps weak references only
+_cleanups: set[asyncio.Future[None]] = set()
+
+
 async def while_connected(http: Request, work: Awaitable[T]) -> T:
-    """The result of ``work``, which ends if the client goes.
+    """Returns the result of ``work``. Cancels it, and waits for its end, if the client disconnects.
 
     Raises:
-        ApiError: it has gone; nobody reads that.
+        ApiError: the client has disconnected. Nobody receives this.
     """
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=POLL_SECONDS))[0]:
             if await http.is_disconnected():
-                raise ApiError(499, "the client has gone")
+                raise ApiError(499, "the client has disconnected")
         return task.result()
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
-#: characters that end a line for some clients, in the middle of an event
+#: characters that some clients take for the end of a line
 LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
@@ -77,11 +98,16 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
-async def merged(streams: Iterable[AsyncIterator[dict[str, Any]]], n_most: int) -> AsyncIterator[dict[str, Any]]:
-    """Whatever comes first of several streams, ``n_most`` of which run at a time."""
+async def merged(
+    streams: Iterable[AsyncGenerator[dict[str, Any], None]], n_most: int
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Yields the items of several streams as they come. Runs at most ``n_most`` streams at a time.
+
+    When one stream raises, or this generator is closed, all streams are closed first, so that their slots are idle.
+    """
     left = list(streams)
     every = list(left)
-    waiting: dict[asyncio.Future[dict[str, Any]], AsyncIterator[dict[str, Any]]] = {}
+    waiting: dict[asyncio.Future[dict[str, Any]], AsyncGenerator[dict[str, Any], None]] = {}
     try:
         while left or waiting:
             while left and len(waiting) < n_most:
@@ -96,15 +122,24 @@ async def merged(streams: Iterable[AsyncIterator[dict[str, Any]]], n_most: int) 
                     continue
                 waiting[asyncio.ensure_future(anext(stream))] = stream
     finally:
-        for future in waiting:
-            future.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for stream in every:
-            await stream.aclose()  # type: ignore[attr-defined]
+        await _to_its_end(_close_all(every, list(waiting)))
+
+
+async def _close_all(
+    streams: Iterable[AsyncGenerator[dict[str, Any], None]], waiting: Iterable[asyncio.Future[dict[str, Any]]]
+) -> None:
+    for future in waiting:
+        future.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    for stream in streams:
+        await stream.aclose()
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]], n_most: int) -> list[T]:
-    """Results of all of ``work``, ``n_most`` of it at a time; what one of them raises ends the others."""
+    """Returns the results of all of ``work``, in order. Runs at most ``n_most`` of it at a time.
+
+    When one raises, the others are cancelled and have ended before this raises.
+    """
     turns = asyncio.Semaphore(n_most)
 
     async def in_turn(one: Coroutine[Any, Any, T]) -> T:

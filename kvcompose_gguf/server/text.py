@@ -1,4 +1,4 @@
-"""Text out of tokens: characters that are whole, and nothing of a stop text."""
+"""Makes text from tokens: only whole characters, and nothing of a stop string."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 class TextStream:
     """The text of a generation, as far as it is certain.
 
-    Tokens may end inside of a character, and what looks like the beginning of a stop text may turn out to be one:
-    both are held back until the next token decides.
+    A token may end inside of a character, and a text may be the beginning of a stop string. Both are held back until
+    later tokens decide.
 
     Args:
-        stops: texts that end the generation; they are no part of it.
+        stops: stop strings. They end the generation and are not part of its text.
     Attributes:
-        text: all that may be shown, so far.
-        stop: the stop text that was found, or None.
+        text: the text that can be shown, so far.
+        stop: the stop string that was found, or None.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -27,7 +27,7 @@ class TextStream:
         self.stop: str | None = None
 
     def add(self, piece: bytes) -> str:
-        """What may be shown now that ``piece``, the bytes of a token, has come; sets ``stop``."""
+        """Add the bytes of a token; returns the text that can be shown now. Sets ``stop`` if there is a stop string."""
         if self.stop is not None:
             return ""
         self._held += self._decoder.decode(piece)
@@ -38,7 +38,7 @@ class TextStream:
         return self._show(len(self._held) - self._n_uncertain())
 
     def end(self) -> str:
-        """What was held back, now that no more tokens come; a character that is not whole becomes U+FFFD."""
+        """Returns the text that was held back, at the end. An incomplete character becomes U+FFFD."""
         if self.stop is not None:
             return ""
         self._held += self._decoder.decode(b"", final=True)
@@ -46,7 +46,7 @@ class TextStream:
 
     @property
     def is_whole(self) -> bool:
-        """Nothing is held back."""
+        """Whether nothing is held back."""
         return not self._held and not self._decoder.getstate()[0]
 
     def _show(self, n: int, drop: bool = False) -> str:
@@ -55,7 +55,7 @@ class TextStream:
         return shown
 
     def _n_uncertain(self) -> int:
-        """Characters at the end that a stop text begins with."""
+        """Returns the number of characters at the end that may begin a stop string."""
         longest = max(map(len, self._stops), default=1) - 1
         for n in range(min(longest, len(self._held)), 0, -1):
             end = self._held[-n:]

@@ -1,4 +1,4 @@
-"""Tools that a model may call, and the calls in what it says."""
+"""Checks tools and finds tool calls in the model's text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .errors import invalid, not_supported
 
 CALL_END = "</tool_call>"
 
-#: the beginning of a call, up to its arguments
+#: matches a call up to its arguments
 CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
 
 def check_tools(
     tools: Any, tool_choice: Any, template: ChatTemplate | BuiltinTemplate
 ) -> tuple[list[dict[str, Any]], str]:
-    """Tools, and ``"auto"``, ``"none"``, ``"required"`` or the name of one that is to be called.
+    """Returns the tools that may be called, and the choice: ``"auto"``, ``"none"`` or ``"required"``.
 
     Raises:
-        ApiError: they are not what OpenAI's API allows, or the model's template has none.
+        ApiError: the tools do not fit OpenAI's API, or the model's template does not support tools.
     """
     if not tools:
         return [], "none"
@@ -41,15 +41,15 @@ def check_tools(
     if choice not in ("auto", "none", "required"):
         raise invalid(f"Invalid tool_choice: {choice}")
     if not template.has_tools:
-        raise not_supported("tools are not supported: the model's chat template has none")
+        raise not_supported("tools are not supported: the model's chat template does not use them")
     return tools, choice
 
 
 def call_schema(tools: list[dict[str, Any]], key: str = "arguments") -> dict[str, Any]:
-    """JSON schema of a call of one of ``tools``, whose arguments are called ``key``."""
+    """Returns the JSON schema of a call to one of ``tools``, with the arguments under the name ``key``."""
     definitions, calls = {}, []
     for number, tool in enumerate(tools):
-        # a schema of its own, whose references are to itself
+        # every schema refers to its own definitions
         where = f"#/$defs/{number}"
         definitions[str(number)] = _moved(tool["function"].get("parameters") or {"type": "object"}, where)
         properties = {"name": {"const": tool["function"]["name"]}, key: {"$ref": where}}
@@ -58,7 +58,7 @@ def call_schema(tools: list[dict[str, Any]], key: str = "arguments") -> dict[str
 
 
 def _moved(schema: Any, where: str) -> Any:
-    """A schema with its references to itself as they are when it is found at ``where``."""
+    """Returns a schema with its references changed for its new place ``where``."""
     if isinstance(schema, list):
         return [_moved(item, where) for item in schema]
     if not isinstance(schema, dict):
@@ -70,7 +70,7 @@ def _moved(schema: Any, where: str) -> Any:
 
 
 def _calls(text: str) -> list[dict[str, Any]]:
-    """The calls that a text is as JSON, one or a list of them; none if it is anything else."""
+    """Returns the calls in a JSON text, which is one call or a list. Empty if it is anything else."""
     try:
         found = json.loads(text)
         return [_call(call) for call in (found if isinstance(found, list) else [found])]
@@ -79,21 +79,21 @@ def _calls(text: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    """A call in OpenAI's form; one of several exceptions if it is none."""
+    """Returns a call in OpenAI's form. Raises one of several exceptions if ``call`` is not a call."""
     name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
     if not isinstance(name, str):
-        raise ValueError("a name is a text")
+        raise ValueError("the name of a call has to be a string")
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"type": "function", "function": {"name": name, "arguments": text}, "id": random_id()}
 
 
 class BareCalls:
-    """Deltas of a message that is a call or several, as JSON, or else content: Llama's and Mistral's form.
+    """Makes deltas of a text that is a call or a list of calls as JSON, or content: the form of Llama and Mistral.
 
     Args:
-        names: of the tools that may be called.
+        names: names of the tools that may be called.
     Attributes:
-        n_calls: calls so far.
+        n_calls: number of calls so far.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -102,7 +102,7 @@ class BareCalls:
         self._is_content = False
 
     def add(self, text: str) -> list[dict[str, Any]]:
-        """What is certain now that ``text`` has come."""
+        """Returns the deltas that are certain after ``text``."""
         if not self._is_content:
             self._held += text
             beginning = self._held.lstrip()
@@ -112,7 +112,7 @@ class BareCalls:
         return [{"content": text}] if text else []
 
     def end(self) -> list[dict[str, Any]]:
-        """What was held back, when nothing more comes."""
+        """Returns the deltas of the text that was held back, at the end."""
         if self._is_content or not self._held:
             return []
         calls = _calls(self._held)
@@ -123,10 +123,10 @@ class BareCalls:
 
 
 class CallStream:
-    """Deltas of a message out of a text that comes in pieces: content, and calls while they are written.
+    """Makes deltas of a streamed text: content, and tagged calls while the model writes them.
 
     Attributes:
-        n_calls: calls so far.
+        n_calls: number of calls so far.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,7 @@ class CallStream:
         self._strips = False
 
     def add(self, text: str) -> list[dict[str, Any]]:
-        """What is certain now that ``text`` has come."""
+        """Returns the deltas that are certain after ``text``."""
         self._held += text
         out: list[dict[str, Any]] = []
         while (delta := self._next()) is not None:
@@ -143,16 +143,16 @@ class CallStream:
         return out
 
     def end(self) -> list[dict[str, Any]]:
-        """What was held back, when nothing more comes."""
+        """Returns the deltas of the text that was held back, at the end."""
         if self._arguments is not None and self._arguments.is_closed:
             self._held = self._held.lstrip(" \t\r\n}")
         held, self._held = self._held, ""
-        # a call that lacks nothing but its end is one
+        # accept a call without its end tag
         calls = _calls(held.removeprefix(CALL_BEGIN)) if held.startswith(CALL_BEGIN) else []
         return [self._begin(call) for call in calls] or ([{"content": held}] if held else [])
 
     def _next(self) -> dict[str, Any] | None:
-        """The next delta, empty if there is only more to look at, or None: more text is needed."""
+        """Returns the next delta. Empty: there is none, but text is left. None: more text is needed."""
         if self._arguments is not None:
             n = self._arguments.take(self._held)
             part, self._held = self._held[:n], self._held[n:]
@@ -182,7 +182,7 @@ class CallStream:
         return self._whole(inside)
 
     def _close(self) -> dict[str, Any] | None:
-        """Behind the arguments: the call's own brace and its end, which a model may forget."""
+        """Skip the call's closing brace and end tag, which a model may forget."""
         rest = self._held.lstrip(" \t\r\n}")
         if CALL_END.startswith(rest):
             if rest != CALL_END:
@@ -192,7 +192,7 @@ class CallStream:
         return {}
 
     def _whole(self, inside: str) -> dict[str, Any] | None:
-        """A call in another order than the usual, when it is complete; what is none is content."""
+        """Returns a complete call with its fields in an unusual order. Text that is not a call is content."""
         if CALL_END not in inside:
             return None
         inside, _, self._held = inside.partition(CALL_END)
@@ -209,14 +209,14 @@ class CallStream:
 
 
 class _Braces:
-    """Where a JSON object ends whose text comes in pieces."""
+    """Finds the end of a JSON object in a streamed text."""
 
     def __init__(self) -> None:
         self._depth, self._in_string, self._is_escaped = 0, False, False
         self.is_closed = False
 
     def take(self, text: str) -> int:
-        """Characters of ``text`` that are the object's."""
+        """Returns how many characters of ``text`` belong to the object."""
         if self.is_closed:
             return 0
         for n, character in enumerate(text, 1):

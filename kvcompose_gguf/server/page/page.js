@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 let messages = [];
-let asking = null; // what stops the answer that is being written
+let asking = null; // aborts the current request
 
 function headers() {
   const key = at("key").value.trim();
@@ -28,7 +28,7 @@ function show(kind, text) {
   return element;
 }
 
-// chunks of server-sent events, of which a network packet may hold a part or several
+// yields the chunks of server-sent events; a network packet may hold a part of an event or several
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let held = ""; ;) {
@@ -43,7 +43,7 @@ async function* events(answer) {
 }
 
 async function send(text) {
-  const mine = messages; // a new chat has others
+  const mine = messages; // "New chat" replaces the list
   mine.push({ role: "user", content: text });
   show("user", text);
   const element = show("assistant", "");
@@ -86,7 +86,7 @@ async function send(text) {
 }
 
 function figures(t) {
-  const parts = [`${t.prompt_n} tokens read in ${(t.prompt_ms / 1000).toFixed(1)} s, ${t.cache_n} were in the cache`];
+  const parts = [`${t.prompt_n} prompt tokens read in ${(t.prompt_ms / 1000).toFixed(1)} s, ${t.cache_n} from the cache`];
   if (t.predicted_per_second) parts.push(`${t.predicted_per_second.toFixed(1)} tokens/s`);
   return parts.join("; ");
 }
@@ -98,12 +98,12 @@ async function refresh() {
   at("layers").replaceChildren();
   at("kept").replaceChildren();
   if (!slot) {
-    at("summary").textContent = "Nothing is compressed: prompts of 256 tokens and more are.";
+    at("summary").textContent = "Nothing is compressed. Prompts of at least 256 tokens will be.";
     return;
   }
   const kv = slot.kv, mb = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
-  at("summary").textContent = `Slot ${slot.id}: of ${kv.n_tokens} tokens ${(100 * kv.ratio).toFixed(0)} % of the entries are removed, ` +
-    `${mb(kv.bytes_full)} became ${mb(kv.bytes)}; ${mb(slot.kv_bytes)} allocated. Scores took ${(kv.score_ms / 1000).toFixed(2)} s.`;
+  at("summary").textContent = `Slot ${slot.id}: ${kv.n_tokens} tokens, ${(100 * kv.ratio).toFixed(0)} % of their cache removed. ` +
+    `${mb(kv.bytes)} instead of ${mb(kv.bytes_full)}, ${mb(slot.kv_bytes)} allocated. Scoring took ${(kv.score_ms / 1000).toFixed(2)} s.`;
   kv.n_kept.forEach((n, layer) => {
     const whole = document.createElement("div"), part = document.createElement("div");
     part.style.height = `${100 * n / kv.n_tokens}%`;
@@ -115,7 +115,7 @@ async function refresh() {
   pieces.forEach((piece, i) => {
     const element = document.createElement("span");
     element.textContent = piece;
-    element.title = `kept by ${(100 * shares[i]).toFixed(0)} % of the heads`;
+    element.title = `kept by ${(100 * shares[i]).toFixed(0)} % of the attention heads`;
     element.style.backgroundColor = `rgba(var(--keep), ${(0.75 * shares[i]).toFixed(3)})`;
     at("kept").append(element);
   });

@@ -1,1 +1,1 @@
-"""The routes, a module for each kind."""
+"""The HTTP routes, one module for each kind."""

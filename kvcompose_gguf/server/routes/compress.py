@@ -1,4 +1,4 @@
-"""Documents that are read and compressed once."""
+"""POST /kv/compress: compresses a document for later requests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from .. import formats
 from ..engine import Job
 from ..errors import invalid
+from ..params import NO_BUDGET
 from ..schemas import CompressRequest
 from ..server import Serving
 from ..service import run
@@ -21,7 +22,7 @@ router = APIRouter()
 
 @router.post("/kv/compress")
 async def compress(server: Serving, http: Request, request: CompressRequest) -> dict[str, Any]:
-    """Read and compress a document now; ``id`` stands for it in later requests."""
+    """Read and compress a document now. Later requests can use its ``id`` as ``kv_prefix``."""
     prompt = request.prompt
     read = server.reader.tokens if isinstance(prompt, str) else server.reader.mixed
     tokens = await server.aside(read, prompt)
@@ -29,8 +30,8 @@ async def compress(server: Serving, http: Request, request: CompressRequest) -> 
         raise server.too_long(tokens)
     method = await server.aside(server.reader.method, request.kv_compress)
     if method is None:
-        raise invalid("kv_compress: the server was started without a budget, give one")
-    # all of it, and at once: what follows is another request's
+        raise invalid(NO_BUDGET)
+    # compress all tokens: what follows belongs to later requests
     method = replace(method, keep_last=0)
 
     def work(slot: Slot) -> dict[str, Any]:

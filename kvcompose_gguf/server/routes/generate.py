@@ -1,4 +1,4 @@
-"""Texts, chats, holes and vectors."""
+"""Routes that compute: completions, chats, infill, embeddings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def openai_embedding(server: Serving, http: Request, request: EmbeddingReq
 
 
 async def _embedded(server: Server, http: Request, request: EmbeddingRequest) -> tuple[list[FloatArray], int]:
-    """Vectors of a request's texts, and how many tokens these have."""
+    """Returns the vectors of a request's texts, and the number of their tokens."""
     embedder = server.engine.embedder
     if embedder is None:
         raise not_supported("This server does not support embeddings. Start it with `--embeddings`")

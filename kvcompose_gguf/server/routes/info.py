@@ -1,4 +1,4 @@
-"""What the server tells of itself: health, properties, models, metrics."""
+"""Routes about the server: health, properties, models, metrics."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ async def metrics(server: Serving) -> Response:
 
 @router.get("/lora-adapters")
 async def lora_adapters() -> list[dict[str, Any]]:
-    """None: a server has the model alone."""
+    """An empty list: this server does not load LoRA adapters."""
     return []
 
 
 @router.post("/lora-adapters")
 async def scale_lora_adapters(adapters: list[Any]) -> dict[str, bool]:
     if adapters:
-        raise invalid("there is no LoRA adapter")
+        raise invalid("this server has no LoRA adapters: send an empty list")
     return {"success": True}

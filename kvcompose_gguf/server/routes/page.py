@@ -1,4 +1,4 @@
-"""The page at /."""
+"""The web page at /."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..gate import FILES
 
 
 def page(is_there: bool) -> APIRouter:
-    """Its files; 404 if it is not to be there."""
+    """Returns a router for the files of the page, which answers 404 if ``is_there`` is False."""
     router = APIRouter()
 
     def route_of(name: str) -> Callable[[], Any]:
@@ -22,7 +22,7 @@ def page(is_there: bool) -> APIRouter:
             if not is_there:
                 raise ApiError(404, "File Not Found")
             kind = mimetypes.guess_type(name)[0]
-            # nothing from elsewhere, and no script that is not ours
+            # the browser loads nothing from other hosts, and no inline scripts
             policy = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"}
             raw = files("kvcompose_gguf.server").joinpath("page", name).read_bytes()
             return Response(raw, media_type=kind, headers=policy)

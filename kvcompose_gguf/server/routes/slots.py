@@ -1,4 +1,4 @@
-"""Slots: what they do and hold, and their files."""
+"""Routes for slots: their state, their compressed contexts, their files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def slots(server: Serving, fail_on_no_slot: int = 0) -> list[dict[str, Any
 
 @router.get("/kv/slots")
 async def kv_slots(server: Serving) -> list[dict[str, Any]]:
-    """Slots, those whose work was latest first."""
+    """Returns all slots, most recently used first."""
     _check_slots(server)
     ordered = sorted(server.engine.slots, key=lambda slot: (slot.is_idle, -slot.last_used))
     return [formats.slot(slot) for slot in ordered]
@@ -47,13 +47,13 @@ async def kv_slots(server: Serving) -> list[dict[str, Any]]:
 
 @router.get("/kv/slots/{id_slot}")
 def kv_slot(server: Serving, id_slot: int) -> dict[str, Any]:
-    """The compressed context of a slot: its tokens' texts, and the share of heads that keeps each of them."""
+    """Returns the texts of the tokens in a slot's compressed context, and for each the share of heads that keep it."""
     _check_slots(server)
     if not 0 <= id_slot < len(server.engine.slots):
         raise invalid("Invalid slot ID")
     llama = server.engine.slots[id_slot].llama
     shares, tokens = llama.kept_shares, llama.context_tokens
-    stream = TextStream()  # a character stands where its last byte is
+    stream = TextStream()  # a character that spans tokens is in the piece of its last byte
     pieces = [stream.add(llama.piece(token, special=True)) for token in tokens[: len(shares)]]
     if pieces:
         pieces[-1] += stream.end()
@@ -126,10 +126,10 @@ def _erase(slot: Slot) -> dict[str, Any]:
 
 
 def slot_filename(name: str) -> str:
-    """A file's name that is no path (fs_validate_filename).
+    """Returns ``name`` if it is a file name and not a path (fs_validate_filename).
 
     Raises:
-        ApiError: it is not one.
+        ApiError: it is not a valid file name.
     """
     bad = not name or len(name) > 255 or name != name.strip(" ") or name.endswith(".") or ".." in name
     if bad or not name.isprintable() or re.search(r'[\x00-\x1f\x7f/\\:*?"<>|]', name):

@@ -1,4 +1,4 @@
-"""Texts into tokens and back."""
+"""Routes for tokens: tokenize, detokenize, chat templates."""
 
 from __future__ import annotations
 
