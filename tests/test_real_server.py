@@ -33,20 +33,22 @@ def address(smollm2, tmp_path_factory) -> Iterator[str]:
     """Of a server with two slots of 4,096 tokens, that keeps a quarter of every prompt."""
     folder = tmp_path_factory.mktemp("slots")
     command = [
-        sys.executable, "-m", "kvcompose_gguf", "serve", "-m", smollm2, "--kv-compress", "0.75", "--port", "0", "-c", "8192",
+        sys.executable, "-m", "kvcompose_gguf", "serve", "-m", smollm2, "--compression-ratio", "0.75", "--port", "0", "-c", "8192",
         "-np", "2", "-t", "2", "--api-key", KEY, "--embeddings", "512", "--pooling", "mean", "--slot-save-path", str(folder),
         "--alias", "smollm2", "--temp", "0",
     ]  # fmt: skip
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        first = process.stderr.readline()
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        found = re.search(r"http://127\.0\.0\.1:\d+", first)
-        assert found, first
-        until(lambda: httpx2.get(f"{found[0]}/health", timeout=TIMEOUT).status_code == 200)
-        yield found[0]
-        process.terminate()
-        assert process.wait(TIMEOUT) in (0, -signal.SIGTERM)
+        try:
+            first = process.stderr.readline()
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            found = re.search(r"http://127\.0\.0\.1:\d+", first)
+            assert found, first
+            until(lambda: httpx2.get(f"{found[0]}/health", timeout=TIMEOUT).status_code == 200)
+            yield found[0]
+        finally:  # else the end of the `with` waits for a server that nobody stops
+            process.terminate()
+            assert process.wait(TIMEOUT) in (0, -signal.SIGTERM)
 
 
 @pytest.fixture
