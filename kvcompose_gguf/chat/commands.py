@@ -164,7 +164,8 @@ class Chat:
         from ..sessions import session_path
 
         info = self.conversation.save(session_path(name))
-        self.screen.note(f"Saved {info.path} ({megabytes(info.n_bytes)}). Go on from it with --session {name}.", True)
+        self.screen.note(f"Saved {info.path} ({megabytes(info.n_bytes)}).", has_path=True)
+        self.screen.note(f"Go on from it with --session {name}.")
 
     def load(self, name: str) -> None:
         """Go on with a saved conversation, and say what is in it.
