@@ -343,8 +343,8 @@ def test_the_unstructured_upper_bound_keeps_the_largest_scores_of_all_heads_and_
     [
         ({"tasks": ("niah",)}, "tasks=niah"),
         ({"tasks": ()}, "tasks="),
-        ({"ratios": (0.0,)}, "ratios="),
-        ({"ratios": (1.0,)}, "ratios="),
+        ({"ratios": (0.0,)}, "compression_ratio="),
+        ({"ratios": (1.0,)}, "compression_ratio="),
         ({"n_samples": 0}, "n_samples=0"),
         ({"types_kv": ("f17",)}, "types_kv='f17'"),
         ({"methods": ("kvcompos",)}, "kvcompos"),
