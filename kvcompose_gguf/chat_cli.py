@@ -23,7 +23,7 @@ System = Annotated[
 FlashAttn = Annotated[
     bool, Option(rich_help_panel=shared.MODEL, help="Use flash attention for everything but the scoring.")
 ]
-Ratio = Annotated[float | None, shared.ratio_option("By default 0.75, unless --max-kv-bytes is given.")]
+Ratio = Annotated[float | None, shared.ratio_option("By default 0.5, unless --max-kv-bytes is given.")]
 CHAT_TEMPERATURE = 0.8  # llama-server's
 
 
