@@ -21,7 +21,9 @@ from .errors import (
     UnsupportedError,
 )
 from .plan import CompositionPlan
+from .progress import Progress
 from .report import KVReport
+from .sessions import SessionInfo
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -41,6 +43,8 @@ __all__ = [
     "LibraryError",
     "Llama",
     "NativeError",
+    "Progress",
+    "SessionInfo",
     "StateError",
     "UnsupportedError",
     "add_rpc_server",

@@ -645,7 +645,8 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
         Raises:
             StateError: the file is missing or damaged, or was made with another model, cache type, setting or version.
-                The cache is unchanged.
+                The cache is unchanged then; it is empty if llama.cpp itself refuses the rows, e.g. without memory for
+                them.
         """
         return self._load_session(Path(path), choice_of(self._method))
 

@@ -350,3 +350,29 @@ def test_states_can_be_pickled_and_copied(make_llama, config):
         other = make_llama(config, method=HALF, **SMALL)
         other.load_state(again)
         assert (other.n_context, greedy(other, [*CONTEXT, *QUESTION], 6)) == (292, want)
+
+
+def test_rows_that_lie_under_a_right_checksum_never_end_the_process(make_llama, tmp_path):
+    path = tmp_path / "a.kvc"
+    compressed(make_llama).save_session(path)
+    good, chosen = path.read_bytes(), random.Random(11)
+    n_head = struct.unpack_from("<8sII", good)[2]
+    sections = dict(json.loads(good[16 : 16 + n_head])["sections"])
+    first = len(good) - 32 - sections["state"]
+    other = make_llama(method=HALF)
+    outcomes = {"loaded": 0, "refused": 0}
+    for number in range(300):
+        raw = bytearray(good[:-32])
+        # the counts and layouts are in the first bytes; rows, which may be anything, fill the rest
+        at = first + chosen.randrange(400 if number % 3 else sections["state"])
+        raw[at] = chosen.randrange(256)
+        path.write_bytes(bytes(raw) + hashlib.sha256(raw).digest())
+        try:
+            other.load_session(path)
+            outcomes["loaded"] += 1
+        except StateError:
+            outcomes["refused"] += 1
+    path.write_bytes(good)
+    other.load_session(path)
+    assert len(greedy(other, [*CONTEXT, *QUESTION], 3)) == 3
+    assert outcomes["refused"] > 0
