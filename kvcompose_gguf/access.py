@@ -106,37 +106,26 @@ class Access:
             self._depth -= 1
 
 
-def reads_model(method: F) -> F:
-    """Guards a method that reads only the model: it does not wait for decodes. Its object needs ``_access``."""
+def _guard(turn: Callable[[Access, str], contextlib.AbstractContextManager[None]]) -> Callable[[F], F]:
+    """Returns a decorator for methods of an object with ``_access``: the method runs inside of ``turn``."""
 
-    @functools.wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._access.look():
-            return method(self, *args, **kwargs)
+    def decorate(method: F) -> F:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with turn(self._access, method.__name__):
+                return method(self, *args, **kwargs)
 
-    return call  # type: ignore[return-value]
+        return call  # type: ignore[return-value]
 
-
-def reads_cache(method: F) -> F:
-    """Guards a method that reads the cache: it waits for the calls of other threads. Its object needs ``_access``."""
-
-    @functools.wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._access.turn():
-            return method(self, *args, **kwargs)
-
-    return call  # type: ignore[return-value]
+    return decorate
 
 
-def changes_cache(method: F) -> F:
-    """Guards a method that changes the cache: it waits for other threads, and raises while a stream is open."""
-
-    @functools.wraps(method)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._access.turn(method.__name__):
-            return method(self, *args, **kwargs)
-
-    return call  # type: ignore[return-value]
+#: the method reads only the model; it does not wait for decodes
+reads_model = _guard(lambda access, name: access.look())
+#: the method waits for the calls of other threads
+reads_cache = _guard(lambda access, name: access.turn())
+#: the method waits for the calls of other threads, and is refused while a stream is open
+changes_cache = _guard(lambda access, name: access.turn(name))
 
 
 def inherits(access: dict[Callable[[Any], Any], tuple[str, ...]]) -> Callable[[type[T]], type[T]]:

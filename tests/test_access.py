@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import pickle
@@ -9,8 +10,8 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -192,8 +193,9 @@ def test_a_processor_that_asks_its_own_llama_is_inside_of_the_stream(make_llama)
 #
 
 
-def test_a_call_waits_for_the_one_before(make_llama):
-    llama = make_llama()
+@contextlib.contextmanager
+def held_completion(llama: Any, pool: ThreadPoolExecutor) -> Iterator[Future[Any]]:
+    """A completion of another thread that is held in the middle until the end of the ``with``."""
     inside, go_on = threading.Event(), threading.Event()
 
     def gate(*_: Any) -> bool:
@@ -201,32 +203,31 @@ def test_a_call_waits_for_the_one_before(make_llama):
         assert go_on.wait(60)
         return False
 
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(llama.create_completion, QUESTION, max_tokens=1, stopping_criteria=gate)
+    completion = pool.submit(llama.create_completion, QUESTION, max_tokens=1, stopping_criteria=gate)
+    try:
         assert inside.wait(60)
-        second = pool.submit(lambda: llama.kv_bytes)
-        assert llama.tokenize(b"a", add_bos=False) is not None  # vocabulary calls do not wait
-        assert not second.done()
+        yield completion
+    finally:
         go_on.set()
+
+
+def test_a_call_waits_for_the_one_before(make_llama):
+    llama = make_llama()
+    with ThreadPoolExecutor(2) as pool:
+        with held_completion(llama, pool) as first:
+            second = pool.submit(lambda: llama.kv_bytes)
+            assert llama.tokenize(b"a", add_bos=False) is not None  # vocabulary calls do not wait
+            assert not second.done()
         assert first.result()["object"] == "text_completion"
         assert second.result() > 0
 
 
 def test_closing_waits_for_what_runs(make_llama):
     llama = make_llama()
-    inside, go_on = threading.Event(), threading.Event()
-
-    def gate(*_: Any) -> bool:
-        inside.set()
-        assert go_on.wait(60)
-        return False
-
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(llama.create_completion, QUESTION, max_tokens=1, stopping_criteria=gate)
-        assert inside.wait(60)
-        closing = pool.submit(llama.close)
-        assert not closing.done()
-        go_on.set()
+        with held_completion(llama, pool) as first:
+            closing = pool.submit(llama.close)
+            assert not closing.done()
         assert first.result()["object"] == "text_completion"
         closing.result()
     with pytest.raises(StateError, match="closed"):
