@@ -79,12 +79,10 @@ class Access:
                             return end.value
                 sent = yield item
         finally:
-            with self._cache:
-                if self._stream is me:
-                    self._stream = None
-                if not self._closed:
-                    with self._inside():
-                        items.close()
+            # without the lock: the garbage collector may be here, in a thread that holds the model's lock
+            if self._stream is me:
+                self._stream = None
+            items.close()
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[bool]:

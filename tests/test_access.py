@@ -10,7 +10,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -336,6 +336,33 @@ def test_turns_are_reentrant_and_streams_nest():
     assert list(stream) == [2, 3]
     with access.turn("reset"):
         pass
+
+
+def test_a_stream_is_dropped_without_waiting_for_another_threads_call():
+    access = Access()
+    stream = access.stream(iter_of(2))
+    next(stream)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with access.turn():
+            inside.set()
+            assert go_on.wait(60)
+
+    with ThreadPoolExecutor(2) as pool:
+        held = pool.submit(hold)
+        assert inside.wait(60)
+        try:  # the garbage collector may drop it in any thread, which must not wait for a lock
+            pool.submit(stream.close).result(timeout=60)
+        finally:
+            go_on.set()
+        held.result()
+    with access.turn("reset"):
+        pass
+
+
+def iter_of(n: int) -> Generator[int, Any, None]:
+    yield from range(n)
 
 
 def test_every_public_method_of_llama_is_guarded():
