@@ -138,7 +138,7 @@ def test_another_model_type_or_setting_is_refused_and_both_are_named(make_llama,
     refusing(
         make_llama,
         path,
-        r"made with the model tiny-\d\.gguf .* this one is tiny-\d\.gguf \(\w+\): load it with its own model",
+        r"made with the model tiny-\d+\.gguf .* this one is tiny-\d+\.gguf \(\w+\): load it with its own model",
         config=tiny.MHA,
     )
     refusing(make_llama, path, "made with type_k=f32, this context has type_k=f16: use the same", type_k=F16)
