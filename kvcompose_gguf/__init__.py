@@ -20,15 +20,15 @@ from .errors import (
     StateError,
     UnsupportedError,
 )
-from .plan import CompositionPlan
-from .progress import Progress
-from .report import KVReport
+from .plan.composition import CompositionPlan
+from .plan.report import KVReport
 from .sessions import SessionInfo
+from .support.progress import Progress
 
 if TYPE_CHECKING:
     from .llama import Llama
     from .methods.kvcompose import KVCompose
-    from .rpc import add_rpc_server
+    from .native.rpc import add_rpc_server
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
 
         return KVCompose
     if name == "add_rpc_server":
-        from .rpc import add_rpc_server
+        from .native.rpc import add_rpc_server
 
         return add_rpc_server
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """``python -m kvcompose_gguf``."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -14,22 +14,23 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from . import __version__, kernels, seam, sessions, states
+from . import __version__, kernels, sessions
 from .access import Access, changes_cache, inherits, reads_cache, reads_model, seal
-from .composed import Composed
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
-from .geometry import KVCells, LayerGeometry
-from .identity import Identity, model_id
 from .methods.base import Method, choice_of
-from .native import bindings, library
+from .models.identity import Identity, model_id
+from .native import bindings, library, states
+from .native.rows import cached_rows, write_values
 from .native.session import KVSession, start_small
-from .plan import CompositionPlan
-from .progress import Meter, Progress
-from .queries import AttentionRequest, Evidence, QueryStates
-from .report import KVReport
-from .rows import cached_rows, write_values
-from .scoring import Attention, Decoder, collect_attention, collect_queries
+from .plan import seam
+from .plan.composed import Composed
+from .plan.composition import CompositionPlan
+from .plan.geometry import KVCells, LayerGeometry
+from .plan.report import KVReport
+from .scoring.collect import Attention, Decoder, collect_attention, collect_queries
+from .scoring.requests import AttentionRequest, Evidence, QueryStates
 from .sessions import SessionInfo, Snapshot
+from .support.progress import Meter, Progress
 
 llama_cpp = library.load()
 

@@ -23,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import platformdirs
 
-from .composed import Composed
 from .errors import ConfigError, StateError
-from .files import replaced, write_parts
-from .identity import Identity
-from .report import KVReport
+from .models.identity import Identity
+from .plan.composed import Composed
+from .plan.report import KVReport
+from .support.files import replaced, write_parts
 
 MAGIC, FORMAT = b"KVCSESS\n", 1
 ALIGN = 64

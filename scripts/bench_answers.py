@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from kvcompose_gguf import KVCompose, Llama, models
-from kvcompose_gguf.demo import document
+from kvcompose_gguf import KVCompose, Llama
+from kvcompose_gguf.cli.demo import document
+from kvcompose_gguf.models import known as models
 
 RATIOS = (0.5, 0.75, 0.9)
 MODES: dict[str, dict[str, Any]] = {

@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from kvcompose_gguf import KVCompose, Llama, models
+from kvcompose_gguf import KVCompose, Llama
 from kvcompose_gguf.llama import _Decoder
+from kvcompose_gguf.models import known as models
 
 CHUNK = 512
 N_DECODE = 64

@@ -35,8 +35,8 @@ import httpx2
 import psutil
 from bench_speed import cpu_name
 
-from kvcompose_gguf.evaluation.texts import load_texts
-from kvcompose_gguf.run import resolve_model
+from kvcompose_gguf.load import resolve_model
+from kvcompose_gguf.tasks.texts import load_texts
 
 #: the mix of requests under load: tokens of the prompt, tokens of the answer
 LENGTHS = ((40, 128), (40, 32), (300, 64), (300, 16), (1000, 32), (1000, 96), (3000, 8), (3000, 64))

@@ -16,8 +16,9 @@ import statistics
 import time
 from pathlib import Path
 
-from kvcompose_gguf import KVCompose, Llama, models
-from kvcompose_gguf.demo import document
+from kvcompose_gguf import KVCompose, Llama
+from kvcompose_gguf.cli.demo import document
+from kvcompose_gguf.models import known as models
 from kvcompose_gguf.native import library
 
 

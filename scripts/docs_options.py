@@ -23,7 +23,7 @@ from typing import Any
 
 import typer
 
-from kvcompose_gguf.cli import app
+from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.methods import METHODS
 from kvcompose_gguf.methods.allocation import ByEvictionError, GlobalRanking, Pyramid, Uniform
 from kvcompose_gguf.methods.base import Method

@@ -22,8 +22,8 @@ import httpx2
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import tiny_gguf
-from serving import CONFIG, METHOD, running, tiny_options
+from support import tiny_gguf
+from support.serving import CONFIG, METHOD, running, tiny_options
 
 SETTINGS = """
 [checks]

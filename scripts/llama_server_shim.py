@@ -73,10 +73,10 @@ def run_llama_server(program: str) -> None:
 def main() -> None:
     if program := os.environ.get("KVC_TEST_SERVER"):
         run_llama_server(program)
-    from kvcompose_gguf.run import resolve_model
+    from kvcompose_gguf.load import resolve_model
     from kvcompose_gguf.server.command import read_keys, serve
     from kvcompose_gguf.server.options import ServeOptions
-    from kvcompose_gguf.server.sampling import Sampling
+    from kvcompose_gguf.server.slots.sampling import Sampling
 
     args = parse()
     template = args.chat_template_file.read_text("utf-8") if args.chat_template_file else args.chat_template

@@ -16,12 +16,12 @@ import time
 
 import numpy as np
 
-from kvcompose_gguf.evaluation.prompts import chat_frame, prompt_tokens
-from kvcompose_gguf.evaluation.ruler import make_sample
-from kvcompose_gguf.evaluation.texts import load_texts
+from kvcompose_gguf.learning.quality import rank_correlation
+from kvcompose_gguf.load import load_model, resolve_model
 from kvcompose_gguf.methods import make_method
-from kvcompose_gguf.run import load_model, resolve_model
-from kvcompose_gguf.surrogate_quality import rank_correlation
+from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens
+from kvcompose_gguf.tasks.ruler import make_sample
+from kvcompose_gguf.tasks.texts import load_texts
 
 RATIOS = (0.5, 0.75, 0.875)
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_single_3", "niah_multiquery", "qa_1", "niah_multivalue")

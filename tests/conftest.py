@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import tiny
-import tiny_gguf
+from support import tiny, tiny_gguf
 
 if TYPE_CHECKING:
     from kvcompose_gguf import KVCompose, Llama
@@ -60,7 +59,7 @@ def make_llama(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Any:
 @pytest.fixture
 def start(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Iterator[Callable[..., Any]]:
     """Starts a server on the tiny model, with the options given, and returns a client."""
-    from serving import CONFIG, in_process, tiny_options
+    from support.serving import CONFIG, in_process, tiny_options
 
     with contextlib.ExitStack() as running:
         yield lambda **options: running.enter_context(in_process(tiny_options(tiny_model(CONFIG), **options)))
@@ -69,7 +68,7 @@ def start(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Iterator[Callable[..
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Returns the path of the real model, which is fetched into the user's cache once."""
-    from kvcompose_gguf import models
+    from kvcompose_gguf.models import known as models
 
     return str(models.fetch("smollm2"))
 

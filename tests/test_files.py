@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcompose_gguf.files import append_file, write_file
+from kvcompose_gguf.support.files import append_file, write_file
 
 
 def test_folders_are_made_and_no_other_file_is_left(tmp_path: Path) -> None:

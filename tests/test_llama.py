@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 from conftest import greedy, last_logits
+from support import tiny
 
 from kvcompose_gguf import (
     CompositionPlan,
@@ -23,8 +23,8 @@ from kvcompose_gguf import (
     UnsupportedError,
 )
 from kvcompose_gguf.llama import llama_cpp
-from kvcompose_gguf.queries import Evidence
-from kvcompose_gguf.rows import cached_rows
+from kvcompose_gguf.native.rows import cached_rows
+from kvcompose_gguf.scoring.requests import Evidence
 
 N = 300
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8)

@@ -165,7 +165,8 @@ def test_the_process_gives_the_memory_back(smollm2):
 @pytest.fixture
 def gemma():
     """gemma-3-270m, a base model: 15 of 18 layers see the last 512 tokens, the other three everything."""
-    from kvcompose_gguf import Llama, models
+    from kvcompose_gguf import Llama
+    from kvcompose_gguf.models import known as models
 
     method = KVCompose(compression_ratio=0.25, keep_last=0)  # three layers hold all that lies behind the windows
     llama = Llama(
@@ -177,7 +178,7 @@ def gemma():
 
 
 def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_them(gemma):
-    from kvcompose_gguf.demo import document
+    from kvcompose_gguf.cli.demo import document
 
     text = document()
     needle = "\nThe password of the boathouse is 7419.\n"
@@ -213,7 +214,7 @@ def test_the_quick_evaluation_has_real_numbers(smollm2, tmp_path, capsys):
     """Also a smoke test of `kvcompose eval`: prints its report."""
     from typer.testing import CliRunner
 
-    from kvcompose_gguf.cli import app
+    from kvcompose_gguf.cli.app import app
     from kvcompose_gguf.evaluation.records import RunFolder
 
     result = CliRunner().invoke(

@@ -16,9 +16,9 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from serving import TIMEOUT, until
+from support.serving import TIMEOUT, until
 
-from kvcompose_gguf.evaluation.texts import load_texts
+from kvcompose_gguf.tasks.texts import load_texts
 
 pytestmark = pytest.mark.model
 

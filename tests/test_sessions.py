@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from conftest import F16, Q8_0, greedy
+from support import tiny
 
 from kvcompose_gguf import ConfigError, KVCompose, StateError, sessions
 from kvcompose_gguf.methods import SnapKV
-from kvcompose_gguf.plan import CompositionPlan
+from kvcompose_gguf.plan.composition import CompositionPlan
 
 CONFIG = tiny.GQA
 CONTEXT = tiny.tokens(CONFIG, 292, seed=5)

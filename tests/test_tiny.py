@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from conftest import last_logits
-from tiny import ARCHITECTURES, REFUSED, NumpyLlama
+from support import tiny
+from support.tiny import ARCHITECTURES, REFUSED, NumpyLlama
 
 from kvcompose_gguf import KVCompose, UnsupportedError
 

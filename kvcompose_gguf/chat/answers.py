@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..server.reasoning import Thoughts
-from ..server.text import TextStream
+from ..server.chat.reasoning import Thoughts
+from ..server.slots.text import TextStream
 
 if TYPE_CHECKING:
     from ..llama import Llama

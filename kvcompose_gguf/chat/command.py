@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_integer, check_number, check_positive
 from ..errors import ConfigError, ContextLengthError
+from ..load import load_model, n_ctx_trained, open_vocabulary, resolve_model
 from ..methods import make_method
-from ..run import load_model, n_ctx_trained, open_vocabulary, resolve_model
+from ..support.checks import check_integer, check_number, check_positive
 from .interrupts import Stopped
 
 if TYPE_CHECKING:

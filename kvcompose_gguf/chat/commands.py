@@ -20,7 +20,7 @@ from .interrupts import Interrupts, Stopped, without_echo
 from .screen import Screen, megabytes
 
 if TYPE_CHECKING:
-    from ..progress import Progress
+    from ..support.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import seam
 from ..errors import ConfigError, ContextLengthError, StateError
 from ..methods.base import has_grown
+from ..plan import seam
 from . import prompts
 from .answers import Answer, Piece, Writer
 from .command import MIN_ROOM
@@ -21,9 +21,9 @@ from .tokens import Tokens
 if TYPE_CHECKING:
     from ..llama import Llama
     from ..methods import Method
-    from ..progress import Progress
-    from ..report import KVReport
+    from ..plan.report import KVReport
     from ..sessions import SessionInfo
+    from ..support.progress import Progress
 
 OnProgress = Callable[["Progress"], None]
 

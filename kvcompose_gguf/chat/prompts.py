@@ -104,7 +104,7 @@ def _question(turn: Turn) -> dict[str, str]:
 
 def make_format(llm: Any, system: str, began: datetime) -> Format:
     """The format of a model's chat template, or the plain one if its file has no template."""
-    from ..server.chat import ChatTemplate
+    from ..server.chat.templates import ChatTemplate
 
     source = llm.metadata.get("tokenizer.chat_template")
     if not source:

@@ -24,13 +24,13 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-from ..tables import layer_bars
+from ..cli.tables import layer_bars
 from .answers import Answer, Piece
 from .conversation import Memory
 
 if TYPE_CHECKING:
-    from .. import progress
-    from ..report import KVReport
+    from ..plan.report import KVReport
+    from ..support import progress
 
 _DRAW_SECONDS = 0.05  # least time between two drawings of an answer
 _STEPS = {"reading": "Reading", "scoring": "Scoring"}

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
+from ..tasks.ruler import RULER_TASKS
 from .records import RunFolder
 from .report import write_report
-from .ruler import RULER_TASKS
 from .runner import EvalOptions
 from .runner import evaluate as run
 from .runner import quick as quick_options

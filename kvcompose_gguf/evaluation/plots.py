@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..plots import COLORS, MARKERS, check_plot
+from ..support.plots import COLORS, MARKERS, check_plot
 from .records import FULL
 from .results import Summary, TypeSummary
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigError
-from ..files import append_file, write_file
+from ..support.files import append_file, write_file
 
 FULL = "full"  # method name of the uncompressed cache
 CONFIG, ANSWERS, SAMPLES = "config.json", "answers.jsonl", "samples.jsonl"

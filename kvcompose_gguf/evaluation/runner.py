@@ -23,21 +23,21 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import ConfigError, StateError
+from ..load import n_ctx_trained, open_vocabulary, resolve_model
 from ..methods import Method, make_method
 from ..methods.base import check_positive
 from ..methods.compresskv import CompressKV
 from ..methods.kvcompose import KVCompose
 from ..methods.unstructured import Unstructured
-from ..plan import CompositionPlan, TokenMask
-from ..queries import AttentionRequest, Evidence, Prefill, StateRequest
-from ..run import n_ctx_trained, open_vocabulary, resolve_model
+from ..plan.composition import CompositionPlan, TokenMask
+from ..scoring.requests import AttentionRequest, Evidence, Prefill, StateRequest
+from ..tasks.answering import Drafts, Reply, answer, answer_again
+from ..tasks.prompts import chat_frame, prompt_tokens
+from ..tasks.ruler import RULER_TASKS, TASKS, make_sample
+from ..tasks.samples import Sample
+from ..tasks.texts import load_texts
 from . import metrics, suites
-from .answering import Drafts, Reply, answer, answer_again
-from .prompts import chat_frame, prompt_tokens
 from .records import FULL, Answer, RunFolder, SampleCost
-from .ruler import RULER_TASKS, TASKS, make_sample
-from .samples import Sample
-from .texts import load_texts
 from .variants import EditedPlan, Variant
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ class Worker:
 
     def _load(self, type_kv: str) -> Llama:
         if self._llama is None or self._type_kv != type_kv:
-            from ..run import load_model
+            from ..load import load_model
 
             self.close()
             n_ctx = 2 * self._options.n_tokens + N_SCORING  # the cache is elastic: unused cells take no memory
@@ -376,7 +376,7 @@ def _label(attention: AttentionRequest | None, states: StateRequest | None) -> s
 
 def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Method]]) -> dict[str, Any]:
     """Returns the settings that decide the answers; without ``n_samples``, because a later run may add samples."""
-    from ..calibration import model_sha256
+    from ..measurements.calibration import model_sha256
 
     with open_vocabulary(model_path) as vocabulary:
         n_ctx_train = n_ctx_trained(vocabulary)
@@ -401,7 +401,7 @@ def _measured(method: Method) -> bytes:
 
 
 def _environment(jobs: int, threads: int, options: EvalOptions) -> dict[str, Any]:
-    from ..environment import system
+    from ..native.environment import system
 
     return {**system(), "jobs": jobs, "threads": threads, "n_samples": options.n_samples}
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checks import check_choice, check_flag, check_number, check_odd
 from ..errors import ConfigError, UnsupportedError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..methods.kvcompose import KVCompose
-from ..plan import CompositionPlan
-from ..queries import AttentionRequest, Evidence, Repeat
+from ..plan.composition import CompositionPlan
+from ..scoring.requests import AttentionRequest, Evidence, Repeat
+from ..support.checks import check_choice, check_flag, check_number, check_odd
 
 
 @dataclass(frozen=True, eq=False)

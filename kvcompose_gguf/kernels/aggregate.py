@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ..checks import check_odd
 from ..errors import ConfigError
+from ..support.checks import check_odd
 from .types import FloatArray, IntArray, LongArray, as_c
 
 

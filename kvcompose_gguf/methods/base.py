@@ -14,14 +14,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from .. import budget
-from ..checks import check_choice, check_flag, check_integer, check_number, check_positive, parse_bytes  # noqa: F401 (methods take them from here)
 from ..errors import ConfigError
-from ..geometry import LayerGeometry
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..plan import CompositionPlan
-from ..queries import AttentionRequest, Evidence, StateRequest, check_layers
+from ..plan import budget
+from ..plan.composition import CompositionPlan
+from ..plan.geometry import LayerGeometry
+from ..scoring.requests import AttentionRequest, Evidence, StateRequest, check_layers
+from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive, parse_bytes  # noqa: F401 (methods take them from here)
 from .allocation import ALLOCATIONS, Allocation, Ranked, Uniform
 
 T = TypeVar("T")

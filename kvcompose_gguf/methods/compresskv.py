@@ -9,12 +9,12 @@ from types import NoneType
 
 import numpy as np
 
-from ..calibration import Calibration, load_calibration
-from ..checks import check_flag, check_integer, check_odd, check_positive
 from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..queries import AttentionRequest, Evidence, Window
+from ..measurements.calibration import Calibration, load_calibration
+from ..scoring.requests import AttentionRequest, Evidence, Window
+from ..support.checks import check_flag, check_integer, check_odd, check_positive
 from .allocation import Allocation, ByEvictionError
 from .base import Method, map_layers
 

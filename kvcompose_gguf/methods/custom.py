@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from ..queries import AttentionRequest, Evidence, StateRequest
+from ..scoring.requests import AttentionRequest, Evidence, StateRequest
 from .base import Method
 
 

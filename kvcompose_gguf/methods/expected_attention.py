@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from ..queries import Evidence, QueryStates, StateRequest
+from ..scoring.requests import Evidence, QueryStates, StateRequest
 from .base import Method, check_flag, check_integer, check_number, check_positive
 
 #: number of future positions rotated in one call

@@ -13,8 +13,8 @@ import numpy as np
 from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..queries import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
-from ..surrogate import Surrogate, find_surrogate, load_surrogate
+from ..measurements.surrogate import Surrogate, find_surrogate, load_surrogate
+from ..scoring.requests import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
 from .allocation import Allocation, GlobalRanking
 from .base import Method, check_choice, check_flag, check_integer, check_number, check_positive, map_layers
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..queries import AttentionRequest, Evidence, Prefill
+from ..scoring.requests import AttentionRequest, Evidence, Prefill
 from .base import Method, map_layers
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import check_choice, check_integer, check_odd, check_positive
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..queries import AttentionRequest, Evidence, Window
+from ..scoring.requests import AttentionRequest, Evidence, Window
+from ..support.checks import check_choice, check_integer, check_odd, check_positive
 from .base import Method, map_layers
 
 

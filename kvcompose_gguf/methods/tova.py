@@ -8,7 +8,7 @@ import numpy as np
 
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..queries import AttentionRequest, Evidence, Window
+from ..scoring.requests import AttentionRequest, Evidence, Window
 from .base import Method, map_layers
 
 

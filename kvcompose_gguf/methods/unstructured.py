@@ -10,8 +10,8 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from ..kernels.types import FloatArray
-from ..plan import TokenMask
-from ..queries import Evidence
+from ..plan.composition import TokenMask
+from ..scoring.requests import Evidence
 from .base import with_forced
 from .kvcompose import KVCompose
 

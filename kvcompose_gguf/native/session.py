@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, NativeError, StateError, UnsupportedError
-from ..geometry import CacheState, KVCells, LayerGeometry
 from ..kernels.compose import gather_function
-from ..plan import CompositionPlan
+from ..plan.composition import CompositionPlan
+from ..plan.geometry import CacheState, KVCells, LayerGeometry
 from . import bindings, library
 
 _EXCEPTIONS: dict[int, type[Exception]] = {

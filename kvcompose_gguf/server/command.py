@@ -11,10 +11,10 @@ import uvicorn
 from rich.console import Console
 
 from ..errors import ConfigError
-from ..run import n_ctx_trained, open_vocabulary
+from ..load import n_ctx_trained, open_vocabulary
 from .app import create_app
-from .engine import Engine
 from .options import ServeOptions
+from .slots.engine import Engine
 
 #: llama.cpp allocates cache cells in multiples of this
 N_PAD = 256

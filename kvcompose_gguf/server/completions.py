@@ -13,9 +13,9 @@ from fastapi.responses import Response
 
 from . import formats
 from .formats import About
-from .generation import End, Token
 from .schemas import GenerationRequest
 from .server import Server
+from .slots.generation import End, Token
 from .streams import JSONResponse, event_stream, merged, together, while_connected
 
 Whole = Callable[..., dict[str, Any]]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..report import KVReport
-from .generation import End, Generation, Progress, Timings, Token
-from .messages import Message
-from .sampling import Chosen
-from .slots import Slot, SlotLlama
+from ..plan.report import KVReport
+from .chat.messages import Message
+from .slots.generation import End, Generation, Progress, Timings, Token
+from .slots.sampling import Chosen
+from .slots.slot import Slot, SlotLlama
 
 #: stands for minus infinity, which JSON does not have
 SMALLEST = -3.4028234663852886e38

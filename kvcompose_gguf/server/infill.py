@@ -8,7 +8,7 @@ from typing import Any
 from ..native import library
 from .errors import invalid, not_supported
 from .params import Reader
-from .slots import SlotLlama
+from .slots.slot import SlotLlama
 
 #: separates files, for models without a token for that
 SNIPPET = "\n\n--- snippet ---\n\n"

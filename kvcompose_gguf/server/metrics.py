@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..report import KVReport
-from .engine import Engine
-from .generation import End
+from ..plan.report import KVReport
+from .slots.engine import Engine
+from .slots.generation import End
 
 SPECULATIVE = ("draft_tokens", "accepted_tokens", "drafts")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..methods import Method
-from .sampling import Sampling
+from .slots.sampling import Sampling
 
 REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 

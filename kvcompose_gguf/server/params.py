@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError
 from ..methods import METHODS, Method, make_method
+from .chat.grammars import check_grammar, grammar_of
 from .errors import invalid
-from .generation import Generation
-from .grammars import check_grammar, grammar_of
 from .options import ServeOptions
-from .sampling import SAMPLERS, Sampling
 from .schemas import GenerationRequest, KVCompress, Mixed, Prompt, PromptObject
-from .slots import SlotLlama
+from .slots.generation import Generation
+from .slots.sampling import SAMPLERS, Sampling
+from .slots.slot import SlotLlama
 
 PROMPT_KINDS = (
     '"prompt" elements must be a string, a list of tokens, a JSON object containing a prompt string, '

@@ -12,19 +12,20 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from .. import __version__
-from ..environment import system
-from . import chat, formats
-from .engine import Engine
+from ..native.environment import system
+from . import formats
+from .chat import templates as chat
 from .errors import ApiError, invalid
 from .formats import About
-from .generation import N_UNBOUNDED, End, Generation
 from .metrics import Metrics
 from .options import ServeOptions
 from .params import Reader
 from .prefixes import Prefixes
-from .sampling import RANDOM_SEED
 from .schemas import CompletionRequest, GenerationRequest
 from .service import Step, steps
+from .slots.engine import Engine
+from .slots.generation import N_UNBOUNDED, End, Generation
+from .slots.sampling import RANDOM_SEED
 
 T = TypeVar("T")
 

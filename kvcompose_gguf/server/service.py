@@ -13,10 +13,10 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ..errors import KVComposeError
-from .engine import Engine, Job
 from .errors import api_error
-from .generation import End, Generation, Progress, Token, generate
-from .slots import Busy, Slot
+from .slots.engine import Engine, Job
+from .slots.generation import End, Generation, Progress, Token, generate
+from .slots.slot import Busy, Slot
 
 Step = Progress | Token | End
 

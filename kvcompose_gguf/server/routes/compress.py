@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from .. import formats
-from ..engine import Job
 from ..errors import invalid
 from ..params import NO_BUDGET
 from ..schemas import CompressRequest
 from ..server import Serving
 from ..service import run
-from ..slots import Slot
+from ..slots.engine import Job
+from ..slots.slot import Slot
 from ..streams import while_connected
 
 router = APIRouter()

@@ -12,13 +12,13 @@ from fastapi import APIRouter, Request, Response
 from ...errors import KVComposeError
 from ...kernels.types import FloatArray
 from .. import formats
-from ..chats import answer_chat
+from ..chat.bodies import answer_chat
 from ..completions import complete
-from ..embeddings import Embedder, native_body, normalized, openai_body, texts_of
 from ..errors import api_error, invalid, not_supported
 from ..infill import infill_prompt
 from ..schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest
 from ..server import Server, Serving
+from ..slots.embeddings import Embedder, native_body, normalized, openai_body, texts_of
 from ..streams import JSONResponse, while_connected
 
 router = APIRouter()

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Response
 
 from .. import formats
 from ..errors import invalid, not_supported
-from ..generation import Generation
 from ..server import Serving
+from ..slots.generation import Generation
 
 router = APIRouter()
 

@@ -12,14 +12,14 @@ from fastapi import APIRouter, Request
 
 from ...errors import StateError
 from .. import formats
-from ..engine import Job
 from ..errors import ApiError, invalid, not_supported
-from ..saved import n_tokens_of, restore, save
 from ..server import Server, Serving
 from ..service import run
-from ..slots import Slot
+from ..slots.engine import Job
+from ..slots.saved import n_tokens_of, restore, save
+from ..slots.slot import Slot
+from ..slots.text import TextStream
 from ..streams import while_connected
-from ..text import TextStream
 
 router = APIRouter()
 

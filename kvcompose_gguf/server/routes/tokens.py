@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from .. import formats
-from ..chats import chat_prompt
+from ..chat.bodies import chat_prompt
 from ..errors import invalid
 from ..schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from ..server import Serving

@@ -1,0 +1,1 @@
+"""``kvcompose bench``: time and memory over the context size."""

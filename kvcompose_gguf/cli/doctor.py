@@ -1,0 +1,95 @@
+"""What ``kvcompose doctor`` reports: the native library, the devices that it can use, and the fetched models."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import __version__
+from ..errors import LibraryError
+from ..models import known as models
+from ..native import bindings, library
+from ..native.devices import Device, find_devices
+
+_KIND_NAMES = {"IGPU": "integrated GPU", "ACCEL": "accelerator"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; ``ok=False`` means that compression cannot work."""
+
+    name: str
+    value: str
+    ok: bool = True
+
+
+def doctor(console: Console | None = None) -> bool:
+    """Print the findings; returns whether all of them are fine."""
+    findings = examine()
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")  # never cut the end off a path
+    for finding in findings:
+        table.add_row(finding.name, Text(finding.value, style="default" if finding.ok else "red"))
+    (console or Console()).print(table)
+    return all(finding.ok for finding in findings)
+
+
+def examine() -> list[Finding]:
+    """All findings; a missing or wrong library is a finding too, and raises nothing."""
+    return [
+        Finding("kvcompose-gguf", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
+        *_library_findings(),
+        *(Finding(name, _version(name)) for name in ("numba", "numpy")),
+        *(_model_finding(name) for name in models.names()),
+    ]
+
+
+def _library_findings() -> list[Finding]:
+    try:
+        llama_cpp = library.load()
+    except LibraryError as error:
+        return [Finding("library folder", str(library.library_dir())), Finding("library", str(error), ok=False)]
+    return _loaded_findings(llama_cpp)
+
+
+def _loaded_findings(llama_cpp: ModuleType) -> list[Finding]:
+    lib = bindings.declare(llama_cpp.llama_cpp._lib)
+    return [
+        Finding("library", str(lib._name)),
+        Finding("llama.cpp commit", lib.llama_kvc_commit().decode()),
+        Finding("ABI", f"{lib.llama_kvc_abi()} (this package needs {library.ABI})"),
+        Finding("backends", llama_cpp.llama_print_system_info().decode().strip()),
+        *device_findings(find_devices(lib)),
+        Finding("bindings", f"llama-cpp-python {llama_cpp.__version__} in {llama_cpp.__path__[0]}"),
+    ]
+
+
+def device_findings(devices: Sequence[Device]) -> list[Finding]:
+    """A line for every device, the processors first; layers can go to what is not a processor."""
+    cpus = [Finding("CPU", str(device)) for device in devices if device.kind == "CPU"]
+    others = [device for device in devices if device.kind != "CPU"]
+    if not others:
+        return [*cpus, Finding("GPU", "none: all layers run on the CPU")]
+    return [*cpus, *(Finding(_KIND_NAMES.get(device.kind, device.kind), str(device)) for device in others)]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _model_finding(name: str) -> Finding:
+    where = models.path(name)
+    if not where.exists():
+        return Finding(f"model {name}", f"not fetched (kvcompose fetch {name})")
+    return Finding(f"model {name}", f"{where}{'' if models.is_fetched(name) else ', damaged: fetch it again'}")

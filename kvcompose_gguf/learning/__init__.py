@@ -1,0 +1,1 @@
+"""Measures a model: fits the surrogate, finds retrieval heads and eviction errors."""

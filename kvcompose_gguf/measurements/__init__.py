@@ -1,0 +1,1 @@
+"""What was measured about a model, as values that methods read."""

@@ -1,0 +1,267 @@
+"""Predicts the attention of a repeat of the context from cached data: ``KVCompose(scoring="surrogate")``.
+
+A ridge regression of log(attention + EPS) for every layer and KV head. The target is the highest attention that
+KVCompose's repeat pays to a token, mean over the group. The features contain a token's key twice: before its rotation,
+and as a query at the end of the context sees it, R(i - N) k_i. The second generalises to longer contexts, because a
+query's logit is linear in it and includes the distance. The idea of a predictor comes from KVzap (hidden states, gates
+trained in PyTorch). This one is fitted in minutes on the CPU and reads only the cache.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..kernels.linear import weigh_rows
+from ..kernels.types import FloatArray
+from ..methods.base import map_layers
+from ..plan.geometry import LayerGeometry
+from ..scoring.requests import Evidence
+from ..support.files import write_file
+from .calibration import calibrations_dir, find_measured
+
+VERSION = 1  # version of features and file
+
+#: added to attention before the logarithm; values far below it do not differ
+EPS = 1e-5
+
+#: tokens with features in memory at a time, in each thread
+CHUNK = 512
+
+#: layers in memory as float32 at a time
+N_THREADS = 4
+
+#: block of the Hadamard rotation of quantized values (llama-kv-cache.cpp, build_input_v_rot)
+N_HADAMARD_V = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """A fitted predictor of one model file.
+
+    Attributes:
+        model_name: name of the file, for display.
+        model_sha256: hash of the file.
+        weights: for each layer float32 ``(n_head_kv, n_features)``.
+        settings: options of the fit.
+        quality: measurements on held-out passages.
+        version: version of the features and the file.
+    Raises:
+        ConfigError: the version differs, or a weight is not finite.
+    """
+
+    model_name: str
+    model_sha256: str
+    weights: tuple[FloatArray, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ConfigError(f"version={self.version!r} of a surrogate, {VERSION} is needed: calibrate again")
+        for l, weights in enumerate(self.weights):
+            if weights.ndim != 2 or weights.dtype != np.float32 or not np.isfinite(weights).all():
+                raise ConfigError(f"weights of layer {l} are not finite float32 (n_head_kv, n_features)")
+
+    def predict(self, evidence: Evidence) -> list[FloatArray]:
+        """Returns each token's predicted attention: for each layer float32 ``(n_head_kv, N)``, in [0, 1].
+
+        Raises:
+            ConfigError: the surrogate was fitted to a model of another shape.
+        """
+        shapes = [weights.shape for weights in self.weights]
+        needed = [(layer.n_head_kv, n_features(layer)) for layer in evidence.layers]
+        if shapes != needed:
+            raise ConfigError(f"the surrogate of {self.model_name} has weights {shapes}; the model needs {needed}")
+
+        def predict(l: int) -> FloatArray:
+            layer = evidence.layers[l]
+            of = dict(zip(FEATURES, np.split(self.weights[l], np.cumsum(_widths(layer))[:-1], axis=1), strict=True))
+            on_cached = of["at_end"] @ _to_end(evidence, l).T
+            parts = [
+                weigh_rows(
+                    part.cached, part.plain, part.values, on_cached, of["plain"], of["plain_squared"], of["values"],
+                    of["values_squared"], of["norms"], of["places"] @ part.places.T + of["constant"],
+                )
+                for part in _parts(evidence, l)
+            ]  # fmt: skip
+            return attention_of(np.concatenate(parts, axis=1))
+
+        return map_layers(predict, len(evidence.layers), N_THREADS)
+
+    def to_bytes(self) -> bytes:
+        """Returns the contents of the file that ``from_bytes`` reads: an .npz without pickles."""
+        about = {name: getattr(self, name) for name in ("model_name", "model_sha256", "settings", "quality", "version")}
+        arrays = {f"weights{l}": weights for l, weights in enumerate(self.weights)}
+        stream = io.BytesIO()
+        np.savez(stream, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
+        return stream.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Surrogate:
+        """Returns the surrogate stored in a file's contents.
+
+        Raises:
+            ConfigError: the contents are not a surrogate.
+        """
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                about = json.loads(str(arrays["about"]))
+                weights = tuple(arrays[f"weights{l}"] for l in range(len(arrays.files) - 1))
+            return cls(weights=weights, **about)
+        except ConfigError:
+            raise
+        except Exception as error:  # zipfile, numpy and json raise many classes
+            raise ConfigError(f"not a surrogate: {error}") from error
+
+
+#
+# features
+#
+
+
+#: groups of features, in order
+FEATURES = ("plain", "at_end", "plain_squared", "values", "values_squared", "norms", "places", "constant")
+
+
+def n_features(layer: LayerGeometry) -> int:
+    """Returns the number of features of a token in one head of the layer."""
+    return sum(_widths(layer))
+
+
+def _widths(layer: LayerGeometry) -> list[int]:
+    d_k, d_v = layer.n_embd_head_k, layer.n_embd_head_v
+    return [d_k, d_k, d_k, d_v, d_v, 3, _position_features(0, 1, 1).shape[1], 1]
+
+
+def features(evidence: Evidence, l: int) -> Iterator[FloatArray]:
+    """Yields features of a layer's tokens, some tokens at a time: float32 ``(n_head_kv, n_tokens, n_features)``.
+
+    They depend only on the token's own key and value and on the context length, so a prefill could compute them.
+    """
+    to_end = _to_end(evidence, l)
+    for part in _parts(evidence, l):
+        v_norms = np.linalg.norm(part.values, axis=2, keepdims=True)
+        columns = [
+            part.plain,
+            part.cached @ to_end,
+            np.square(part.plain),
+            part.values,
+            np.square(part.values),
+            np.linalg.norm(part.plain, axis=2, keepdims=True),
+            v_norms,
+            np.log(v_norms + np.float32(1e-6)),
+            np.broadcast_to(part.places, (len(part.values), *part.places.shape)),
+            np.ones_like(v_norms),
+        ]
+        yield np.concatenate(columns, axis=2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Inputs of the features of some tokens: float32 ``(n_head_kv, n, d)``, and positions ``(n, 11)``."""
+
+    cached: FloatArray
+    plain: FloatArray
+    values: FloatArray
+    places: FloatArray
+
+
+def _parts(evidence: Evidence, l: int) -> Iterator[_Part]:
+    n_tokens, layer = evidence.n_tokens, evidence.layers[l]
+    keys: FloatArray = evidence.read("keys", l)
+    values = plain_values(evidence.read("values", l), layer)
+    unrotate = evidence.read("unrotate", l)
+    for first in range(0, n_tokens, CHUNK):
+        cached = np.ascontiguousarray(keys[:, first : first + CHUNK])
+        pos = np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
+        plain = unrotate(cached.reshape(-1, layer.n_embd_head_k), np.tile(pos, layer.n_head_kv)).reshape(cached.shape)
+        places = _position_features(first, len(pos), n_tokens)
+        yield _Part(cached, plain, values[:, first : first + CHUNK], places)
+
+
+def _to_end(evidence: Evidence, l: int) -> FloatArray:
+    """Returns the matrix that rotates cached keys back by the whole context length, ``keys @ matrix``."""
+    d = evidence.layers[l].n_embd_head_k
+    # the rotation is linear, so its matrix is the rotated identity
+    matrix: FloatArray = evidence.read("unrotate", l)(
+        np.eye(d, dtype=np.float32), np.full(d, evidence.n_tokens, dtype=np.int32)
+    )
+    return matrix
+
+
+def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:
+    """Returns the tokens' positions from the beginning, from the end, and as a share; float32 ``(n, 11)``."""
+    i = np.arange(first, first + n, dtype=np.float32)
+    share, before_end = i / n_tokens, n_tokens - i
+    columns = [
+        share, share**2, share**3, np.exp(-i / 8), np.exp(-i / 2), np.log1p(i), np.log(before_end),
+        np.log(before_end) ** 2, np.exp(-before_end / 16), np.exp(-before_end / 128), i == 0,
+    ]  # fmt: skip
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def plain_values(values: FloatArray, layer: LayerGeometry) -> FloatArray:
+    """Returns ``values`` ``(n_head_kv, N, n_embd_head_v)`` without the Hadamard rotation of quantized values."""
+    disabled = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") not in ("", "0")
+    if not layer.v_quantized or layer.n_embd_head_v % N_HADAMARD_V or disabled:
+        return values
+    matrix: FloatArray = np.ones((1, 1), dtype=np.float32)
+    while len(matrix) < N_HADAMARD_V:  # ggml_gen_hadamard: orthonormal, symmetric
+        matrix = (np.block([[matrix, matrix], [matrix, -matrix]]) / np.sqrt(2)).astype(np.float32)
+    blocks = values.reshape(*values.shape[:2], -1, N_HADAMARD_V)
+    plain: FloatArray = (blocks @ matrix).reshape(values.shape)
+    return plain
+
+
+def target_of(attention: FloatArray) -> FloatArray:
+    """Returns the regression target for ``attention``."""
+    target: FloatArray = np.log(attention + np.float32(EPS))
+    return target
+
+
+def attention_of(prediction: FloatArray) -> FloatArray:
+    """Inverts ``target_of``, for any prediction; clips the result to [0, 1]."""
+    bounded = np.clip(prediction, np.float32(np.log(EPS)), np.float32(0))
+    attention: FloatArray = np.maximum(np.exp(bounded) - np.float32(EPS), 0)
+    return attention
+
+
+#
+# files
+#
+
+ENDING = ".surrogate.npz"
+
+
+def find_surrogate(model_path: Path) -> Surrogate | None:
+    """Returns the surrogate of a model file: the user's own, or else the one in the package, or None.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    return find_measured(model_path, ENDING, Surrogate.from_bytes)
+
+
+def load_surrogate(model_path: Path) -> Surrogate:
+    """Same as ``find_surrogate``, but raises a ConfigError that names the command if there is none."""
+    surrogate = find_surrogate(model_path)
+    if surrogate is None:
+        raise ConfigError(f"{model_path} has no surrogate yet; make one with: kvcompose calibrate {model_path}")
+    return surrogate
+
+
+def save_surrogate(surrogate: Surrogate) -> Path:
+    """Saves a surrogate in the user's cache, where ``load_surrogate`` finds it; returns the file."""
+    file = calibrations_dir() / f"{surrogate.model_sha256}{ENDING}"
+    write_file(file, surrogate.to_bytes())
+    return file

@@ -1,0 +1,83 @@
+"""Reads and writes cached keys and values as numpy arrays."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError, StateError, UnsupportedError
+from ..kernels.types import FloatArray
+from .session import KVSession
+
+
+def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens: int) -> FloatArray:
+    """Returns keys or values of the first ``n_tokens`` tokens in a full cache, as :func:`read_rows`.
+
+    Raises:
+        StateError: the cache is composed, or has fewer tokens.
+    """
+    state = session.state()
+    if state.n_composed or state.n_cells_used < n_tokens:
+        held = f"{state.n_composed} compressed tokens" if state.n_composed else f"{state.n_cells_used} tokens"
+        raise StateError(f"the cache has {held} now: the {n_tokens} tokens of the full cache cannot be read any more")
+    return read_rows(session, ikv, which, n_tokens)
+
+
+def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: int) -> FloatArray:
+    """Returns the first ``n_rows`` rows of cached layer ``ikv``, float32 ``(n_head_kv, n_rows, n_embd_head)``.
+
+    Rows are returned as stored: keys with their rotation, and both Hadamard-rotated if they are quantized
+    (llama-kv-cache.cpp, attn_rot_k and attn_rot_v), which keeps norms and products. Their contents are not checked.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    layer = session.layers[ikv]
+    stored = session.stored(ikv, which)
+    is_v = which == "v"
+    kind = GGMLQuantizationType(layer.type_v if is_v else layer.type_k)
+    n_embd_head = layer.n_embd_head_v if is_v else layer.n_embd_head_k
+    n_embd = layer.n_head_kv * n_embd_head
+    n_block, n_bytes = GGML_QUANT_SIZES[kind]
+    rows: npt.NDArray[np.floating]
+    if is_v and layer.v_trans:
+        columns = stored.reshape(n_embd, -1)[:, : n_rows * n_bytes]
+        rows = dequantize(np.ascontiguousarray(columns), kind).T
+    else:
+        rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_rows], kind)
+    out = np.empty((layer.n_head_kv, n_rows, n_embd_head), dtype=np.float32)
+    out[:] = rows.reshape(n_rows, layer.n_head_kv, n_embd_head).transpose(1, 0, 2)
+    return out
+
+
+def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
+    """Replaces the values of layer ``ikv``'s first rows by float32 ``(n_head_kv, n_rows, n_embd_head_v)``.
+
+    Raises:
+        UnsupportedError: values are quantized, so they are Hadamard-rotated.
+        ConfigError: the shape is wrong, or the layer uses fewer rows.
+    """
+    layer = session.layers[ikv]
+    if layer.v_quantized:
+        raise UnsupportedError("values of a quantized cache cannot be replaced")
+    n_used, shape = session.cells(ikv).n_rows_used, (layer.n_head_kv, layer.n_embd_head_v)
+    if values.ndim != 3 or values.shape[::2] != shape or values.shape[1] > n_used:
+        needed = f"({shape[0]}, at most {n_used}, {shape[1]})"
+        raise ConfigError(f"values of layer {ikv} are {values.shape}; {needed} is needed")
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    n_head_kv, n_rows, n_embd_head = values.shape
+    if n_rows == 0:
+        return
+    rows = np.ascontiguousarray(values.transpose(1, 0, 2).reshape(n_rows, n_head_kv * n_embd_head))
+    rows = quantize(rows, GGMLQuantizationType(layer.type_v))
+    data = rows.view(np.uint8).reshape(n_rows, n_head_kv * n_embd_head, -1)  # bf16 arrives as bytes
+    if not layer.v_trans:
+        session.store(ikv, "v", data.ravel(), 0)
+        return
+    stride = session.cells(ikv).n_rows * data.shape[2]
+    for column in range(data.shape[1]):
+        session.store(ikv, "v", data[:, column].ravel(), column * stride)

@@ -1,0 +1,1 @@
+"""The decision: which tokens stay, as pure values."""

@@ -1,0 +1,277 @@
+"""Prefills a context and collects the attention that queries pay to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import ConfigError, ContextLengthError
+from ..kernels.types import FloatArray
+from ..native.session import KVSession
+from ..support.progress import Meter
+from .requests import AttentionRequest, Prefill, Prompts, Queries, StateRequest, Window
+
+#: number of tokens per piece for ``scoring_fraction``; each piece is long enough to be text
+PIECE = 64
+
+#: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
+N_TAIL = 8
+
+
+class Decoder(Protocol):
+    """The interface through which scoring uses a model."""
+
+    n_batch: int
+    n_ubatch: int
+    #: counts the tokens of ``decode``
+    meter: Meter
+
+    def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
+        """Makes the cache hold exactly ``tokens``; returns how many were evaluated.
+
+        Args:
+            keep_prefix: reuse the leading tokens that the cache holds already; False: evaluate all of them.
+        """
+
+    def decode(self, tokens: Sequence[int], pos: int) -> None:
+        """Evaluates at most ``n_batch`` tokens at positions ``pos, pos + 1, …`` without output."""
+
+    def on_top(self, pos: int) -> AbstractContextManager[None]:
+        """Removes at the end of the ``with`` block all tokens that it has decoded from position ``pos`` on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """The attention that queries pay to a context in the cache (KVCompose steps 1 to 3).
+
+    Attributes:
+        layers: for each layer float32 ``(n_head, N)``: attention probabilities on each context token, aggregated over
+            the requested queries and not renormalised.
+        n_prefilled: number of context tokens evaluated.
+        prefill_seconds, score_seconds: wall time of the prefill, and of decoding the queries. Queries of ``Window``
+            belong to both and count as scoring; queries of ``Prefill`` count as prefill.
+        chunk: number of queries at a time: a chunk of the repeat or the prompts, or the whole window; otherwise 0.
+        n_window: number of last context tokens that are queries of a ``Window``.
+    """
+
+    layers: list[FloatArray]
+    n_prefilled: int
+    prefill_seconds: float
+    score_seconds: float
+    chunk: int
+    n_window: int = 0
+
+
+def collect_attention(
+    session: KVSession,
+    decoder: Decoder,
+    request: AttentionRequest,
+    tokens: Sequence[int],
+    suffix: Sequence[int] = (),
+    tokenize: Callable[[str], Sequence[int]] | None = None,
+    max_bytes: int = 64 << 20,
+) -> Attention:
+    """Prefills ``tokens`` and returns the attention that ``request`` asks for.
+
+    Args:
+        suffix: tokens that follow the context in its prompt; the prompt's last tokens are the queries of ``Window``.
+        tokenize: returns the tokens of a text, for ``Prompts`` and instructions.
+        max_bytes: limit of the working memory, not counting the scores.
+    Raises:
+        ContextLengthError: the context leaves no cell for queries on top of it.
+        ConfigError: there are no queries.
+    """
+    return _Collector(session, decoder, request.aggregation == "max", max_bytes, tokenize).collect(
+        request.queries, tokens, suffix
+    )
+
+
+def collect_queries(
+    session: KVSession, decoder: Decoder, request: StateRequest, tokens: Sequence[int]
+) -> list[FloatArray]:
+    """Evaluates the last context tokens again, and returns their queries as they are before the rotation.
+
+    Returns:
+        For each layer float32 ``(n_head, n_queries, n_embd_head_k)``, scaled as ``QueryStates`` says.
+    """
+    n_tokens = len(tokens)
+    n_queries = min(request.n_queries, n_tokens, decoder.n_ubatch)
+    first = n_tokens - n_queries
+    decoder.prefill(tokens[:first], True)
+    with session.taps("queries", n_queries):
+        decoder.prefill(tokens, True)
+        tapped = [session.tapped("queries", l, n_queries) for l in range(len(session.layers))]
+    queries = []
+    for l, rows in enumerate(tapped):
+        n_head = rows.shape[1]
+        pos = np.repeat(np.arange(first, n_tokens, dtype=np.int32), n_head)
+        plain = session.rope(l, rows.reshape(n_queries * n_head, -1), pos, inverse=True)
+        queries.append(np.ascontiguousarray(plain.reshape(rows.shape).transpose(1, 0, 2)))
+    return queries
+
+
+def spread(tokens: Sequence[int], fraction: float) -> list[int]:
+    """Returns a share of ``tokens``: pieces of PIECE neighbours, evenly spread from the first token to the last."""
+    n_pieces = max(1, round(fraction * len(tokens) / PIECE))
+    if fraction == 1 or n_pieces * PIECE >= len(tokens):
+        return list(tokens)
+    starts = np.linspace(0, len(tokens) - PIECE, n_pieces).round().astype(int)
+    return [token for start in starts for token in tokens[start : start + PIECE]]
+
+
+def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: int) -> int:
+    """Returns how many query tokens fit on top of the context at a time.
+
+    Raises:
+        ContextLengthError: the context leaves no cell free, or ``scoring_chunk=None`` and the repeat does not fit.
+    """
+    n_free = n_cells - n_tokens
+    if scoring_chunk is None and n_query > n_free:
+        raise ContextLengthError(
+            f"scoring_chunk=None needs {n_tokens + n_query} cells, n_ctx is {n_cells}: raise n_ctx or set scoring_chunk"
+        )
+    if n_free < 1:
+        raise ContextLengthError(f"{n_tokens} tokens fill n_ctx={n_cells}, scoring needs free cells: raise n_ctx")
+    return min(scoring_chunk or n_query, n_query, n_free)
+
+
+@dataclass(frozen=True)
+class _Collector:
+    session: KVSession
+    decoder: Decoder
+    use_max: bool
+    max_bytes: int
+    tokenize: Callable[[str], Sequence[int]] | None
+
+    def collect(self, queries: Queries, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        if isinstance(queries, Window):
+            return self.of_window(queries.size, tokens, suffix)
+        if isinstance(queries, Prefill):
+            return self.of_prefill(tokens)
+        if isinstance(queries, Prompts):
+            return self.on_top([self.tokens_of(text) for text in queries.texts], queries.chunk, tokens)
+        words = self.tokens_of(queries.instruction)
+        later_words = self.tokens_of(queries.continuation)
+        query = spread(tokens, queries.fraction)
+
+        def introduction(first: int) -> list[int]:
+            quoted = first > 0 and bool(later_words)
+            return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
+
+        return self.on_top([query], queries.chunk, tokens, introduction, own=queries.own)
+
+    def tokens_of(self, text: str) -> list[int]:
+        if not text:
+            return []
+        assert self.tokenize is not None
+        return list(self.tokenize(text))
+
+    def scoring(self, n_tokens: int) -> AbstractContextManager[None]:
+        return self.session.scoring("max" if self.use_max else "sum", n_tokens, self.max_bytes)
+
+    def on_top(
+        self,
+        queries: Sequence[list[int]],
+        scoring_chunk: int | None,
+        tokens: Sequence[int],
+        introduction: Callable[[int], list[int]] = lambda first: [],
+        own: bool = False,
+    ) -> Attention:
+        """Scores with chunks on top of the context: each starts at position N, sees the context and its own beginning.
+
+        Each chunk is removed before the next. The reference instead evaluates one repeat of N tokens at positions N to
+        2N-1 (kvcompose_press.py); ``Repeat(chunk=None)`` does the same.
+
+        Args:
+            introduction: returns the tokens to put before the chunk that starts at a given token; they are queries too.
+            own: score a token only by the chunk that repeats it; the query must be the context.
+        """
+        n_tokens = len(tokens)
+        n_query = max(map(len, queries), default=0)
+        if n_query == 0:
+            raise ConfigError("there is no query token to score with: give a context and prompts that are not empty")
+        n_words = max(len(introduction(0)), len(introduction(n_query)))
+        chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.session.state().n_cells)
+        chunks = [
+            introduction(first) + query[first : first + chunk]
+            for query in queries
+            for first in range(0, len(query), chunk)
+        ]
+
+        start = time.perf_counter()
+        n_prefilled = self.decoder.prefill(tokens, True)
+        prefilled = time.perf_counter()
+        self.session.reserve(n_tokens + n_words + chunk)
+        self.decoder.meter.begin("scoring", sum(map(len, chunks)))
+        scores: list[list[FloatArray]] = []
+        for judges in [[query] for query in chunks] if own else [chunks]:
+            with self.scoring(n_tokens):
+                for query in judges:
+                    with self.decoder.on_top(n_tokens):
+                        self.decode(query, n_tokens)
+                new = self.session.scores(n_tokens)
+            if not self.use_max:
+                new = [score / np.float32(sum(map(len, judges))) for score in new]
+            scores.append(new)
+        if own:
+            parts = [[score[:, i * chunk : (i + 1) * chunk] for score in new] for i, new in enumerate(scores)]
+            joined = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+        else:
+            joined = scores[0]
+        return Attention(joined, n_prefilled, prefilled - start, time.perf_counter() - prefilled, chunk)
+
+    def of_window(self, size: int, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """Scores with the prompt's last ``size`` tokens; those after the context are removed from the cache again."""
+        n_tokens, n_prompt = len(tokens), len(tokens) + len(suffix)
+        first = max(0, n_prompt - size)
+        n_cells = self.session.state().n_cells
+        if n_prompt > n_cells:
+            raise ContextLengthError(f"a prompt of {n_prompt} tokens does not fit into n_ctx={n_cells}: raise n_ctx")
+
+        start = time.perf_counter()
+        n_prefilled = self.decoder.prefill(tokens[:first], True)
+        prefilled = time.perf_counter()
+        if first < n_tokens:
+            with self.scoring(n_tokens):
+                n_prefilled += self.decoder.prefill(tokens, True)
+                with self.decoder.on_top(n_tokens):
+                    self.decode(suffix, n_tokens)
+                scores = self.session.scores(n_tokens)
+        else:
+            with self.decoder.on_top(n_tokens):
+                self.decode(suffix[: first - n_tokens], n_tokens)
+                with self.scoring(n_tokens):
+                    self.decode(suffix[first - n_tokens :], first)
+                    scores = self.session.scores(n_tokens)
+        self.divide_by_queries(scores, first, n_prompt)
+        elapsed = time.perf_counter() - prefilled
+        return Attention(
+            scores, n_prefilled, prefilled - start, elapsed, n_prompt - first, max(0, n_tokens - first)
+        )  # fmt: skip
+
+    def of_prefill(self, tokens: Sequence[int]) -> Attention:
+        """Scores with the context's own tokens during the prefill, so all of them are evaluated again."""
+        start = time.perf_counter()
+        self.decoder.prefill([], False)  # empties the cache: a compressed one cannot be scored
+        with self.scoring(len(tokens)):
+            n_prefilled = self.decoder.prefill(tokens, False)
+            prefilled = time.perf_counter()
+            scores = self.session.scores(len(tokens))
+        self.divide_by_queries(scores, 0, len(tokens))
+        return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, 0)
+
+    def divide_by_queries(self, scores: list[FloatArray], first: int, end: int) -> None:
+        """Turns sums into means, in place: the queries at ``[max(first, i), end)`` see token i."""
+        if not self.use_max:
+            n_queries = end - np.maximum(first, np.arange(scores[0].shape[1]))
+            for score in scores:
+                score /= n_queries.astype(np.float32)
+
+    def decode(self, tokens: Sequence[int], pos: int) -> None:
+        for first in range(0, len(tokens), self.decoder.n_batch):
+            self.decoder.decode(tokens[first : first + self.decoder.n_batch], pos + first)

@@ -1,0 +1,1 @@
+"""Chat templates, tools, grammars and the bodies of chat answers."""

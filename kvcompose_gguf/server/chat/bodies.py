@@ -1,0 +1,212 @@
+"""Answers /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from .. import formats
+from ..errors import invalid
+from ..formats import About
+from ..options import REASONING_FORMATS
+from ..schemas import ChatRequest
+from ..server import Server
+from ..slots.generation import End, Generation, Progress, Token
+from ..streams import JSONResponse, event_stream, merged, together, while_connected
+from . import reasoning, tools
+from . import templates as chat
+from .grammars import grammar_of
+from .messages import MessageStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatPrompt:
+    """The prompt of a chat and its tools.
+
+    Attributes:
+        text: the prompt, up to the assistant's message.
+        begun: the beginning of the assistant's message, if the request gives one to continue.
+        tools: tools that the model may call.
+        choice: whether the model may ("auto"), must not ("none") or has to ("required") call one.
+    """
+
+    text: str
+    begun: str
+    tools: list[dict[str, Any]]
+    choice: str
+
+
+def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
+    """Returns the prompt of a chat.
+
+    Raises:
+        ApiError: messages or tools are invalid, or the template refuses them.
+    """
+    messages = chat.check_messages(request.messages)
+    offered, choice = tools.check_tools(request.tools, request.tool_choice, server.template)
+    if offered and request.grammar:
+        raise invalid("Cannot use custom grammar constraints with tools.")
+    is_continued = bool(messages) and messages[-1]["role"] == "assistant"
+    if is_continued and len(messages) > 1 and messages[-2]["role"] == "assistant":
+        raise invalid("Cannot have 2 or more assistant messages at the end of the list.")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise invalid("Cannot set both add_generation_prompt and continue_final_message to true.")
+    if is_continued and messages[-1].get("tool_calls"):
+        raise invalid("Cannot continue an assistant message that contains tool calls.")
+    now = time.localtime()
+    variables: dict[str, Any] = {
+        "enable_thinking": server.options.reasoning, "datetime": time.strftime("%b %d %Y", now),
+        "date_string": time.strftime("%d %b %Y", now),
+        **(request.chat_template_kwargs or {}),
+    }  # fmt: skip
+    thinks = variables["enable_thinking"]
+    if isinstance(thinks, str):
+        raise invalid('invalid type for "enable_thinking" (expected boolean, got string)')
+    if offered:
+        variables["tools"] = offered
+    last = messages.pop() if is_continued else {}
+    prompt = server.template.render(messages, is_continued or request.add_generation_prompt, variables)
+    return ChatPrompt(
+        text=prompt if thinks else reasoning.closed(prompt), begun=str(last.get("prefill", last.get("content", ""))),
+        tools=offered, choice=choice,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A chat that is ready to be answered.
+
+    Attributes:
+        what: the generation.
+        tail: the last characters of the prompt, before the assistant's message.
+        begun: the beginning of the assistant's message that the prompt contains.
+        echoes: whether the answer repeats ``begun``.
+        names: names of the tools that the model may call.
+    """
+
+    what: Generation
+    tail: str
+    begun: str
+    echoes: bool
+    names: frozenset[str]
+
+
+def _asked(server: Server, request: ChatRequest) -> _Asked:
+    asked = chat_prompt(server, request)
+    prompt, begun, grammar = asked.text, asked.begun, _chat_grammar(request)
+    if asked.choice == "required":
+        key = "parameters" if server.template.names_parameters else "arguments"
+        grammar = grammar_of(tools.call_schema(asked.tools, key))
+        begun += chat.CALL_BEGIN + "\n" if server.template.tags_calls else ""
+    if grammar is not None or request.grammar:
+        prompt = reasoning.closed(prompt)  # the grammar does not allow thinking
+    calls = asked.tools if asked.choice != "none" else []
+    return _Asked(
+        server.generation(request, server.reader.tokens(prompt + begun), grammar), prompt[-64:], begun,
+        not request.continue_final_message or request.echo,
+        frozenset(tool["function"]["name"] for tool in calls),
+    )  # fmt: skip
+
+
+def _message_stream(server: Server, request: ChatRequest, asked: _Asked) -> MessageStream:
+    """Returns a parser for the model's answer."""
+    form = request.reasoning_format or server.options.reasoning_format
+    if form not in REASONING_FORMATS:
+        raise invalid(f"Unknown reasoning format: {form}")
+    calls: tools.CallStream | tools.BareCalls | None = None
+    if asked.names:
+        calls = tools.CallStream() if server.template.tags_calls else tools.BareCalls(asked.names)
+    return MessageStream(reasoning.Thoughts(asked.tail, form != "none"), calls)
+
+
+async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Response:
+    """Answer a chat, whole or streamed."""
+    if request.top_logprobs and not request.logprobs:
+        raise invalid("top_logprobs requires logprobs to be set to true")
+    if request.logprobs and request.n_probs is None:
+        request.n_probs = 20 if request.top_logprobs is None else max(1, request.top_logprobs)
+    asked = await server.aside(_asked, server, request)
+    if asked.names and request.stream and request.logprobs:
+        raise invalid("logprobs is not supported with tools + stream")
+    abouts = server.abouts(request, [asked.what])
+    readers = [_message_stream(server, request, asked) for _ in abouts]
+    if request.stream:
+        pairs = zip(abouts, readers, strict=True)
+        chunks = merged([_chat_chunks(server, request, asked, *pair) for pair in pairs], len(server.engine.slots))
+        return await event_stream(http, chunks, done=True)
+    work = (server.finish(about.what, request.id_slot) for about in abouts)
+    ends = await while_connected(http, together(work, len(server.engine.slots)))
+
+    def answer() -> JSONResponse:
+        bodies = [
+            formats.chat_completion(replace(about, id_slot=slot), end, reader.whole(asked.begun + end.text))
+            for about, reader, (slot, end) in zip(abouts, readers, ends, strict=True)
+        ]
+        return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+
+    return await server.aside(answer)  # many probabilities take long to format
+
+
+def _chat_grammar(request: ChatRequest) -> str | None:
+    """Returns GBNF for the response format. None: use the request's own grammar."""
+    kind = (request.response_format or {}).get("type", "text")
+    schema = request.json_schema
+    if kind == "json_object":
+        schema = (request.response_format or {}).get("schema", {} if schema is None else schema)
+    elif kind == "json_schema":
+        wrapped = (request.response_format or {}).get("json_schema")
+        if not isinstance(wrapped, dict):
+            raise invalid("response_format.json_schema is needed, an object with a schema")
+        schema = wrapped.get("schema", {})
+    elif kind not in ("text", "", None):
+        raise invalid(f'response_format type must be one of "text" or "json_object", but got: {kind}')
+    if schema is not None and request.grammar:
+        raise invalid("Cannot use both json_schema and grammar")
+    return None if schema is None else grammar_of(schema)
+
+
+async def _chat_chunks(
+    server: Server, request: ChatRequest, asked: _Asked, about: About, reader: MessageStream
+) -> AsyncGenerator[dict[str, Any], None]:
+    has_role = False
+    held = reader.add(asked.begun)
+    if not asked.echoes:
+        held = []
+    async with aclosing(server.events(about.what, request.id_slot)) as told:
+        async for _, step in told:
+            if isinstance(step, Progress):
+                if request.return_progress:
+                    has_role = True
+                    more = formats.extras(step, request.timings_per_token)
+                    yield formats.chat_part(about, {"role": "assistant", "content": None}, **more)
+                continue
+            if not has_role:
+                has_role = True
+                yield formats.chat_part(about, {"role": "assistant", "content": None})
+            deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
+            held = []
+            for delta in deltas:
+                chunk = formats.chat_part(about, delta)
+                if isinstance(step, Token) and delta is deltas[-1]:  # they belong to the token, so they go once
+                    chunk |= formats.extras(step, request.timings_per_token)
+                    if about.logprobs:
+                        chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
+                yield chunk
+            if isinstance(step, End):
+                for chunk in _last_chunks(request, about, reader, step):
+                    yield chunk
+
+
+def _last_chunks(request: ChatRequest, about: About, reader: MessageStream, end: End) -> Iterator[dict[str, Any]]:
+    timings = {"timings": formats.timings(end.timings, end.report)}
+    wants_usage = request.stream_options is not None and request.stream_options.include_usage
+    last = formats.chat_part(about, {}, formats.chat_finish(end, reader.n_calls > 0))
+    yield last if wants_usage else last | timings
+    if wants_usage:
+        yield formats.chat_usage(about, end) | timings

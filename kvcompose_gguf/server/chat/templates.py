@@ -1,0 +1,225 @@
+"""Turns chat messages into a prompt, with the model's own template or one of llama.cpp's."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import secrets
+import string
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...errors import ConfigError
+from ...native import library
+from ..errors import ApiError, invalid
+
+CHATML = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+#: the text that Hermes models and Qwen write before a tool call
+CALL_BEGIN = "<tool_call>"
+
+
+class ChatTemplate:
+    """A chat template in Jinja, as models contain it.
+
+    Args:
+        source: the template's text, or ``"chatml"`` for the ChatML template.
+        bos, eos: texts of the tokens that begin and end a text.
+        bos_is_added: the tokenizer adds the BOS token, so ``render`` removes it from the text.
+    Raises:
+        ConfigError: Jinja cannot parse the template.
+    """
+
+    def __init__(self, source: str, bos: str = "", eos: str = "", bos_is_added: bool = True) -> None:
+        self.source = CHATML if source == "chatml" else source
+        self._tokens = {"bos_token": bos, "eos_token": eos}
+        self._begins_with = bos if bos_is_added else ""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+            undefined=_Nothing,
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            self._template = environment.from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the chat template cannot be read: {error}") from error
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the template shows tools to the model."""
+        return bool(re.search(r"\btools\b", self.source))
+
+    @property
+    def tags_calls(self) -> bool:
+        """Whether tool calls are between ``<tool_call>`` and ``</tool_call>``. If not, the whole answer is JSON."""
+        return CALL_BEGIN in self.source
+
+    @property
+    def names_parameters(self) -> bool:
+        """Whether a tool call has ``parameters``, as with Llama 3, and not ``arguments``."""
+        return '"parameters": ' in self.source and '"arguments": ' not in self.source
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Returns the prompt for ``messages``.
+
+        Args:
+            variables: additional variables for the template.
+        Raises:
+            ApiError: the template raises an error.
+        """
+        try:
+            known = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._tokens}
+            text = self._template.render({**(variables or {}), **known})
+        except Exception as error:  # a template can raise any exception
+            raise ApiError(500, f"Failed to apply the chat template: {error}") from error
+        return text.removeprefix(self._begins_with)
+
+
+class BuiltinTemplate:
+    """A chat format that llama.cpp has by name (llama_chat_apply_template), for example ``--chat-template llama3``."""
+
+    has_tools = tags_calls = names_parameters = False
+
+    def __init__(self, name: str) -> None:
+        self.source = name
+
+    @staticmethod
+    def names() -> list[str]:
+        """Returns the names of all formats."""
+        llama_cpp = library.load()
+        found = (ctypes.c_char_p * llama_cpp.llama_chat_builtin_templates(None, 0))()
+        llama_cpp.llama_chat_builtin_templates(found, len(found))
+        return [(name or b"").decode() for name in found]
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Returns the prompt, as ``ChatTemplate.render`` does. Ignores ``variables``."""
+        llama_cpp = library.load()
+        pairs = [
+            tuple(message[name].encode("utf-8", "replace") for name in ("role", "content")) for message in messages
+        ]
+        chat = (llama_cpp.llama_chat_message * len(pairs))(*pairs)
+        arguments = (self.source.encode(), chat, len(pairs), add_generation_prompt)
+        size = llama_cpp.llama_chat_apply_template(*arguments, None, 0)
+        if size < 0:
+            raise ApiError(500, f"Failed to apply the chat template {self.source}")
+        buffer = ctypes.create_string_buffer(size)
+        llama_cpp.llama_chat_apply_template(*arguments, buffer, size)
+        return buffer.raw[:size].decode("utf-8", "replace")
+
+
+class _Nothing(jinja2.Undefined):
+    """An undefined variable: an empty text, also in an addition, as in llama.cpp's own Jinja."""
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    __radd__ = __add__
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Ignores ``{% generation %}``, which marks the text that a model was trained on."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 expects a class attribute)
+
+    def parse(self, parser: Any) -> Any:
+        parser.stream.skip(1)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+#
+# messages
+#
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Returns messages for a template, each with its content as one text (oaicompat_chat_params_parse).
+
+    Raises:
+        ApiError: the messages do not fit OpenAI's API, or contain images.
+    """
+    if messages is None:
+        raise invalid("'messages' is required")
+    if not isinstance(messages, list):
+        raise invalid("Expected 'messages' to be an array")
+    return [_checked(message) for message in messages]
+
+
+def _checked(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise invalid("Failed to parse messages: Expected 'message' to be an object")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise invalid("Failed to parse messages: Missing 'role'")
+    if role != "assistant" and content is None:
+        raise invalid("All non-assistant messages must contain 'content'")
+    calls = message.get("tool_calls") or []
+    if role == "assistant" and content is None and not calls:
+        raise invalid("Assistant message must contain either 'content' or 'tool_calls'!")
+    if content is not None and not isinstance(content, (str, list)):
+        raise invalid("Expected 'content' to be a string or an array")
+    if not isinstance(calls, list):
+        raise invalid("Failed to parse messages: Expected 'tool_calls' to be an array")
+    out = {name: value for name, value in message.items() if name in ("name", "tool_call_id", "reasoning_content")}
+    text = content if isinstance(content, str) else "\n".join(_part(part) for part in content or [])
+    if role == "assistant" and isinstance(content, list):
+        out["prefill"] = "\n\n".join(map(_part, content))  # llama-server joins continued parts so
+    out |= {"role": "system" if role == "developer" else role, "content": text}
+    return out | {"tool_calls": [_checked_call(call) for call in calls]} if calls else out
+
+
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    for name in ("image", "audio", "video"):
+        if isinstance(kind, str) and name in kind:
+            raise ApiError(500, f"{name} input is not supported - hint: this server reads text only")
+    raise invalid("unsupported content[].type")
+
+
+def _checked_call(call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid("Failed to parse messages: Missing tool call function or its name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise invalid(f"Failed to parse messages: arguments of {function['name']} are not JSON: {error}") from error
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def random_id() -> str:
+    """Returns 32 random letters and digits."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(32))

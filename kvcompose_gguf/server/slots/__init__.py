@@ -1,0 +1,1 @@
+"""Slots, their queue and their generations; knows nothing about HTTP."""

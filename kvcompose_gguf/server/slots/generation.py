@@ -1,0 +1,303 @@
+"""Runs one generation in one slot: prompt -> tokens -> text, as in llama-server (process_token, server-context.cpp)."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ...errors import ContextLengthError
+from ...methods import Method
+from ...plan.report import KVReport
+from .sampling import Chosen, Sampler, Sampling
+from .slot import Slot, Task
+from .text import TextStream
+
+#: tokens that memory is reserved for if the length of an answer is not limited
+N_UNBOUNDED = 1024
+
+StopType = Literal["none", "eos", "word", "limit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The inputs of a generation.
+
+    Attributes:
+        tokens: the prompt's tokens.
+        sampling: options of the samplers.
+        method: the method that compresses the prompt. None: no compression.
+        n_predict: maximum number of tokens. -1: as many as fit. 0 means 1.
+        n_indent: stop at a line that is indented by fewer spaces.
+        t_max_predict_ms: stop at the first line end after this time. -1: no limit.
+        stops: stop strings.
+        ignore_eos: reported in the answer's settings. ``sampling`` forbids the end tokens.
+        reuse: whether the prompt may continue what is in the cache.
+        n_probs: number of most probable tokens to report for every token.
+        post_sampling_probs: report probabilities after the samplers, not before them.
+    """
+
+    tokens: tuple[int, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    method: Method | None = None
+    n_predict: int = -1
+    n_indent: int = 0
+    t_max_predict_ms: int = -1
+    stops: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    reuse: bool = True
+    n_probs: int = 0
+    post_sampling_probs: bool = False
+
+    def n_most(self, n_ctx: int) -> int:
+        """Returns for how many tokens to reserve memory: ``N_UNBOUNDED`` for an answer without a limit."""
+        n_predict = N_UNBOUNDED if self.n_predict < 0 else self.n_predict
+        return min(n_ctx, len(self.tokens) + n_predict)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A part of the prompt was read: ``processed`` of ``total`` tokens. ``cache`` of them were in the cache before."""
+
+    total: int
+    cache: int
+    processed: int
+    time_ms: int
+
+    @property
+    def timings(self) -> Timings:
+        """The timings so far."""
+        n = self.processed - self.cache
+        seconds = self.time_ms / 1000 if n else 0.0
+        return Timings(cache_n=self.cache, prompt_n=n, prompt_seconds=seconds, predicted_n=0, predicted_seconds=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token was generated.
+
+    Attributes:
+        text: text that can be shown now, of this token and of earlier ones.
+        chosen: the token and its probabilities.
+        n_decoded: number of tokens so far, including this one.
+        timings: the timings so far.
+    """
+
+    text: str
+    chosen: Chosen
+    n_decoded: int
+    timings: Timings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Token counts and seconds of a generation.
+
+    Attributes:
+        cache_n: prompt tokens that were in the cache.
+        prompt_n: prompt tokens that were evaluated.
+        prompt_seconds: seconds until the first token was sampled, including compression.
+        predicted_n: tokens generated.
+        predicted_seconds: seconds from the first generated token to the last.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_seconds: float
+    predicted_n: int
+    predicted_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The result of a generation.
+
+    Attributes:
+        text: the whole text.
+        tokens: the tokens with their probabilities.
+        shown: for every token, the text that could be shown when it came.
+        stop_type: why the generation ended.
+        stopping_word: the stop string that was found, or empty.
+        truncated: whether the context was full.
+        n_cached: tokens in the cache now.
+        seed: the samplers' seed.
+        timings: the timings.
+        report: the report of the context's compression, which an earlier request may have done. None: not compressed.
+    """
+
+    text: str
+    tokens: tuple[Chosen, ...]
+    shown: tuple[str, ...]
+    stop_type: StopType
+    stopping_word: str
+    truncated: bool
+    n_cached: int
+    seed: int
+    timings: Timings
+    report: KVReport | None
+
+
+Emit = Callable[[Progress | Token], None]
+
+
+def generate(slot: Slot, what: Generation, emit: Emit) -> End:
+    """Read a prompt and continue it.
+
+    Args:
+        emit: called with every step, in the slot's thread.
+    Returns:
+        The end. The caller passes it on after the slot was released.
+    Raises:
+        ContextLengthError: the prompt leaves no room for a token.
+        ConfigError: the grammar cannot be parsed.
+        Cancelled: the job was cancelled.
+    """
+    llama, n_ctx = slot.llama, slot.llama.n_ctx()
+    what = replace(what, tokens=tuple(llama.joined(what.tokens)))
+    if len(what.tokens) >= n_ctx:
+        raise ContextLengthError(
+            f"request ({len(what.tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
+            "try increasing it"
+        )
+    task = slot.task = Task(slot.task.id if slot.task else -1, what)
+    sampler = Sampler(llama, what.sampling, what.n_probs, what.post_sampling_probs)
+    try:
+        clock = _Clock()
+        cache_n = _Reading(slot, what, emit, clock, task).read()
+        sampler.accept(what.tokens)
+        return _continue(slot, what, emit, sampler, clock, cache_n, task)
+    finally:
+        sampler.close()
+        slot.on_decode = lambda n_tokens: None
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._first: float | None = None
+        self._last = self._start
+
+    def token(self) -> None:
+        self._last = time.perf_counter()
+        if self._first is None:
+            self._first = self._last
+
+    def timings(self, cache_n: int, prompt_n: int, predicted_n: int) -> Timings:
+        first = self._first if self._first is not None else self._last
+        return Timings(
+            cache_n=cache_n, prompt_n=prompt_n, prompt_seconds=first - self._start,
+            predicted_n=predicted_n, predicted_seconds=self._last - first,
+        )  # fmt: skip
+
+    @property
+    def elapsed_ms(self) -> int:
+        return int(1000 * (time.perf_counter() - self._start))
+
+    @property
+    def since_first_ms(self) -> float:
+        return 1000 * (time.perf_counter() - self._first) if self._first is not None else 0.0
+
+
+class _Reading:
+    """Reads a prompt into the cache and emits its progress."""
+
+    def __init__(self, slot: Slot, what: Generation, emit: Emit, clock: _Clock, task: Task) -> None:
+        self._slot, self._what, self._emit, self._clock, self._task = slot, what, emit, clock, task
+        self._processed = self._n_known = slot.llama.n_continued(what.tokens, what.method) if what.reuse else 0
+
+    def read(self) -> int:
+        """Read the prompt; returns how many of its tokens were in the cache."""
+        self._tell()
+        self._slot.on_decode = self._decoded
+        cache_n = self._slot.llama.read(self._what.tokens, self._what.method, self._what.reuse)
+        self._slot.on_decode = lambda n_tokens: None
+        return cache_n
+
+    def _decoded(self, n_tokens: int) -> None:
+        processed = min(self._slot.llama.n_tokens + n_tokens, len(self._what.tokens))
+        if processed > self._processed:  # a scoring pass reads tokens again
+            self._processed = processed
+            self._tell()
+
+    def _tell(self) -> None:
+        total = len(self._what.tokens)
+        self._task.n_cached, self._task.n_processed = self._n_known, self._processed - self._n_known
+        self._emit(Progress(total, self._n_known, self._processed, self._clock.elapsed_ms))
+
+
+def _continue(
+    slot: Slot, what: Generation, emit: Emit, sampler: Sampler, clock: _Clock, cache_n: int, task: Task
+) -> End:
+    llama, n_ctx = slot.llama, slot.llama.n_ctx()
+    stream, tokens, texts = TextStream(what.stops), list[Chosen](), list[str]()
+    n_prompt = len(what.tokens)
+    stop_type: StopType = "none"
+    truncated = False
+    indent = _Indent(what.n_indent)
+
+    def timings() -> Timings:
+        return clock.timings(cache_n, n_prompt - cache_n, len(tokens))
+
+    while stop_type == "none":
+        chosen = sampler.sample()
+        clock.token()
+        tokens.append(chosen)
+        task.n_decoded = len(tokens)
+        is_end = llama.is_end(chosen.token)
+        shown = stream.add(b"" if is_end else llama.piece(chosen.token))
+        if stream.stop is not None:
+            stop_type = "word"
+        elif llama.n_tokens + 1 >= n_ctx:
+            stop_type, truncated = "limit", True
+        if stop_type == "none" and 0 <= what.n_predict <= len(tokens):
+            stop_type = "limit"
+        if stop_type == "none" and not indent.allows(stream.text):
+            stop_type = "limit"
+        if stop_type == "none" and 0 <= what.t_max_predict_ms < clock.since_first_ms and "\n" in shown:
+            stop_type = "limit"
+        if is_end and stop_type != "word":
+            stop_type = "eos"
+        if stop_type != "none":
+            shown += stream.end()  # the text held back for a stop string
+        texts.append(shown)
+        task.has_new_line |= "\n" in shown
+        emit(Token(text=shown, chosen=chosen, n_decoded=len(tokens), timings=timings()))
+        if stop_type == "none":
+            llama.eval([chosen.token])
+    return End(
+        text=indent.cut(stream.text), tokens=tuple(tokens), shown=tuple(texts), stop_type=stop_type,
+        stopping_word=stream.stop or "", truncated=truncated, n_cached=llama.n_tokens, seed=sampler.seed,
+        timings=timings(), report=llama.kv_report if llama.n_context else None,
+    )  # fmt: skip
+
+
+class _Indent:
+    """Stops a generation at a line with too little indentation (``n_indent``)."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._at = 0  # position of the newline before the next line to check
+        self._end: int | None = None
+
+    def allows(self, text: str) -> bool:
+        """Returns whether every line after the first is indented enough. Empty lines do not count."""
+        if self._n <= 0:
+            return True
+        while (at := text.find("\n", self._at)) >= 0:
+            first = re.compile(r"[^ \t]").search(text, at + 1)
+            self._at = at
+            if first is None:
+                return True  # the line has no text yet
+            n_spaces = first.start() - at - 1
+            if first[0] != "\n" and n_spaces < self._n:
+                self._end = first.start()
+                return False
+            self._at = at + 1
+        self._at = len(text)
+        return True
+
+    def cut(self, text: str) -> str:
+        """Returns ``text`` without the line that ended it."""
+        return text if self._end is None else text[: self._end]

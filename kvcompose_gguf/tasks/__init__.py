@@ -1,0 +1,1 @@
+"""Long-context tasks: texts, samples, prompts and answers."""

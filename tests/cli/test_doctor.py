@@ -1,0 +1,97 @@
+"""``kvcompose doctor`` names the devices that are there, not what the library was compiled for."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from test_rpc import free_port, wait_for
+
+from kvcompose_gguf.cli import doctor
+from kvcompose_gguf.native import bindings, library
+from kvcompose_gguf.native.devices import Device, find_devices
+
+CPU = Device("CPU", "Some Processor", "CPU", 64_000_000_000, 32_500_000_000)
+
+
+def printed() -> str:
+    console = Console(file=io.StringIO(), width=200)
+    doctor.doctor(console)
+    return console.file.getvalue()
+
+
+def test_a_machine_without_a_gpu_is_said_to_have_none_though_rpc_is_compiled_in(monkeypatch):
+    assert library.load().llama_supports_rpc()
+    found = find_devices(library.load().llama_cpp._lib)
+    monkeypatch.setattr(doctor, "find_devices", lambda lib: [device for device in found if device.kind == "CPU"])
+    text = printed()
+    assert "GPU offload" not in text
+    assert [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.startswith("GPU")] == ["none: all layers run on the CPU"]
+
+
+def test_the_processor_is_shown_with_its_memory():
+    devices = find_devices(library.load().llama_cpp._lib)
+    cpus = [device for device in devices if device.kind == "CPU"]
+    assert len(cpus) == 1
+    assert cpus[0].name == "CPU"
+    assert 0 < cpus[0].n_bytes_free <= cpus[0].n_bytes
+    assert f"{cpus[0].n_bytes / 1e9:.1f} GB of memory" in printed()
+
+
+def test_the_device_of_an_rpc_server_is_listed_by_name():
+    port = free_port()
+    command = [sys.executable, "-m", "kvcompose_gguf", "rpc-server", "--threads", "1", "--port", str(port)]
+    code = (
+        "from kvcompose_gguf import add_rpc_server, doctor; from rich.console import Console; "
+        f"add_rpc_server('127.0.0.1:{port}'); doctor.doctor(Console(width=200))"
+    )
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(port)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        finally:
+            server.kill()
+    gpus = [line for line in done.stdout.splitlines() if line.startswith("GPU")]
+    assert len(gpus) == 1, done.stdout + done.stderr
+    assert f"127.0.0.1:{port}" in gpus[0]
+    assert "GB of memory" in gpus[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "title"), [("GPU", "GPU"), ("IGPU", "integrated GPU"), ("ACCEL", "accelerator"), ("type 9", "type 9")]
+)
+def test_every_kind_of_device_has_a_line(kind, title):
+    card = Device("X0", "A Card", kind, 24_000_000_000, 23_100_000_000)
+    findings = doctor.device_findings([card, CPU])
+    assert [(finding.name, finding.value) for finding in findings] == [
+        ("CPU", "CPU: Some Processor, 64.0 GB of memory, 32.5 GB free"),
+        (title, "X0: A Card, 24.0 GB of memory, 23.1 GB free"),
+    ]
+
+
+def test_a_device_that_does_not_know_its_memory_is_shown_without_it():
+    assert str(Device("BLAS", "OpenBLAS", "ACCEL", 0, 0)) == "BLAS: OpenBLAS"
+
+
+def test_devices_are_read_through_the_c_interface():
+    handles = {10: (b"CPU", b"Some Processor", 0, 64, 32), 11: (b"CUDA0", b"Some Card", 1, 24, 23), 12: (b"?", b"New", 9, 1, 0)}
+
+    def memory(handle, free, total):
+        free._obj.value, total._obj.value = handles[handle][4], handles[handle][3]
+
+    functions = {
+        "ggml_backend_dev_count": lambda: len(handles), "ggml_backend_dev_get": lambda i: 10 + i,
+        "ggml_backend_dev_name": lambda h: handles[h][0], "ggml_backend_dev_description": lambda h: handles[h][1],
+        "ggml_backend_dev_type": lambda h: handles[h][2], "ggml_backend_dev_memory": memory,
+    }  # fmt: skip
+    lib = SimpleNamespace(**functions)
+    assert find_devices(lib) == [
+        Device("CPU", "Some Processor", "CPU", 64, 32), Device("CUDA0", "Some Card", "GPU", 24, 23), Device("?", "New", "type 9", 1, 0)
+    ]  # fmt: skip
+    assert lib.ggml_backend_dev_get.restype is ctypes.c_void_p  # 64 bits, not the int that ctypes guesses
+    assert set(bindings._DEVICE_FUNCTIONS) == set(functions)

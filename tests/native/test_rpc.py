@@ -1,0 +1,65 @@
+"""Tests device memory that is not host memory: layers spread over two of llama.cpp's RPC servers on loopback."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+from support import chain, tiny
+
+from kvcompose_gguf import ConfigError, add_rpc_server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[str]]:
+    """Returns the endpoints of two servers with one thread each."""
+    ports = [free_port() for _ in range(2)]
+    command = [sys.executable, "-m", "kvcompose_gguf", "rpc-server", "--threads", "1", "--port"]
+    processes = [subprocess.Popen([*command, str(port)], stdout=subprocess.DEVNULL) for port in ports]
+    try:
+        for port in ports:
+            wait_for(port)
+        yield [f"127.0.0.1:{port}" for port in ports]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def wait_for(port: int) -> None:
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no RPC server on port {port}")
+
+
+@pytest.mark.parametrize("n_gpu_layers", [-1, 2], ids=["all-layers", "some-layers"])
+@pytest.mark.parametrize("options", chain.CACHES)
+def test_the_chain_on_two_servers_is_the_chain_in_one_process(tiny_model, servers, options, n_gpu_layers):
+    path = tiny_model(tiny.GQA_QUIET)
+    local = chain.run(path, options)
+    remote = chain.run(path, options | {"n_gpu_layers": n_gpu_layers}, servers)
+    on_device = [n_gpu_layers == -1 or il >= 2 for il in range(3)]  # the last layers go first, the output counts as one
+    assert remote["device"] == on_device
+    assert local["device"] == [False] * 3
+    assert len(set(remote["buffers"])) == 2
+    chain.compare(remote, local, score_error=2e-2 if options["type_k"] == 8 else 2e-3, logit_error=1e-2)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost", ":1", "localhost:", "localhost:x", "127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_missing_server_is_an_error_and_does_not_end_the_process(endpoint):
+    with pytest.raises(ConfigError, match="endpoint"):
+        add_rpc_server(endpoint)
