@@ -15,8 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import greedy
 from support import tiny
+from support.llamas import greedy
 
 from kvcompose_gguf import KVCompose, KVComposeError, StateError
 from kvcompose_gguf.access import Access

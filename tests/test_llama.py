@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import greedy, last_logits
 from support import tiny
+from support.llamas import greedy, last_logits
 
 from kvcompose_gguf import (
     CompositionPlan,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import greedy, last_logits
+from support.llamas import greedy, last_logits
 
 from kvcompose_gguf import CompositionPlan, KVCompose
 

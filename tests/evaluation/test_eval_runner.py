@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import greedy
 from support import tiny
+from support.llamas import greedy
 
 from kvcompose_gguf import CompositionPlan, ConfigError, UnsupportedError
 from kvcompose_gguf.evaluation import runner, suites

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny
-from test_compose import decode_one_by_one
-from test_kv_types import stored_rows
-from test_methods import make_evidence
-from test_scoring import Cache, context, payment, words
+from support.caches import Cache, context, payment, words
+from support.evidence import make_evidence
+from support.llamas import decode_one_by_one, stored_rows
 
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
 from kvcompose_gguf.evaluation.runner import compressed, plan_of

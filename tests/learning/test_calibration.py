@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from support import tiny
+from support.llamas import ONE_THREAD
 from typer.testing import CliRunner
 
 import kvcompose_gguf
 from kvcompose_gguf import ConfigError, UnsupportedError
 from kvcompose_gguf.cli.app import app
-from kvcompose_gguf.learning import calibrate
+from kvcompose_gguf.learning import calibrate, trials
 from kvcompose_gguf.learning import fit as surrogate_fit
-from kvcompose_gguf.learning import trials as trials
 from kvcompose_gguf.learning.trials import CalibrateOptions
 from kvcompose_gguf.measurements import calibration
 from kvcompose_gguf.measurements.calibration import Calibration, load_calibration, model_sha256, save_calibration
@@ -29,7 +29,6 @@ from kvcompose_gguf.tasks.answering import Reply
 from kvcompose_gguf.tasks.texts import load_texts
 
 SMALL = CalibrateOptions(n_needles=1, n_lengths=2, n_depths=2, shortest=400, longest=700, n_errors=3)
-ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 # the tiny models' tokens are bytes, which SentencePiece does not turn back into spaces
 NEEDLES = tuple((beginning, end.replace(" ", "-"), question) for beginning, end, question in trials.NEEDLES)
 GOOD = Calibration("m.gguf", "abc", ((0.5, 1.25), (0.0, 3.0)), (0.25, 0.75), {"n_needles": 3})

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support import tiny
-from test_cli import failure
-from test_surrogate import ONE_THREAD, make_evidence, random_weights, table_of
+from support.commands import failure
+from support.llamas import ONE_THREAD
+from support.surrogates import make_evidence, random_weights, table_of
 from typer.testing import CliRunner
 
 from kvcompose_gguf import ConfigError, KVCompose, Llama

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import greedy
 from support import tiny
+from support.llamas import greedy
 from support.serving import CONFIG, events, post
 
 from kvcompose_gguf.server import infill
