@@ -110,7 +110,7 @@ MEMORY = """
 import gc, json, sys
 import numpy as np
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.queries import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 
 def status(key):
     for line in open("/proc/self/status"):

@@ -324,7 +324,7 @@ def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):
 
 def test_the_unstructured_upper_bound_keeps_the_largest_scores_of_all_heads_and_has_no_plan():
     from kvcompose_gguf.plan.geometry import LayerGeometry
-    from kvcompose_gguf.scoring.requests import Evidence
+    from kvcompose_gguf.scoring.evidence import Evidence
 
     rng = np.random.default_rng(0)
     layers = [LayerGeometry(l, 4, 2, 16, 16, 1, 1, False, 64) for l in range(3)]
@@ -374,8 +374,6 @@ def test_labels_of_requests_are_all_different():
     requests = {(method.attention_request, method.state_request) for method in methods}
     labels = {runner._label(*request) for request in requests if any(request)}
     assert len(labels) == len([request for request in requests if any(request)])
-
-
 
 
 def test_a_missing_calibration_is_found_before_a_folder_is_made(model_path, tmp_path):

@@ -189,7 +189,7 @@ def test_a_surrogate_of_another_shape_is_refused():
         with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
             Surrogate("tiny.gguf", "abc", weights).predict(evidence)
     with pytest.raises(ConfigError, match="the evidence has no unrotate"):
-        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, unrotate=None))
+        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, rows=replace(evidence.rows, turn_back=None)))
 
 
 def test_wrong_weights_and_versions_are_refused():
@@ -336,7 +336,7 @@ def test_scores_are_the_predictions_and_what_kvcompose_makes_of_attention(option
     weights = random_weights(evidence, 1)
     method = KVCompose(compression_ratio=0.7, scoring="surrogate", surrogate=Surrogate("m", "abc", weights), **options)
     predicted = [specified_prediction(table_of(evidence, l), weights[l]).astype(np.float32) for l in range(2)]
-    norms = [np.linalg.norm(evidence.read("values", l), axis=2) for l in range(2)]
+    norms = [np.linalg.norm(evidence.values(l), axis=2) for l in range(2)]
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
     want = specified_plan(predicted, layers, norms, compression_ratio=0.7, **options)
     assert [cells.tolist() for cells in method.plan(evidence).cells] == want

@@ -15,7 +15,7 @@ from support.caches import Cache, context, payment, words
 
 from kvcompose_gguf import KVCompose
 from kvcompose_gguf.errors import ConfigError, ContextLengthError
-from kvcompose_gguf.scoring.collect import PIECE, Attention, chunk_size, collect_attention, spread
+from kvcompose_gguf.scoring.collect import PIECE, Attention, chunk_size, spread
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -129,7 +129,8 @@ def collect(
 ) -> Attention:
     method = KVCompose(compression_ratio=0.5, **options)
     request = method.attention_request
-    return collect_attention(cache, cache, request, tokens, suffix, tokenize, method.max_score_bytes)  # type: ignore[arg-type]
+    assert request is not None
+    return request.collect(cache, tokens, suffix, tokenize, method.max_score_bytes)  # type: ignore[arg-type]
 
 
 def ask(cache: Cache, tokens: Sequence[int], *queries: Sequence[int], **options: Any) -> Attention:
@@ -404,7 +405,7 @@ def test_a_window_longer_than_a_batch_is_decoded_in_several() -> None:
 
 
 def test_a_windows_mean_divides_by_the_queries_that_could_see_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{__name__}.payment", lambda il, g, token, n: np.full((g.n_head, n), 0.25, np.float32))
+    monkeypatch.setattr("support.caches.payment", lambda il, g, token, n: np.full((g.n_head, n), 0.25, np.float32))
     for n_suffix in (0, 3, 8):
         attention = collect(Cache(), context(10), range(n_suffix), scoring="window", window=5, agg_task="mean")
         for scores in attention.layers:

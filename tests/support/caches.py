@@ -34,7 +34,7 @@ class Cache:
     """
 
     layers = (layer(4, 2), layer(2, 1))
-    n_batch = 1 << 20
+    n_batch = n_ubatch = 1 << 20
 
     def __init__(self, n_cells: int = 1 << 20, held: Sequence[int] = (), is_composed: bool = False) -> None:
         self.n_cells = n_cells
@@ -72,6 +72,10 @@ class Cache:
         assert self.peak <= self.n_cells, "decoded beyond the last cell"
 
     # session
+
+    @property
+    def session(self) -> Cache:
+        return self
 
     def state(self) -> CacheState:
         n_composed = len(self.held) if self.is_composed else 0

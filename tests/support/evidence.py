@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import Evidence, QueryStates
+from kvcompose_gguf.scoring.evidence import Evidence
+from support.rows import ArrayRows
 
 N_EMBD_K, N_EMBD_V = 6, 4
 #: query heads and KV heads of every layer
@@ -50,6 +51,5 @@ def make_evidence(
     values = [array(g.n_head_kv, n_tokens, N_EMBD_V) for g in layers]
     queries = [array(g.n_head, min(n_queries, n_tokens), N_EMBD_K) * np.float32(0.4) for g in layers]
     return Evidence(
-        n_tokens, layers, attention, n_window, keys.__getitem__, values.__getitem__,
-        lambda l: QueryStates(queries[l], rotate),
+        n_tokens, layers, attention, n_window, ArrayRows(keys, values, rotate), queries
     )  # fmt: skip

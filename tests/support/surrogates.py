@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
+from support.rows import ArrayRows
 
 
 def rotated(rows: np.ndarray, positions: np.ndarray, freqs: np.ndarray, neox: bool, scale: float = 1) -> np.ndarray:
@@ -64,19 +64,17 @@ def make_evidence(n_tokens: int, seed: int = 0) -> Evidence:
     keys, values = [array(g.n_head_kv, g.n_embd_head_k) for g in layers], [array(g.n_head_kv, g.n_embd_head_v) for g in layers]  # fmt: skip
     attention = [np.exp(array(g.n_head) - 4) for g in layers]
 
-    def unrotate(l: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-        return lambda rows, pos: rotated(rows, -pos, FREQS, True).astype(np.float32)
+    def unrotate(rows: np.ndarray, pos: np.ndarray) -> np.ndarray:
+        return rotated(rows, -pos, FREQS, True).astype(np.float32)
 
-    return Evidence(
-        n_tokens, layers, attention, keys=keys.__getitem__, values=values.__getitem__, unrotate=unrotate
-    )  # fmt: skip
+    return Evidence(n_tokens, layers, attention, rows=ArrayRows(keys, values, turn_back=unrotate))
 
 
 def table_of(evidence: Evidence, l: int) -> np.ndarray:
     """Returns the specified features of a layer of ``make_evidence``."""
-    keys, positions = evidence.read("keys", l), np.arange(evidence.n_tokens)
+    keys, positions = evidence.keys(l), np.arange(evidence.n_tokens)
     turned = [np.stack([rotated(k, -by, FREQS, True) for k in keys]) for by in (positions, evidence.n_tokens + 0 * positions)]  # fmt: skip
-    return specified_features(*turned, evidence.read("values", l))
+    return specified_features(*turned, evidence.values(l))
 
 
 def random_weights(evidence: Evidence, size: float, seed: int = 1) -> tuple[np.ndarray, ...]:
