@@ -72,3 +72,12 @@ def smollm2() -> str:
     from kvcompose_gguf.models import known as models
 
     return str(models.fetch("smollm2"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns an empty folder that stands for the user's calibrations and surrogates."""
+    from kvcompose_gguf.measurements import calibration
+
+    monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    return tmp_path / "kvcompose-gguf" / "calibrations"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from kvcompose_gguf import KVCompose
 from kvcompose_gguf.errors import StateError
 from kvcompose_gguf.plan import seam
 from kvcompose_gguf.plan.geometry import CacheState, LayerGeometry
+from kvcompose_gguf.scoring.collect import Attention
 from kvcompose_gguf.support.progress import Meter
 
 
@@ -171,3 +173,33 @@ def context(n_tokens: int) -> list[int]:
 
 def words(text: str) -> list[int]:
     return [int(word) for word in text.split()]
+
+
+def collect(
+    cache: Cache,
+    tokens: Sequence[int],
+    suffix: Sequence[int] = (),
+    tokenize: Callable[[str], Sequence[int]] = words,
+    **options: Any,
+) -> Attention:
+    method = KVCompose(compression_ratio=0.5, **options)
+    request = method.attention_request
+    assert request is not None
+    return request.collect(cache, tokens, suffix, tokenize, method.max_score_bytes)  # type: ignore[arg-type]
+
+
+def ask(cache: Cache, tokens: Sequence[int], *queries: Sequence[int], **options: Any) -> Attention:
+    """Calls ``collect`` with prompts of these tokens."""
+    prompts = [" ".join(map(str, query)) or " " for query in queries]
+    return collect(cache, tokens, scoring="prompts", prompts=prompts, **options)
+
+
+def assert_scores(attention: Attention, queries: Sequence[tuple[int, int]], n_tokens: int, agg_task: str) -> None:
+    """Asserts that the scores are agg_task over the queries (tokens and positions) that can see each context token."""
+    sees = np.array([[pos >= i for i in range(n_tokens)] for _, pos in queries])
+    for il, g in enumerate(Cache.layers):
+        paid = np.stack([payment(il, g, token, n_tokens) for token, _ in queries]) * sees[:, None]
+        expected = paid.max(axis=0) if agg_task == "max" else paid.sum(axis=0) / sees.sum(axis=0, dtype=np.float32)
+        assert attention.layers[il].dtype == np.float32
+        np.testing.assert_array_equal(attention.layers[il], expected.astype(np.float32))
+    assert len(attention.layers) == len(Cache.layers)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from kvcompose_gguf import CompositionPlan, KVCompose
 from kvcompose_gguf.plan.geometry import LayerGeometry
+from kvcompose_gguf.scoring.evidence import Evidence
+from support.rows import ArrayRows
 
 Plan = list[list[list[int]]]  # layer, KV head, tokens
 Aggregate = Callable[[Sequence[float]], float]
@@ -84,3 +88,43 @@ def specified_plan(
     # step 9: every head's own tokens
     counts = [sum(winner[0] == il for winner in winners) for il in range(n_layer)]
     return [[sorted(order[: counts[il]]) for order in rankings[il]] for il in range(n_layer)]
+
+
+def plain(**options: Any) -> KVCompose:
+    """Returns KVCompose without sinks, as in the paper."""
+    return KVCompose(**({"n_sink": 0} | options))
+
+
+def layer(n_head: int, n_head_kv: int, n_bytes_row: int = 64) -> LayerGeometry:
+    return LayerGeometry(0, n_head, n_head_kv, 16, 16, 1, 1, False, n_bytes_row)
+
+
+def plan_of(
+    method: KVCompose,
+    attention: Sequence[np.ndarray],
+    layers: Sequence[LayerGeometry],
+    v_norms: Sequence[np.ndarray] | None = None,
+) -> CompositionPlan:
+    """Returns the plan for values of one element, with the given norms."""
+    rows = None if v_norms is None else ArrayRows(all_values=[norms[:, :, None] for norms in v_norms])
+    return method.plan(Evidence(attention[0].shape[-1], layers, attention, rows=rows))
+
+
+def inputs(kind: str) -> tuple[list[np.ndarray], list[LayerGeometry], list[np.ndarray]]:
+    """Three layers of 4 and of 2 KV heads over 23 tokens."""
+    rng = np.random.default_rng(5165)
+    layers = [layer(8, 4, 64), layer(8, 2, 96), layer(8, 4, 64)]
+    n_tokens = 23
+    if kind == "continuous":
+        powers = (3, 1, 2)  # the first layer is attended least
+        attention = [
+            rng.random((g.n_head, n_tokens), dtype=np.float32) ** p for p, g in zip(powers, layers, strict=True)
+        ]
+        v_norms = [rng.random((g.n_head_kv, n_tokens), dtype=np.float32) + 1 for g in layers]
+    elif kind == "ties":  # multiples of small powers of two: exact in float32, so ties stay ties
+        attention = [rng.integers(0, 4, (g.n_head, n_tokens)).astype(np.float32) / 4 for g in layers]
+        v_norms = [rng.integers(1, 4, (g.n_head_kv, n_tokens)).astype(np.float32) / 2 for g in layers]
+    else:
+        attention = [np.full((g.n_head, n_tokens), 0.5, np.float32) for g in layers]
+        v_norms = [np.ones((g.n_head_kv, n_tokens), np.float32) for g in layers]
+    return attention, layers, v_norms

@@ -43,18 +43,6 @@ def fitting_surrogate(llama: Any) -> Surrogate:
     return Surrogate("m", calibration.model_sha256(Path(llama.model_path)), random_weights(evidence, 0.5))
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns an empty folder of surrogates."""
-    monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
-    return tmp_path / "kvcompose-gguf" / "calibrations"
-
-
-#
-# the specification
-#
-
-
 def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
     assert got.shape == want.shape
     assert got.dtype == np.float32
