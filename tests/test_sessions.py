@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import F16, Q8_0, greedy
 from support import tiny
+from support.llamas import F16, Q8_0, greedy
 
 from kvcompose_gguf import ConfigError, KVCompose, StateError, sessions
 from kvcompose_gguf.methods import SnapKV
@@ -287,7 +287,6 @@ import numpy as np
 from pathlib import Path
 from kvcompose_gguf import sessions
 from kvcompose_gguf.models.identity import Identity
-from kvcompose_gguf.plan.composed import Contents
 
 file, size = Path(sys.argv[1]), int(sys.argv[2])
 for number in range(1 << 30):

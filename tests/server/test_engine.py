@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import greedy, last_logits
 from support import tiny
+from support.llamas import greedy, last_logits
 from support.serving import TIMEOUT, Gate, gate_before, until
 
 from kvcompose_gguf import ConfigError, KVCompose
