@@ -263,7 +263,7 @@ def _size(name: str, text: str | None, least: int = 1) -> int | None:
 
 
 def _kv_type(name: str) -> int:
-    from ..bench.runner import KV_TYPES
+    from ..load import KV_TYPES
     from ..native import library
 
     if name not in KV_TYPES:
