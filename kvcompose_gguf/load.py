@@ -14,9 +14,6 @@ from .models import hub, known
 if TYPE_CHECKING:
     from .llama import Llama
 
-#: llama.cpp's names of the types that cached keys and values can have
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-
 
 def load_model(
     model_path: Path,

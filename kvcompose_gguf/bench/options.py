@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, ContextLengthError
-from ..load import KV_TYPES
+from ..native.kv_types import KV_TYPES
 from .result import Variant
 
 #: smallest default context size

@@ -1,4 +1,4 @@
-"""Model files: find, fetch, identify."""
+"""Model files: find, fetch, identify, and read their chat templates."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from kvcompose_gguf import KVCompose
 from kvcompose_gguf.chat.conversation import Answer, Conversation
 from kvcompose_gguf.chat.documents import Document
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, StateError
-from kvcompose_gguf.server.chat.templates import CHATML
+from kvcompose_gguf.models.templates import CHATML
 from kvcompose_gguf.support.progress import Progress
 
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=64, keep_last=8)
