@@ -14,7 +14,7 @@ import fpdf
 import pytest
 from support import tiny
 
-from kvcompose_gguf.chat.command import ChatOptions
+from kvcompose_gguf.chat.options import ChatOptions
 from kvcompose_gguf.errors import ConfigError
 
 HERE = Path(__file__).parents[1]
