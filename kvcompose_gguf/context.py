@@ -207,8 +207,7 @@ class Context:
         if n_reused == 0 or not self._decoder.remove(n_reused):
             self.reset()
             n_reused = 0
-        self._n_tokens = n_reused
-        self._needs_eval = True
+        self._end_at(n_reused)
         self.meter.begin("reading", len(tokens) - n_reused)
         if n_reused < len(tokens):
             self.eval(tokens[n_reused:])
@@ -217,8 +216,7 @@ class Context:
     @changes_cache
     def embed(self, tokens: Sequence[int], n_embd: int, pooled: bool) -> FloatArray:
         """Empties the cache and returns a text's embedding vectors, as ``native.decoder.Decoder.embed``."""
-        self._n_tokens = self._n_read = 0
-        self._needs_eval = True
+        self._end_at(0)
         vectors: list[FloatArray] = []
         self.through(lambda: vectors.append(self._decoder.embed(tokens, n_embd, pooled)), len(tokens))
         return vectors[0]
@@ -266,14 +264,13 @@ class Context:
         """Removes at the end of the ``with`` block all tokens that ``decode`` evaluated from position ``pos`` on."""
         with self.access.turn("on_top"):
             partial = self._partial_state()
-            n_tokens, self._n_tokens = self.n_tokens, 0  # after an error below, the cache counts as empty
+            n_tokens = self.n_tokens
+            self._end_at(0)  # after an error below, the cache counts as empty
             try:
                 yield
             finally:
-                self._decoder.remove(pos)
-                if partial is not None:
-                    self._decoder.load_partial_state(partial)
-                self._n_tokens = n_tokens
+                self._go_back(pos, partial)
+                self._end_at(n_tokens)
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -283,11 +280,8 @@ class Context:
             try:
                 yield
             finally:
-                self._decoder.remove(n_tokens)
-                if partial is not None:
-                    self._decoder.load_partial_state(partial)
-                self._n_tokens = n_tokens
-                self._needs_eval = True
+                self._go_back(n_tokens, partial)
+                self._end_at(n_tokens)
 
     #
     # composing, and what follows
@@ -327,15 +321,13 @@ class Context:
             self.reset()
             return 0
         if is_cut and composed is not None and composed.partial is not None:
-            self._n_tokens = 0  # after an error below, the cache counts as empty
-            self._decoder.remove(self.n_context)
-            self._decoder.load_partial_state(composed.partial)
+            self._end_at(0)  # after an error below, the cache counts as empty
             n_tokens = self.n_context
+            self._go_back(n_tokens, composed.partial)
         elif is_cut and not self._decoder.remove(n_tokens):
             self.reset()
             return 0
-        self._n_tokens = n_tokens
-        self._needs_eval = True
+        self._end_at(n_tokens)
         return n_tokens
 
     @changes_cache
@@ -350,14 +342,13 @@ class Context:
             raise StateError(f"n_tokens={n_tokens} is not in [{self.n_context}, {self.n_tokens}]")
         if n_tokens < self.n_tokens and (not self.can_truncate or not self._decoder.remove(n_tokens)):
             raise StateError(f"n_tokens={n_tokens}: this cache cannot remove only its last tokens: call reset()")
-        self._n_tokens = n_tokens
-        self._needs_eval = True
+        self._end_at(n_tokens)
 
     @changes_cache
     def reset(self) -> None:
         """Empties the cache; a compressed cache becomes a full one again, and an elastic cache becomes small."""
-        self._n_tokens = self._n_read = 0
-        self._needs_eval = True
+        self._end_at(0)
+        self._n_read = 0
         self.report = None
         if self.composed is not None or self._elastic or self._clears:
             self._composed = None
@@ -411,8 +402,8 @@ class Context:
         self.reset()
         self._decoder.load_state(contents.state)
         self.ids[:n_tokens] = contents.tokens
-        self._n_tokens = self._n_read = n_tokens
-        self._needs_eval = True
+        self._end_at(n_tokens)
+        self._n_read = n_tokens
         composed = contents.composed
         self._composed = composed if composed is None or choice is None else replace(composed, choice=choice)
         self.report = contents.report
@@ -434,6 +425,16 @@ class Context:
 
     def _run(self, tokens: Sequence[int], pos: int, outputs: Literal["none", "last", "all"]) -> None:
         self.through(lambda: self._decoder.decode(tokens, pos, outputs), len(tokens))
+
+    def _end_at(self, n_tokens: int) -> None:
+        """Makes the cache end after ``n_tokens``; the last logits then belong to another token."""
+        self._n_tokens, self._needs_eval = n_tokens, True
+
+    def _go_back(self, n_tokens: int, partial: bytes | None) -> None:
+        """Removes the native tokens after the first ``n_tokens``; ``partial``: the state of layers that cannot."""
+        self._decoder.remove(n_tokens)
+        if partial is not None:
+            self._decoder.load_partial_state(partial)
 
     def _append(self, tokens: Sequence[int]) -> None:
         self.ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
