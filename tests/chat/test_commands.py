@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from support import tiny
 
-from kvcompose_gguf import KVCompose, sessions
+from kvcompose_gguf import KVCompose
 from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.chat.documents import Document
 from kvcompose_gguf.chat.interrupts import Interrupts, Stopped
@@ -43,7 +43,7 @@ class Recorded:
 
 @pytest.fixture
 def talk(make_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    monkeypatch.setattr(sessions, "sessions_dir", lambda: tmp_path / "sessions")
+    monkeypatch.setattr("kvcompose_gguf.sessions.info.sessions_dir", lambda: tmp_path / "sessions")
     (tmp_path / "rooms.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     return Recorded(make_llama(tiny.GQA, METHOD, n_ctx=4096, n_threads=1, n_threads_batch=1))
