@@ -25,12 +25,12 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from ..errors import ConfigError, StateError
 from ..load import n_ctx_trained, open_vocabulary, resolve_model
 from ..methods import Method, make_method
-from ..methods.base import check_positive
 from ..methods.compresskv import CompressKV
 from ..methods.kvcompose import KVCompose
 from ..methods.unstructured import Unstructured
 from ..plan.composition import CompositionPlan, TokenMask
 from ..scoring.requests import AttentionRequest, Evidence, Prefill, StateRequest
+from ..support.checks import check_positive
 from ..tasks.answering import Drafts, Reply, answer, answer_again
 from ..tasks.prompts import chat_frame, prompt_tokens
 from ..tasks.ruler import RULER_TASKS, TASKS, make_sample
@@ -376,7 +376,7 @@ def _label(attention: AttentionRequest | None, states: StateRequest | None) -> s
 
 def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Method]]) -> dict[str, Any]:
     """Returns the settings that decide the answers; without ``n_samples``, because a later run may add samples."""
-    from ..measurements.calibration import model_sha256
+    from ..models.hashes import model_sha256
 
     with open_vocabulary(model_path) as vocabulary:
         n_ctx_train = n_ctx_trained(vocabulary)

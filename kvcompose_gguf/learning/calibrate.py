@@ -19,8 +19,9 @@ from rich.table import Table
 from .. import __version__
 from ..errors import ConfigError
 from ..load import load_model, resolve_model
-from ..measurements.calibration import Calibration, calibrations_dir, model_sha256, save_calibration
+from ..measurements.calibration import Calibration, calibrations_dir, save_calibration
 from ..methods.kvcompose import KVCompose
+from ..models.hashes import model_sha256
 from ..support.files import append_file, write_file
 from ..tasks.texts import load_texts
 from . import trials as trials

@@ -19,12 +19,13 @@ from rich.progress import Progress
 from .. import __version__
 from ..errors import ConfigError
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..load import load_model, n_ctx_trained, open_vocabulary, resolve_model
-from ..measurements.calibration import calibrations_dir, model_sha256
+from ..measurements.calibration import calibrations_dir
 from ..measurements.surrogate import EPS, VERSION, Surrogate, features, save_surrogate, target_of
-from ..methods.base import map_layers
 from ..methods.kvcompose import KVCompose
+from ..models.hashes import model_sha256
 from ..scoring.requests import Evidence
 from ..support.checks import check_positive
 from ..support.files import replaced

@@ -11,12 +11,13 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..measurements.calibration import Calibration, load_calibration
 from ..scoring.requests import AttentionRequest, Evidence, Window
 from ..support.checks import check_flag, check_integer, check_odd, check_positive
 from .allocation import Allocation, ByEvictionError
-from .base import Method, map_layers
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

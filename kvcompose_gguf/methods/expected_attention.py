@@ -10,7 +10,8 @@ import numpy.typing as npt
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
 from ..scoring.requests import Evidence, QueryStates, StateRequest
-from .base import Method, check_flag, check_integer, check_number, check_positive
+from ..support.checks import check_flag, check_integer, check_number, check_positive
+from .base import Method
 
 #: number of future positions rotated in one call
 CHUNK = 32

@@ -12,11 +12,13 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..measurements.surrogate import Surrogate, find_surrogate, load_surrogate
 from ..scoring.requests import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
+from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .allocation import Allocation, GlobalRanking
-from .base import Method, check_choice, check_flag, check_integer, check_number, check_positive, map_layers
+from .base import Method
 
 SCORING = ("auto", "repeat", "prompts", "window", "prefill", "surrogate")
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..scoring.requests import AttentionRequest, Evidence, Window
-from .base import Method, map_layers
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)
