@@ -20,15 +20,16 @@ from .errors import ConfigError, ContextLengthError, NativeError, StateError, Un
 from .methods.base import Method, choice_of
 from .models.identity import Identity, model_id
 from .native import bindings, library, states
-from .native.rows import cached_rows, write_values
+from .native.rows import ContextRows, write_values
 from .native.session import KVSession, start_small
 from .plan import seam
 from .plan.composed import Composed
 from .plan.composition import CompositionPlan
 from .plan.geometry import KVCells, LayerGeometry
 from .plan.report import KVReport
-from .scoring.collect import Attention, Decoder, collect_attention, collect_queries
-from .scoring.requests import AttentionRequest, Evidence, QueryStates
+from .scoring.collect import Attention, Reader
+from .scoring.evidence import Evidence
+from .scoring.requests import AttentionRequest
 from .sessions import SessionInfo, Snapshot
 from .support.progress import Meter, Progress
 
@@ -190,7 +191,7 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return self._session
 
     @reads_cache
-    def decoder(self) -> Decoder:
+    def decoder(self) -> Reader:
         """Returns the interface through which scoring uses this model."""
         return _Decoder(self)
 
@@ -324,28 +325,16 @@ class Llama(llama_cpp.Llama):  # type: ignore[misc, name-defined]
             n_prefilled, seconds = _timed(lambda: self._prefill(tokens))
             return Attention([], n_prefilled, seconds, 0.0, 0)
         try:
-            return collect_attention(
-                self._session, self.decoder(), request, tokens, suffix, self._tokens, method.max_score_bytes
-            )
+            return request.collect(self.decoder(), tokens, suffix, self._tokens, method.max_score_bytes)
         finally:
             self._requires_eval = True  # the last logits belong to another decode
 
     def _evidence(self, tokens: list[int], attention: Attention, method: Method) -> Evidence:
         """Returns the data that ``method`` reads; ``tokens`` must be in a full cache."""
-        session, n_tokens, query_states = self._session, len(tokens), None
-        if method.state_request is not None:
-            queries = collect_queries(session, self.decoder(), method.state_request, tokens)
-            query_states = lambda l: QueryStates(queries[l], lambda rows, pos: session.rope(l, rows, pos))  # noqa: E731
-        return Evidence(
-            n_tokens,
-            session.layers,
-            attention.layers,
-            attention.n_window,
-            keys=lambda l: cached_rows(session, l, "k", n_tokens),
-            values=lambda l: cached_rows(session, l, "v", n_tokens),
-            states=query_states,
-            unrotate=lambda l: lambda rows, pos: session.rope(l, rows, pos, inverse=True),
-        )
+        request = method.state_request
+        queries = [] if request is None else request.collect(self.decoder(), tokens)
+        rows = ContextRows(self._session, len(tokens))
+        return Evidence(len(tokens), self._session.layers, attention.layers, attention.n_window, rows, queries)
 
     def _prefill(self, tokens: list[int], keep_prefix: bool = True) -> int:
         """Makes a full cache hold exactly ``tokens``; returns how many had to be evaluated."""
@@ -711,15 +700,16 @@ def identity_of(llama: Llama) -> Identity:
 
 
 class _Decoder:
-    """Implements ``scoring.Decoder`` for a Llama."""
+    """Implements ``scoring.collect.Reader`` for a Llama."""
 
     def __init__(self, llama: Llama) -> None:
         self._llama = llama
+        self.session = llama._session
         self.n_batch = llama.n_batch
         self.meter = llama._meter
         self.n_ubatch = int(llama_cpp.llama_n_ubatch(llama.ctx))
 
-    def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
+    def prefill(self, tokens: Sequence[int], keep_prefix: bool = True) -> int:
         return self._llama._prefill(list(tokens), keep_prefix)
 
     def decode(self, tokens: Sequence[int], pos: int) -> None:

@@ -80,7 +80,7 @@ def test_what_outlives_a_llama_raises_too(make_llama):
     llama.close()
     calls: list[Callable[[], Any]] = [
         lambda: next(tokens), lambda: next(stream), session.state, lambda: session.cells(0), lambda: session.stored(0, "k"),
-        lambda: tokenizer.encode("x"), lambda: decoder.prefill(CONTEXT, True), lambda: evidence.read("keys", 0),
+        lambda: tokenizer.encode("x"), lambda: decoder.prefill(CONTEXT, True), lambda: evidence.keys(0),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(StateError, match="closed"):

@@ -24,7 +24,7 @@ from kvcompose_gguf import (
 )
 from kvcompose_gguf.llama import llama_cpp
 from kvcompose_gguf.native.rows import cached_rows
-from kvcompose_gguf.scoring.requests import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 
 N = 300
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8)

@@ -26,7 +26,7 @@ from ..measurements.calibration import calibrations_dir
 from ..measurements.surrogate import EPS, VERSION, Surrogate, features, save_surrogate, target_of
 from ..methods.kvcompose import KVCompose
 from ..models.hashes import model_sha256
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from ..support.checks import check_positive
 from ..support.files import replaced
 from .passages import MIN_TOKENS, Passage, passage

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Repeat
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Repeat
 from ..support.checks import check_integer, check_positive
 from .base import Method
 

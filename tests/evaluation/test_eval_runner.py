@@ -324,7 +324,7 @@ def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):
 
 def test_the_unstructured_upper_bound_keeps_the_largest_scores_of_all_heads_and_has_no_plan():
     from kvcompose_gguf.plan.geometry import LayerGeometry
-    from kvcompose_gguf.scoring.requests import Evidence
+    from kvcompose_gguf.scoring.evidence import Evidence
 
     rng = np.random.default_rng(0)
     layers = [LayerGeometry(l, 4, 2, 16, 16, 1, 1, False, 64) for l in range(3)]

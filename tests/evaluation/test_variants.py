@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny
+from support.rows import ArrayRows
 from test_compose import decode_one_by_one
 from test_kv_types import stored_rows
 from test_methods import make_evidence
@@ -28,8 +29,9 @@ from kvcompose_gguf.methods.kvzip import CONTINUATION, INSTRUCTION, KVzip
 from kvcompose_gguf.methods.snapkv import SnapKV
 from kvcompose_gguf.native.rows import cached_rows, read_rows, write_values
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.collect import Attention, collect_attention
-from kvcompose_gguf.scoring.requests import AttentionRequest, Evidence, Repeat
+from kvcompose_gguf.scoring.collect import Attention
+from kvcompose_gguf.scoring.evidence import Evidence
+from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
 F32, F16, BF16, Q8_0 = 0, 1, 30, 8
@@ -52,7 +54,7 @@ def assert_close(got: Any, want: Any, tolerance: float, what: str = "") -> None:
 
 def collect(cache: Cache, tokens: list[int], queries: Repeat, agg_task: str = "max") -> Attention:
     request = AttentionRequest(queries, agg_task)  # type: ignore[arg-type]
-    return collect_attention(cache, cache, request, tokens, (), words)  # type: ignore[arg-type]
+    return request.collect(cache, tokens, (), words)  # type: ignore[arg-type]
 
 
 def repeated(tokens: list[int], chunk: int, first_words: list[int], later_words: list[int]) -> list[list[int]]:
@@ -157,7 +159,7 @@ def test_an_instruction_comes_before_every_chunk_and_its_tokens_judge_as_well(
 def test_kvcompose_asks_with_its_instruction_before_every_chunk():
     method = KVCompose(compression_ratio=0.5, instruction="7 8", scoring_chunk=4, agg_task="mean")
     cache, tokens = Cache(), context(10)
-    attention = collect_attention(cache, cache, method.attention_request, tokens, (), words)
+    attention = method.attention_request.collect(cache, tokens, (), words)
     decoded = [[7, 8, *tokens[:4]], [7, 8, *tokens[4:8]], [7, 8, *tokens[8:]]]
     assert cache.of_kind("decode") == [("decode", queries, 10) for queries in decoded]
     for il in range(2):
@@ -171,7 +173,7 @@ def test_a_continuation_quotes_the_eight_tokens_before_its_chunk():
     queries = KVzip(compression_ratio=0.5, scoring_chunk=15).attention_request.queries
     assert isinstance(queries, Repeat)
     known = {INSTRUCTION: [1, 2], CONTINUATION: [3, 4, 5]}
-    collect_attention(cache, cache, AttentionRequest(queries), tokens, (), known.__getitem__)
+    AttentionRequest(queries).collect(cache, tokens, (), known.__getitem__)
     assert [event[1] for event in cache.of_kind("decode")] == [
         [1, 2, *tokens[:15]],
         [3, 4, 5, *tokens[7:15], *tokens[15:30]],
@@ -322,7 +324,7 @@ def test_the_output_norm_multiplies_attention_by_the_norm_of_the_projected_value
     layers = [LayerGeometry(il, 4, 2, d, d, 1, 1, False, 64) for il in ils]
     attention = [rng.random((4, 30)).astype(np.float32) for _ in ils]
     values = [rng.standard_normal((2, 30, d)).astype(np.float32) for _ in ils]
-    evidence = Evidence(30, layers, attention, values=values.__getitem__)
+    evidence = Evidence(30, layers, attention, rows=ArrayRows(all_values=values))
     method = Variant(n_kept=5, output_norm=True).for_model(tiny_model(config))
     got = method.scores(evidence)
     for l, il in enumerate(ils):
@@ -455,7 +457,7 @@ def signs(evidence: Evidence) -> Evidence:
         np.where(rng.random((g.n_head_kv, evidence.n_tokens, 4)) < 0.5, np.float32(-1), np.float32(1))
         for g in evidence.layers
     ]
-    return replace(evidence, keys=keys.__getitem__)
+    return replace(evidence, rows=replace(evidence.rows, all_keys=keys))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
@@ -466,7 +468,7 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
     if kind == "ties":
         evidence = signs(evidence)
     if kind == "a key of no length":
-        evidence.read("keys", 0)[:, ::3] = 0
+        evidence.keys(0)[:, ::3] = 0
     method = Variant(n_kept=n_kept, fold=share, add_v_norm=True, n_sink=0)
     edited, scores = method.edited(evidence), method.scores(evidence)
     assert isinstance(edited, EditedPlan)
@@ -476,8 +478,8 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
         np.testing.assert_array_equal(a, b)
     assert n_kept > 1 or 0 in edited.n_kept, "every layer keeps something"
     for l, cells in enumerate(edited.plan.cells):
-        want = folded(evidence.read("keys", l), evidence.read("values", l), scores[l], cells, share)
-        n_embd_head_v = evidence.read("values", l).shape[2]
+        want = folded(evidence.keys(l), evidence.values(l), scores[l], cells, share)
+        n_embd_head_v = evidence.values(l).shape[2]
         assert edited.values[l].dtype == np.float32
         assert edited.values[l].shape == (*cells.shape, n_embd_head_v)
         assert_close(edited.values[l], np.array(want).reshape(edited.values[l].shape), 1e-5)
@@ -487,7 +489,7 @@ def test_where_nothing_is_evicted_nothing_is_edited():
     evidence = make_evidence("layers that differ", 40)
     edited = Variant(compression_ratio=0.0, fold=1.0, correct=1.0).edited(evidence)
     for l in range(3):
-        assert_close(edited.values[l], evidence.read("values", l), 1e-6)
+        assert_close(edited.values[l], evidence.values(l), 1e-6)
         assert_close(edited.biases[l], np.zeros(edited.plan.cells[l].shape), 1e-6)
 
 
@@ -496,7 +498,7 @@ def test_folding_all_into_one_is_the_mean_by_weight():
     method = Variant(n_kept=1, fold=1.0, allocation="uniform", n_sink=0)
     for l, (values, scores) in enumerate(zip(method.edited(evidence).values, method.scores(evidence), strict=True)):
         for h in range(2):
-            want = np.average(evidence.read("values", l)[h].astype(np.float64), axis=0, weights=scores[h])
+            want = np.average(evidence.values(l)[h].astype(np.float64), axis=0, weights=scores[h])
             assert_close(values[h, 0], want, 1e-5)
 
 
@@ -506,7 +508,7 @@ def test_a_kept_value_of_no_weight_stays_what_it_is_unless_others_join_it():
         attention[:, :4] = 0
     method = Variant(compression_ratio=0.0, fold=1.0, n_sink=4)
     for l, values in enumerate(method.edited(evidence).values):
-        assert_close(values, evidence.read("values", l), 1e-6)
+        assert_close(values, evidence.values(l), 1e-6)
 
 
 @pytest.mark.parametrize("correct", [1.0, 0.5])
@@ -543,7 +545,7 @@ def test_the_edits_follow_the_given_scores():
     given = [s[:, ::-1].copy() for s in method.scores(evidence)]
     edited = method.edited(evidence, given)
     for l, cells in enumerate(edited.plan.cells):
-        want = folded(evidence.read("keys", l), evidence.read("values", l), given[l], cells, 1.0)
+        want = folded(evidence.keys(l), evidence.values(l), given[l], cells, 1.0)
         assert_close(edited.values[l], np.array(want), 1e-5)
 
 
@@ -652,17 +654,17 @@ def test_values_of_another_shape_are_not_written(make_llama, shape):
 def test_evidence_of_a_context_that_is_not_in_the_cache_any_more_cannot_be_read(make_llama):
     llama, _ = both(make_llama)
     evidence = llama.observe(CONTEXT, KVCompose(n_kept=30))
-    want = evidence.read("keys", 0)
+    want = evidence.keys(0)
     llama.eval(QUERY)
-    np.testing.assert_array_equal(evidence.read("keys", 0), want)
+    np.testing.assert_array_equal(evidence.keys(0), want)
     llama.truncate(N)
     llama.compose(random_plan([30, 80, 7]))
     with pytest.raises(StateError, match="80 compressed tokens now: the 80 tokens of the full cache"):
-        evidence.read("keys", 0)
+        evidence.keys(0)
     llama.reset()
     llama.prefill(CONTEXT[:40])
     with pytest.raises(StateError, match="40 tokens now"):
-        evidence.read("values", 0)
+        evidence.values(0)
 
 
 def test_values_of_a_quantized_cache_are_not_replaced(make_llama):

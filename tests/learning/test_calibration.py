@@ -24,7 +24,7 @@ from kvcompose_gguf.measurements.calibration import Calibration, load_calibratio
 from kvcompose_gguf.methods.allocation import Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
 from kvcompose_gguf.models import known as models
-from kvcompose_gguf.scoring.requests import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.tasks.answering import Reply
 from kvcompose_gguf.tasks.texts import load_texts
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import greedy, last_logits
 from support import tiny, tiny_gguf
+from support.rows import ArrayRows
 from test_kv_types import TYPES, stored_rows
 from test_kvcompose_plan import specified_plan
 
@@ -25,7 +26,7 @@ from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.knorm import KNorm
 from kvcompose_gguf.native.rows import cached_rows
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 
 N = 90
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
@@ -104,19 +105,17 @@ def make_evidence(n_tokens: int, seed: int = 0) -> Evidence:
     keys, values = [array(g.n_head_kv, g.n_embd_head_k) for g in layers], [array(g.n_head_kv, g.n_embd_head_v) for g in layers]  # fmt: skip
     attention = [np.exp(array(g.n_head) - 4) for g in layers]
 
-    def unrotate(l: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-        return lambda rows, pos: rotated(rows, -pos, FREQS, True).astype(np.float32)
+    def unrotate(rows: np.ndarray, pos: np.ndarray) -> np.ndarray:
+        return rotated(rows, -pos, FREQS, True).astype(np.float32)
 
-    return Evidence(
-        n_tokens, layers, attention, keys=keys.__getitem__, values=values.__getitem__, unrotate=unrotate
-    )  # fmt: skip
+    return Evidence(n_tokens, layers, attention, rows=ArrayRows(keys, values, turn_back=unrotate))
 
 
 def table_of(evidence: Evidence, l: int) -> np.ndarray:
     """Returns the specified features of a layer of ``make_evidence``."""
-    keys, positions = evidence.read("keys", l), np.arange(evidence.n_tokens)
+    keys, positions = evidence.keys(l), np.arange(evidence.n_tokens)
     turned = [np.stack([rotated(k, -by, FREQS, True) for k in keys]) for by in (positions, evidence.n_tokens + 0 * positions)]  # fmt: skip
-    return specified_features(*turned, evidence.read("values", l))
+    return specified_features(*turned, evidence.values(l))
 
 
 def random_weights(evidence: Evidence, size: float, seed: int = 1) -> tuple[np.ndarray, ...]:
@@ -263,7 +262,7 @@ def test_a_surrogate_of_another_shape_is_refused():
         with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
             Surrogate("tiny.gguf", "abc", weights).predict(evidence)
     with pytest.raises(ConfigError, match="the evidence has no unrotate"):
-        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, unrotate=None))
+        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, rows=replace(evidence.rows, turn_back=None)))
 
 
 def test_wrong_weights_and_versions_are_refused():
@@ -410,7 +409,7 @@ def test_scores_are_the_predictions_and_what_kvcompose_makes_of_attention(option
     weights = random_weights(evidence, 1)
     method = KVCompose(compression_ratio=0.7, scoring="surrogate", surrogate=Surrogate("m", "abc", weights), **options)
     predicted = [specified_prediction(table_of(evidence, l), weights[l]).astype(np.float32) for l in range(2)]
-    norms = [np.linalg.norm(evidence.read("values", l), axis=2) for l in range(2)]
+    norms = [np.linalg.norm(evidence.values(l), axis=2) for l in range(2)]
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
     want = specified_plan(predicted, layers, norms, compression_ratio=0.7, **options)
     assert [cells.tolist() for cells in method.plan(evidence).cells] == want

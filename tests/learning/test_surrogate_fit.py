@@ -30,7 +30,7 @@ from kvcompose_gguf.learning.quality import RATIOS, compare, quality_tables, ran
 from kvcompose_gguf.measurements import calibration, surrogate
 from kvcompose_gguf.measurements.surrogate import Surrogate, features, load_surrogate
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.tasks.texts import load_texts
 
 REPEAT = KVCompose(compression_ratio=0.0)
@@ -132,10 +132,10 @@ def test_sums_that_are_missing_or_lack_an_array_are_as_none(tmp_path):
 @pytest.mark.parametrize("value", [0.0, 0.5, 0.7])
 def test_a_feature_that_is_constant_does_no_harm(value):
     def with_constant(evidence: Evidence) -> Evidence:
-        values = [evidence.read("values", l).copy() for l in range(2)]
+        values = [evidence.values(l).copy() for l in range(2)]
         for v in values:
             v[:, :, 2] = value
-        return replace(evidence, values=values.__getitem__)
+        return replace(evidence, rows=replace(evidence.rows, all_values=values))
 
     passages = [with_constant(make_evidence(n)) for n in (90, 110, 60)]
     weights = fitted(passages).solve()

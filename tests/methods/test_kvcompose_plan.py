@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.rows import ArrayRows
 
 from kvcompose_gguf import CompositionPlan, ConfigError, KVCompose
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 
 Plan = list[list[list[int]]]  # layer, KV head, tokens
 Aggregate = Callable[[Sequence[float]], float]
@@ -36,8 +37,8 @@ def plan_of(
     v_norms: Sequence[np.ndarray] | None = None,
 ) -> CompositionPlan:
     """Returns the plan for values of one element, with the given norms."""
-    values = None if v_norms is None else lambda l: v_norms[l][:, :, None]
-    return method.plan(Evidence(attention[0].shape[-1], layers, attention, values=values))
+    rows = None if v_norms is None else ArrayRows(all_values=[norms[:, :, None] for norms in v_norms])
+    return method.plan(Evidence(attention[0].shape[-1], layers, attention, rows=rows))
 
 
 def mean(values: Sequence[float]) -> float:

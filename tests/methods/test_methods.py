@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.rows import ArrayRows
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.measurements.calibration import Calibration
@@ -28,16 +29,8 @@ from kvcompose_gguf.methods.snapkv import SnapKV
 from kvcompose_gguf.methods.streaming_llm import StreamingLLM
 from kvcompose_gguf.methods.tova import TOVA
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import (
-    AttentionRequest,
-    Evidence,
-    Prefill,
-    Prompts,
-    QueryStates,
-    Repeat,
-    StateRequest,
-    Window,
-)
+from kvcompose_gguf.scoring.evidence import Evidence
+from kvcompose_gguf.scoring.requests import AttentionRequest, Prefill, Prompts, Repeat, StateRequest, Window
 
 Scores = list[list[list[float]]]  # layer, KV head, token
 N_EMBD_K, N_EMBD_V = 6, 4
@@ -97,8 +90,7 @@ def make_evidence(
     values = [array(g.n_head_kv, n_tokens, N_EMBD_V) for g in layers]
     queries = [array(g.n_head, min(n_queries, n_tokens), N_EMBD_K) * np.float32(0.4) for g in layers]
     return Evidence(
-        n_tokens, layers, attention, n_window, keys.__getitem__, values.__getitem__,
-        lambda l: QueryStates(queries[l], rotate),
+        n_tokens, layers, attention, n_window, ArrayRows(keys, values, rotate), queries
     )  # fmt: skip
 
 
@@ -167,14 +159,14 @@ def snapkv(evidence: Evidence, kernel: int = 5, pooling: str = "mean") -> Scores
 
 
 def knorm(evidence: Evidence) -> Scores:
-    return [[[-norm(key) for key in head] for head in evidence.read("keys", l)] for l in range(len(evidence.layers))]
+    return [[[-norm(key) for key in head] for head in evidence.keys(l)] for l in range(len(evidence.layers))]
 
 
 def keydiff(evidence: Evidence) -> Scores:
     scores: Scores = []
     for l in range(len(evidence.layers)):
         scores.append([])
-        for head in evidence.read("keys", l).astype(np.float64):
+        for head in evidence.keys(l).astype(np.float64):
             directions = [key / max(norm(key), 1e-12) for key in head]
             anchor = np.mean(directions, axis=0)
             scores[l].append([-dot(key, anchor) / max(norm(anchor), 1e-8) for key in directions])
@@ -321,7 +313,16 @@ def test_methods_read_only_what_they_declare(name: str) -> None:
         "streaming-llm": (), "random": (),
     }.get(name, ("attention",))  # fmt: skip
     method = make_method(name, compression_ratio=0.5)
-    bare = Evidence(full.n_tokens, full.layers, n_window=4, **{what: getattr(full, what) for what in needed})
+    rows = full.rows
+    assert isinstance(rows, ArrayRows)
+    bare = Evidence(
+        full.n_tokens, full.layers, full.attention if "attention" in needed else (), 4,
+        ArrayRows(
+            rows.all_keys if "keys" in needed else (), rows.all_values if "values" in needed else (),
+            rows.turn if "states" in needed else None,
+        ),
+        full.queries if "states" in needed else (),
+    )  # fmt: skip
     for a, b in zip(method.scores(full), method.scores(bare), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -453,14 +454,14 @@ def test_random_tokens_are_other_ones_in_every_head_and_for_every_seed() -> None
 def test_a_key_of_no_length_is_no_error() -> None:
     evidence = make_evidence("GQA", 20, "ties")
     for l in range(2):
-        evidence.read("keys", l)[:, 3:9] = 0
+        evidence.keys(l)[:, 3:9] = 0
     assert_scores(KeyDiff(n_kept=1), evidence, keydiff(evidence))
-    evidence.read("keys", 0)[:] = 0
+    evidence.keys(0)[:] = 0
     assert (KeyDiff(n_kept=1).scores(evidence)[0] == 0).all()
 
 
 def test_the_mean_rotation_is_that_of_the_positions_behind_the_context() -> None:
-    states = make_evidence().read("states", 0)
+    states = make_evidence().states(0)
     rotation = mean_rotation(states, 100, 70)
     query = states.queries[0, :1]
     rotated = [rotate(query, np.array([p])).astype(np.float64) for p in range(100, 170)]
@@ -471,19 +472,19 @@ def test_expected_attention_is_the_expectation_for_gaussian_queries() -> None:
     """Compares with E[exp(q k)] over a large sample, at one future position and without the values' norms."""
     evidence = make_evidence("one head", 200, n_queries=200)
     method = ExpectedAttention(n_kept=1, n_sink=0, n_future=1, use_vnorm=False)
-    states = evidence.read("states", 0)
+    states = evidence.states(0)
     mu, sigma = states.queries[0].mean(axis=0), np.cov(states.queries[0].T, bias=True)
     sample = np.random.default_rng(1).multivariate_normal(mu, sigma, 100_000).astype(np.float32)
     rotated = rotate(sample, np.full(len(sample), 200))
-    expected = np.exp(rotated @ evidence.read("keys", 0)[0].T).mean(axis=0)
+    expected = np.exp(rotated @ evidence.keys(0)[0].T).mean(axis=0)
     expected /= expected.sum()
     np.testing.assert_allclose(method.scores(evidence)[0][0], expected, rtol=0.25)
 
 
 def test_scores_do_not_change_the_evidence() -> None:
     def arrays(evidence: Evidence) -> list[np.ndarray]:
-        reads = [evidence.read(what, l) for what in ("keys", "values") for l in range(3)]
-        return [*evidence.attention, *reads, *(evidence.read("states", l).queries for l in range(3))]
+        reads = [read(l) for read in (evidence.keys, evidence.values) for l in range(3)]
+        return [*evidence.attention, *reads, *(evidence.states(l).queries for l in range(3))]
 
     evidence = make_evidence("layers that differ", 23, n_window=4)
     before = [array.copy() for array in arrays(evidence)]
@@ -602,7 +603,7 @@ def test_the_documented_ten_lines_are_a_method() -> None:
     evidence = make_evidence("layers that differ", 40)
     expected = kvzip(evidence)
     for l, scores in enumerate(expected):
-        for row, values in zip(scores, evidence.read("values", l), strict=True):
+        for row, values in zip(scores, evidence.values(l), strict=True):
             row[:] = [x * norm(value) for x, value in zip(row, values, strict=True)]
     assert_plan(method, evidence, assert_scores(method, evidence, expected), [10, 10, 10])
 

@@ -17,7 +17,7 @@ from kvcompose_gguf import KVCompose
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, StateError
 from kvcompose_gguf.plan import seam
 from kvcompose_gguf.plan.geometry import CacheState, LayerGeometry
-from kvcompose_gguf.scoring.collect import PIECE, Attention, chunk_size, collect_attention, spread
+from kvcompose_gguf.scoring.collect import PIECE, Attention, chunk_size, spread
 from kvcompose_gguf.support.progress import Meter
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
@@ -143,7 +143,7 @@ class Cache:
     """
 
     layers = (layer(4, 2), layer(2, 1))
-    n_batch = 1 << 20
+    n_batch = n_ubatch = 1 << 20
 
     def __init__(self, n_cells: int = 1 << 20, held: Sequence[int] = (), is_composed: bool = False) -> None:
         self.n_cells = n_cells
@@ -181,6 +181,10 @@ class Cache:
         assert self.peak <= self.n_cells, "decoded beyond the last cell"
 
     # session
+
+    @property
+    def session(self) -> Cache:
+        return self
 
     def state(self) -> CacheState:
         n_composed = len(self.held) if self.is_composed else 0
@@ -287,7 +291,8 @@ def collect(
 ) -> Attention:
     method = KVCompose(compression_ratio=0.5, **options)
     request = method.attention_request
-    return collect_attention(cache, cache, request, tokens, suffix, tokenize, method.max_score_bytes)  # type: ignore[arg-type]
+    assert request is not None
+    return request.collect(cache, tokens, suffix, tokenize, method.max_score_bytes)  # type: ignore[arg-type]
 
 
 def ask(cache: Cache, tokens: Sequence[int], *queries: Sequence[int], **options: Any) -> Attention:
