@@ -23,7 +23,7 @@ import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
 from kvcompose_gguf.cli.demo import document
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.models.resolve import resolve_model
 
 RATIOS = (0.5, 0.75, 0.9)
 MODES: dict[str, dict[str, Any]] = {
@@ -46,14 +46,18 @@ def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, st
     place, number = PLACES[seed % len(PLACES)], str(rng.integers(1000, 10000))
     question = f"The secret number of the {place} is"
     text, used = [], 0
-    budget = n_tokens - len(llama._tokens(f"{question} {number}."))
+    budget = n_tokens - len(tokens(llama, f"{question} {number}."))
     for sentence in sentences:
-        used += len(llama._tokens(" " + sentence))
+        used += len(tokens(llama, " " + sentence))
         if used > budget:
             break
         text.append(sentence)
     text.insert(int(rng.integers(1, len(text))), f"{question} {number}.")
-    return llama._prompt_tokens(" ".join(text)), question, number
+    return tokens(llama, " ".join(text), add_bos=llama.adds_bos), question, number
+
+
+def tokens(llama: Llama, text: str, add_bos: bool = False) -> list[int]:
+    return list(llama.tokenize(text.encode(), add_bos=add_bos, special=True))
 
 
 def answer(llama: Llama, prompt: list[int], n: int = 16) -> str:
@@ -76,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     modes = {name: MODES[name] for name in args.modes.split(",")}
 
-    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    path = str(resolve_model(args.model))
     plain = KVCompose(compression_ratio=0.5, keep_last=0, scoring="repeat")
     llama = Llama(
         path, n_ctx=args.n_tokens + 640, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
@@ -88,9 +92,9 @@ def main() -> None:
     start = time.perf_counter()
     for seed in range(args.samples):
         context, question, number = haystack(llama, args.n_tokens, seed)
-        prompt = context + llama._tokens("\n\n" + question)
+        prompt = context + tokens(llama, "\n\n" + question)
         llama.reset()
-        llama._prefill(context)
+        llama.prefill(context)
         state = llama.save_state()
         n_bytes["full"] = llama.kv_bytes
         marks = {"full": number in answer(llama, prompt)}

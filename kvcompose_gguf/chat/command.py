@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ContextLengthError
-from ..load import load_model, n_ctx_trained, open_vocabulary, resolve_model
+from ..load import load_model
 from ..methods import make_method
+from ..models.resolve import resolve_model
+from ..native.vocabulary import n_ctx_trained, open_vocabulary
 from ..support.checks import check_integer, check_number, check_positive
 from .interrupts import Stopped
 
@@ -142,10 +144,8 @@ def open_conversation(options: ChatOptions, documents: Sequence[Document] = ()) 
     method = make_method(options.method, **_method_options(options))
     model_path = resolve_model(options.model)
     n_ctx = _context_size(model_path, options, documents)
-    llm = load_model(
-        model_path, n_ctx, method, flash_attn=options.flash_attn, threads=options.threads,
-        **({} if options.seed is None else {"seed": options.seed}),
-    )  # fmt: skip
+    seed: dict[str, Any] = {} if options.seed is None else {"seed": options.seed}
+    llm = load_model(model_path, n_ctx, method, flash_attn=options.flash_attn, threads=options.threads, **seed)
     with contextlib.closing(llm):
         yield Conversation(
             llm,

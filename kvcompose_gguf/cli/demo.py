@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import psutil
 from rich.console import Console
 
-from ..load import load_model, timed_completion
+from ..load import load_model
 from ..methods.kvcompose import KVCompose
 from ..models import known as models
 from ..plan.report import KVReport
@@ -123,7 +124,7 @@ def run_demo(
         try:
             status.update("reading the document")
             llm.kv_compressor = None
-            _, prefill_seconds = timed_completion(llm, text, 1)
+            _, prefill_seconds = _timed_completion(llm, text, 1)
             full = _ask(llm, text, questions, lambda n: status.update(f"full cache: {n}"))
             status.update("compressing the cache")
             llm.kv_compressor = method
@@ -139,7 +140,14 @@ def _ask(llm: Llama, text: str, questions: Sequence[Question], show: Callable[[s
     answers, seconds = [], 0.0
     for i, question in enumerate(questions):
         show(f"question {i + 1} of {len(questions)}")
-        answer, elapsed = timed_completion(llm, f"{text}\n\n{question.prompt}", N_ANSWER)
+        answer, elapsed = _timed_completion(llm, f"{text}\n\n{question.prompt}", N_ANSWER)
         answers.append(answer.strip())
         seconds += elapsed
     return Answers(tuple(answers), seconds, llm.kv_bytes, psutil.Process().memory_info().rss)
+
+
+def _timed_completion(llm: Llama, prompt: str, max_tokens: int) -> tuple[str, float]:
+    """Returns the greedy continuation of ``prompt`` up to the end of the line, and its seconds."""
+    start = time.perf_counter()
+    output = llm.create_completion(prompt, max_tokens=max_tokens, temperature=0, stop=["\n"])
+    return output["choices"][0]["text"], time.perf_counter() - start

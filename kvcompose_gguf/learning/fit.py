@@ -21,11 +21,13 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..load import load_model, n_ctx_trained, open_vocabulary, resolve_model
+from ..load import load_model
 from ..measurements.calibration import calibrations_dir
 from ..measurements.surrogate import EPS, VERSION, Surrogate, features, save_surrogate, target_of
 from ..methods.kvcompose import KVCompose
 from ..models.hashes import model_sha256
+from ..models.resolve import resolve_model
+from ..native.vocabulary import n_ctx_trained, open_vocabulary
 from ..scoring.evidence import Evidence
 from ..support.checks import check_positive
 from ..support.files import replaced
@@ -105,7 +107,7 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
     method = KVCompose(compression_ratio=0.0, scoring="repeat", scoring_chunk=options.scoring_chunk)
     n_repeated = min(options.longest, options.scoring_chunk or options.longest)
     n_ctx = -(-(options.longest + n_repeated + 1) // 256) * 256
-    reader = _Reader(load_model(model_path, n_ctx, method, threads=threads), method, options)
+    reader = _Reader(load_model(model_path, n_ctx, fast_attention=True, threads=threads), method, options)
     console = Console(stderr=True)
     with (
         contextlib.closing(reader.llama),

@@ -20,6 +20,7 @@ from ..kernels.types import FloatArray
 from ..plan import budget
 from ..plan.composition import CompositionPlan
 from ..plan.geometry import LayerGeometry
+from ..plan.trial import Trial
 from ..scoring.evidence import Evidence, check_layers
 from ..scoring.requests import AttentionRequest, StateRequest
 from ..support.checks import check_choice, check_integer, check_number, check_positive, parse_bytes
@@ -115,6 +116,10 @@ class Method:
         """
         return self
 
+    def fingerprint(self) -> bytes:
+        """Returns the measurements of the model that decide which tokens the method keeps; empty: it uses none."""
+        return b""
+
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Returns the importance of every token for every KV head: for each layer float32 ``(n_head_kv, N)``.
 
@@ -182,6 +187,14 @@ class Method:
         n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), n_sink + n_recent)
         cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
         return CompositionPlan(n_tokens, tuple(cells))
+
+    def trial(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> Trial:
+        """Returns what ``kvcompose eval`` makes of a full cache: the plan, unless the method is only simulated.
+
+        Args:
+            scores: as for ``plan``.
+        """
+        return Trial(self.plan(evidence, scores))
 
 
 def with_forced(scores: FloatArray, n_sink: int, n_recent: int) -> FloatArray:

@@ -63,6 +63,10 @@ class CompressKV(Method):
         """Returns the method with the model's calibration, unless it already has one."""
         return self if self.calibration else dataclasses.replace(self, calibration=load_calibration(model_path))
 
+    def fingerprint(self) -> bytes:
+        """Returns the calibration as in its file."""
+        return self.calibration.to_json().encode() if self.calibration else b""
+
     def default_allocation(self) -> Allocation:
         return ByEvictionError(self._calibration().errors)
 

@@ -171,6 +171,10 @@ class KVCompose(Method):
         surrogate = (self.surrogate or find_surrogate(model_path)) if self._can_be_predicted else None
         return replace(self, scoring="surrogate" if surrogate else "repeat", surrogate=surrogate)
 
+    def fingerprint(self) -> bytes:
+        """Returns the weights of the surrogate."""
+        return b"".join(weights.tobytes() for weights in self.surrogate.weights) if self.surrogate else b""
+
     def rule(self) -> Allocation:
         """Same as ``Method.rule``, but ``"global"`` is the method's own rule, with its options."""
         return self.default_allocation() if self.allocation == "global" else super().rule()

@@ -11,10 +11,13 @@ from support import tiny
 
 from kvcompose_gguf import CompositionPlan, ConfigError, UnsupportedError
 from kvcompose_gguf.evaluation import runner, suites
+from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
-from kvcompose_gguf.evaluation.runner import EvalOptions, Job, Worker, compressed, evaluate
+from kvcompose_gguf.evaluation.runner import evaluate
+from kvcompose_gguf.evaluation.trials import Request, compressed, make_trials
+from kvcompose_gguf.evaluation.worker import SampleJob, SampleWorker
 from kvcompose_gguf.methods import make_method
-from kvcompose_gguf.plan.composition import TokenMask
+from kvcompose_gguf.plan.trial import Trial
 from kvcompose_gguf.tasks import prompts
 from kvcompose_gguf.tasks.answering import BETWEEN, N_DRAFT, Drafts, answer, answer_again
 from kvcompose_gguf.tasks.samples import Sample
@@ -68,7 +71,7 @@ def test_answering_beside_a_reference_gives_the_caches_own_greedy_answer_and_the
     full = answer(llama, QUESTION, N_ANSWER)
     n_different = 0
     for n_kept in ([300] * n_layer, [299] * n_layer, [150] * n_layer, [5] * n_layer):
-        with compressed(llama, state, random_plan(n_kept)) as restore:
+        with compressed(llama, state, Trial(random_plan(n_kept))) as restore:
             want = answer(llama, QUESTION, N_ANSWER)
             restore()
             reply = answer_again(llama, QUESTION, N_ANSWER, full, restore)
@@ -96,7 +99,7 @@ def test_earlier_answers_change_how_often_an_answer_is_evaluated_and_not_what_it
         return eval_logits(tokens)
 
     monkeypatch.setattr(llama, "eval_logits", counted)
-    with compressed(llama, state, random_plan([5] * len(llama.kv_layers))) as restore:
+    with compressed(llama, state, Trial(random_plan([5] * len(llama.kv_layers)))) as restore:
         replies, calls, ends = [], [], []
         own = answer(llama, QUESTION, N_ANSWER).choices
         wrong = [*own[:6], own[6] ^ 1, *own[7:]]
@@ -166,15 +169,16 @@ def test_a_mask_shows_what_it_says(make_llama):
     llama.prefill(CONTEXT)
     state = llama.save_state()
     plan = random_plan([100, 100, 100])
-    visible = tuple(np.zeros((2, N), dtype=bool) for _ in range(3))
+    biases = [np.full((2, N), -np.inf, dtype=np.float32) for _ in range(3)]
     for l in range(3):
-        np.put_along_axis(visible[l], plan.cells[l].astype(np.int64), True, axis=1)
-    with compressed(llama, state, plan):
+        np.put_along_axis(biases[l], plan.cells[l].astype(np.int64), 0, axis=1)
+    with compressed(llama, state, Trial(plan)):
         want = llama.eval_logits(QUESTION)
-    with compressed(llama, state, TokenMask(N, visible)):
+    assert Trial(None, biases=biases).n_kept.tolist() == Trial(plan).n_kept.tolist() == [100, 100, 100]
+    with compressed(llama, state, Trial(None, biases=biases)):
         got = llama.eval_logits(QUESTION)
     assert np.abs(got - want).max() < 1e-3
-    with compressed(llama, state, CompositionPlan.keep_all(N, [2] * 3)):
+    with compressed(llama, state, Trial(CompositionPlan.keep_all(N, [2] * 3))):
         assert np.abs(llama.eval_logits(QUESTION) - want).max() > 0.1
 
 
@@ -279,10 +283,10 @@ def test_a_run_resumes_and_accepts_more_samples_but_no_other_settings(model_path
     small = {"tasks": ("passkey",), "methods": ("random",), "ratios": (0.5,)}
     first = evaluate(str(model_path), options(**small), tmp_path, jobs=1).answers()
     done = []
-    do = Worker.do
-    monkeypatch.setattr(Worker, "do", lambda self, job: done.append(job) or do(self, job))
+    do = SampleWorker.do
+    monkeypatch.setattr(SampleWorker, "do", lambda self, job: done.append(job) or do(self, job))
     again = evaluate(str(model_path), options(**small, n_samples=3), tmp_path, jobs=1).answers()
-    assert done == [Job("passkey", 1, "f16"), Job("passkey", 2, "f16")]
+    assert done == [SampleJob("passkey", 1, "f16"), SampleJob("passkey", 2, "f16")]
     assert again[: len(first)] == first
     with pytest.raises(ConfigError, match="seed"):
         evaluate(str(model_path), options(**small, seed=1), tmp_path, jobs=1)
@@ -300,22 +304,17 @@ def test_two_processes_give_what_one_gives(model_path, tmp_path):
     assert results(one) == results(two)
 
 
-def test_a_question_in_sight_is_judged_by(model_path):
-    plans = []
-    for seen in (False, True):
-        worker = Worker(model_path, options(methods=("snapkv,window=16",), question_seen=seen), 1)
-        llama = worker._load("f16")
-        suffix = QUESTION if seen else []
-        plans.append(dict(worker._plans(llama, CONTEXT, suffix, {}))["snapkv,window=16", 0.5])
-        worker.close()
-    hidden, seen = (plan.cells[0] for plan in plans)
+def test_a_question_in_sight_is_judged_by(make_llama):
+    methods = {"snapkv,window=16": [make_method("snapkv,window=16", compression_ratio=0.5)]}
+    made = [make_trials(make_llama(), methods, [0.5], CONTEXT, suffix) for suffix in ([], QUESTION)]
+    hidden, seen = (trials.by_method["snapkv,window=16", 0.5].plan.cells[0] for trials in made)
     assert set(range(N - 16, N)) <= set(hidden[0])
     assert (hidden != seen).any()
 
 
 def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):
-    worker = Worker(model_path, options(tasks=("passkey",), methods=(), ratios=(), n_depths=3), 1)
-    depths = [worker.do(Job("passkey", i, "f16"))[1][0].depth for i in range(4)]
+    worker = SampleWorker(model_path, options(tasks=("passkey",), methods=(), ratios=(), n_depths=3), 1)
+    depths = [worker.do(SampleJob("passkey", i, "f16"))[1][0].depth for i in range(4)]
     worker.close()
     assert depths[0] == depths[3] == 0
     assert depths[1] == pytest.approx(0.5, abs=0.2)
@@ -332,7 +331,7 @@ def test_the_unstructured_upper_bound_keeps_the_largest_scores_of_all_heads_and_
     method = make_method("unstructured,n_sink=2", compression_ratio=0.7)
     scores = np.stack(method.scores(evidence))
     scores[:, :, :2] = np.inf
-    visible = np.stack(method.mask(evidence).visible)
+    visible = np.stack(method.mask(evidence))
     assert visible.sum() == 2 * int(3 * 20 * 0.3)
     assert scores[visible].min() >= scores[~visible].max()
     with pytest.raises(UnsupportedError, match="only simulated"):
@@ -371,11 +370,11 @@ def test_suites_are_lists_of_existing_methods():
 def test_labels_of_requests_are_all_different():
     specs = [spec for suite in suites.SUITES.values() for spec in suite]
     methods = [make_method(spec, compression_ratio=0.5) for spec in specs]
-    requests = {(method.attention_request, method.state_request) for method in methods}
-    labels = {runner._label(*request) for request in requests if any(request)}
+    requests = {Request.of(method) for method in methods}
+    labels = {request.label for request in requests if any(request)}
     assert len(labels) == len([request for request in requests if any(request)])
-
-
+    assert "" not in labels
+    assert Request(None, None).label == ""
 
 
 def test_a_missing_calibration_is_found_before_a_folder_is_made(model_path, tmp_path):

@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 import kvcompose_gguf
 from kvcompose_gguf import ConfigError, UnsupportedError
 from kvcompose_gguf.cli.app import app
-from kvcompose_gguf.learning import calibrate
+from kvcompose_gguf.learning import calibrate, trials
 from kvcompose_gguf.learning import fit as surrogate_fit
-from kvcompose_gguf.learning import trials as trials
 from kvcompose_gguf.learning.trials import CalibrateOptions
 from kvcompose_gguf.measurements import calibration
-from kvcompose_gguf.measurements.calibration import Calibration, load_calibration, model_sha256, save_calibration
+from kvcompose_gguf.measurements.calibration import Calibration, load_calibration, save_calibration
 from kvcompose_gguf.methods.allocation import Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.models import hashes
+from kvcompose_gguf.models.hashes import model_sha256
 from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.tasks.answering import Reply
 from kvcompose_gguf.tasks.texts import load_texts
@@ -133,7 +133,7 @@ def test_every_calibration_of_the_package_can_be_used():
 
 def test_a_model_is_hashed_once_unless_it_changes(folder, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr(models, "sha256", lambda file, sha256=models.sha256: hashed.append(file) or sha256(file))
+    monkeypatch.setattr(hashes, "sha256", lambda file, sha256=hashes.sha256: hashed.append(file) or sha256(file))
     model = tmp_path / "m.gguf"
     model.write_bytes(b"one")
     first = model_sha256(model)

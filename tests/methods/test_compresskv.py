@@ -17,6 +17,7 @@ from kvcompose_gguf.measurements.calibration import Calibration, save_calibratio
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.allocation import ByEvictionError, Ranked, Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
+from kvcompose_gguf.models.hashes import model_sha256
 from kvcompose_gguf.plan.geometry import LayerGeometry
 from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.scoring.requests import AttentionRequest, Window
@@ -228,7 +229,7 @@ def test_without_a_calibration_the_command_is_named(tmp_path: Path, monkeypatch:
         with pytest.raises(ConfigError, match="kvcompose calibrate MODEL"):
             call()
     made = make_calibration("GQA")
-    made = Calibration("model", calibration.model_sha256(model), made.heads, made.errors)
+    made = Calibration("model", model_sha256(model), made.heads, made.errors)
     save_calibration(made)
     assert method.for_model(model).calibration == made
     given = CompressKV(n_kept=9, calibration=make_calibration("MHA"))
