@@ -13,7 +13,7 @@ from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..plan.trial import Trial
 from ..scoring.evidence import Evidence
-from ..scoring.requests import AttentionRequest, Repeat
+from ..scoring.requests import Repeat
 from ..support.checks import check_choice, check_flag, check_number, check_odd
 from .kvcompose import KVCompose
 
@@ -51,21 +51,17 @@ class Variant(KVCompose):
         for name in ("fold", "correct"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a finite number of at least 0")
-        if self.own and (not self._may_repeat or self.scoring_fraction != 1):
+        if self.own and not (self.reads("scoring_fraction") and self.scoring_fraction == 1):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
         if self.output_norm and self.scoring == "surrogate":
             raise ConfigError("output_norm=True weighs attention, but scoring='surrogate' collects none")
 
     @property
-    def _can_be_predicted(self) -> bool:
-        return super()._can_be_predicted and not self.own and not self.output_norm
+    def can_be_predicted(self) -> bool:
+        return super().can_be_predicted and not self.own and not self.output_norm
 
-    @property
-    def attention_request(self) -> AttentionRequest | None:
-        request = super().attention_request
-        if self.own and request is not None and isinstance(request.queries, Repeat):
-            return replace(request, queries=replace(request.queries, own=True))
-        return request
+    def repeat(self) -> Repeat:
+        return replace(super().repeat(), own=self.own)
 
     def for_model(self, model_path: Path) -> Variant:
         """Returns the variant with the Gram matrices of the output projections, if it needs them."""
