@@ -120,6 +120,9 @@ class KVCompose(Method):
             check_choice(name, getattr(self, name), ("max", "mean"))
         for name in ("add_v_norm", "add_mean_across_heads", "first_layer_rule"):
             check_flag(name, getattr(self, name))
+        self._check_scoring()
+
+    def _check_scoring(self) -> None:
         check_choice("scoring", self.scoring, tuple(MODES))
         if not 0 < self.scoring_fraction <= 1:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} is not in (0, 1]")

@@ -24,9 +24,10 @@ from kvcompose_gguf import ConfigError, KVCompose, Llama
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.learning import calibrate, passages
 from kvcompose_gguf.learning import fit as surrogate_fit
-from kvcompose_gguf.learning.fit import FitOptions, Sums, fit_surrogate
+from kvcompose_gguf.learning.fit import FitOptions, fit_surrogate
 from kvcompose_gguf.learning.passages import passage
 from kvcompose_gguf.learning.quality import RATIOS, compare, quality_tables, rank_correlation, summary
+from kvcompose_gguf.learning.sums import Sums
 from kvcompose_gguf.measurements import calibration, surrogate
 from kvcompose_gguf.measurements.surrogate import Surrogate, features, load_surrogate
 from kvcompose_gguf.plan.geometry import LayerGeometry
