@@ -20,7 +20,7 @@ class Custom(Method):
 
     >>> import numpy as np
     >>> from kvcompose_gguf.methods.custom import Custom
-    >>> from kvcompose_gguf.queries import AttentionRequest, Window
+    >>> from kvcompose_gguf.scoring.requests import AttentionRequest, Window
     >>> def loud_and_attended(evidence):
     ...     scores = []
     ...     for l, layer in enumerate(evidence.layers):
