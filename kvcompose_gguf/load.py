@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import kernels
 from .errors import ConfigError
-from .methods import Method, make_method
+from .methods import Method
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -26,24 +27,30 @@ def load_model(
 
     Args:
         method: compresses prompts; None: the caller observes and composes by itself, or compresses nothing.
-        fast_attention: without a ``method``, decode with the kernels that a compressing Llama uses.
+        fast_attention: use the package's own kernel for flash attention; a ``method`` turns it on itself.
         threads: None: llama-cpp-python's default.
         **options: further options of ``Llama``.
     Raises:
         ConfigError: llama.cpp cannot load the file.
+        UnsupportedError: the model or its cache cannot be compressed, and ``method`` or ``fast_attention`` is given.
     """
     from .llama import Llama
 
-    if method is None and fast_attention:
-        # any method switches the kernels on, and this one reads no measurements; no prompt is as long as min_tokens
-        method = make_method("kvcompose,scoring=repeat", compression_ratio=0.0, min_tokens=1 << 31)
     if threads is not None:
         options |= {"n_threads": threads, "n_threads_batch": threads}
     try:
-        return Llama(
+        llama = Llama(
             str(model_path), n_ctx=n_ctx, flash_attn=flash_attn, kv_compressor=method, verbose=False, **options
         )
     except ConfigError:
         raise
     except ValueError as error:  # the bindings' only exception for a file or a context that llama.cpp refused
         raise ConfigError(f"{model_path} cannot be used: {error}") from error
+    if fast_attention:
+        try:
+            llama.context.set_fast_attention(True)
+            kernels.warm_up()
+        except Exception:
+            llama.close()
+            raise
+    return llama

@@ -46,18 +46,14 @@ def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, st
     place, number = PLACES[seed % len(PLACES)], str(rng.integers(1000, 10000))
     question = f"The secret number of the {place} is"
     text, used = [], 0
-    budget = n_tokens - len(tokens(llama, f"{question} {number}."))
+    budget = n_tokens - len(llama.context.vocabulary.tokens(f"{question} {number}."))
     for sentence in sentences:
-        used += len(tokens(llama, " " + sentence))
+        used += len(llama.context.vocabulary.tokens(" " + sentence))
         if used > budget:
             break
         text.append(sentence)
     text.insert(int(rng.integers(1, len(text))), f"{question} {number}.")
-    return tokens(llama, " ".join(text), add_bos=llama.adds_bos), question, number
-
-
-def tokens(llama: Llama, text: str, add_bos: bool = False) -> list[int]:
-    return list(llama.tokenize(text.encode(), add_bos=add_bos, special=True))
+    return llama.prompt_tokens(" ".join(text)), question, number
 
 
 def answer(llama: Llama, prompt: list[int], n: int = 16) -> str:
@@ -92,9 +88,9 @@ def main() -> None:
     start = time.perf_counter()
     for seed in range(args.samples):
         context, question, number = haystack(llama, args.n_tokens, seed)
-        prompt = context + tokens(llama, "\n\n" + question)
+        prompt = context + llama.context.vocabulary.tokens("\n\n" + question)
         llama.reset()
-        llama.prefill(context)
+        llama.context.prefill(context)
         state = llama.save_state()
         n_bytes["full"] = llama.kv_bytes
         marks = {"full": number in answer(llama, prompt)}

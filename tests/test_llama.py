@@ -96,7 +96,7 @@ def test_a_prompt_that_diverges_inside_starts_over(make_llama):
     assert greedy(llama, other, 12) == fresh_answer(make_llama, other)
     short = CONTEXT[:50]
     assert greedy(llama, short, 12) == greedy(make_llama(), short, 12)
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
 
 
 def test_the_same_prompt_again_gives_the_same_answer(make_llama):
@@ -147,7 +147,7 @@ def test_an_exception_while_scoring_leaves_a_usable_object(make_llama, monkeypat
     monkeypatch.setattr(llama._ctx, "decode", failing)
     with pytest.raises(Boom):
         greedy(llama, CONTEXT, 12)
-    state = llama._session.state()
+    state = llama.session.state()
     assert not state.scoring
     assert state.n_cells_used == N - 8
     assert state.n_composed == 0
@@ -176,7 +176,7 @@ def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, before)
-    assert not llama._session.state().scoring
+    assert not llama.session.state().scoring
     llama.reset()
     assert greedy(llama, CONTEXT[:90], 5) == greedy(make_llama(), CONTEXT[:90], 5)
 
@@ -184,7 +184,7 @@ def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
 def test_eval_never_compresses_and_refuses_positions_inside(make_llama):
     llama = make_llama(method=METHOD)
     llama.eval(CONTEXT)
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
     llama.compress(CONTEXT)
     llama.n_tokens = 100
     with pytest.raises(StateError, match="100"):
@@ -219,14 +219,14 @@ def test_bad_options_are_errors_of_the_packages_own(options, words):
 def test_a_context_longer_than_n_ctx_is_refused_before_anything_changes(make_llama):
     llama = make_llama(method=METHOD, n_ctx=512)
     llama.compress(CONTEXT)
-    state = llama._session.state()
+    state = llama.session.state()
     with pytest.raises(ContextLengthError, match="512"):
         llama.compress(tiny.tokens(tiny.GQA, 600))
-    assert llama._session.state() == state
+    assert llama.session.state() == state
     whole = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, scoring_chunk=None), n_ctx=512)
     with pytest.raises(ContextLengthError, match="scoring_chunk"):
         whole.compress(CONTEXT)
-    assert not whole._session.state().scoring
+    assert not whole.session.state().scoring
 
 
 def test_a_context_that_nearly_fills_n_ctx_is_scored_in_smaller_chunks(make_llama):
@@ -291,7 +291,7 @@ def test_a_prompt_cache_holds_compressed_states(make_llama):
     report = llama.kv_report
     llama.create_completion("Something else entirely.", max_tokens=6)
     assert llama.kv_report is None  # of a prompt that is too short
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
     assert llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"] == first
     assert llama.kv_report is report  # the compressed state came back, the prompt was not prefilled again
 
@@ -302,7 +302,7 @@ def test_save_and_load_state_work_around_a_compression(make_llama):
     state = llama.save_state()
     llama.compress(CONTEXT)
     llama.load_state(state)
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
     llama.eval([9])
     want = tiny.NumpyLlama(tiny.GQA).forward([*CONTEXT, 9])[0][-1]
     assert np.abs(last_logits(llama) - want).max() <= 1e-3
@@ -315,14 +315,14 @@ def test_speculative_decoding_gives_the_same_tokens(make_llama):
     plain = make_llama(method=METHOD)
     drafted = make_llama(method=METHOD, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
     assert greedy(drafted, prompt, 30) == greedy(plain, prompt, 30)
-    assert drafted._session.state().n_composed == N - 8
+    assert drafted.session.state().n_composed == N - 8
 
 
 def test_completions_stream_log_probabilities_and_grammars(make_llama):
     text = "Once upon a time there was a lighthouse keeper who counted the waves. " * 5
     llama = make_llama(method=METHOD, logits_all=True)
     whole = llama.create_completion(text, max_tokens=8, temperature=0.0, logprobs=2)
-    assert llama._session.state().n_composed > 0
+    assert llama.session.state().n_composed > 0
     assert len(whole["choices"][0]["logprobs"]["token_logprobs"]) == 8
     streamed = "".join(
         part["choices"][0]["text"] for part in llama.create_completion(text, max_tokens=8, temperature=0.0, stream=True)
@@ -344,18 +344,18 @@ def test_prompts_judge_the_context_when_asked_to(make_llama):
 
 def test_value_norms_are_the_caches(make_llama):
     def norms_of(llama):
-        layers = range(len(llama._session.layers))
-        return [np.linalg.norm(cached_rows(llama._session, l, "v", N), axis=2) for l in layers]
+        layers = range(len(llama.session.layers))
+        return [np.linalg.norm(cached_rows(llama.session, l, "v", N), axis=2) for l in layers]
 
     for flash_attn in (False, True):
         llama = make_llama(flash_attn=flash_attn)
-        llama._prefill(CONTEXT)
+        llama.context.prefill(CONTEXT)
         model = tiny.NumpyLlama(tiny.GQA)
         model.forward(CONTEXT)
         for got, v in zip(norms_of(llama), model.v, strict=True):
             assert np.abs(got - np.linalg.norm(v, axis=2).T).max() <= (2e-3 if flash_attn else 1e-4)
     quantized = make_llama(tiny.WIDE, flash_attn=True, type_k=8, type_v=8)
-    quantized._prefill(CONTEXT)
+    quantized.context.prefill(CONTEXT)
     model = tiny.NumpyLlama(tiny.WIDE)
     model.forward(CONTEXT)
     for got, v in zip(norms_of(quantized), model.v, strict=True):
@@ -423,7 +423,7 @@ def test_from_pretrained_downloads_through_huggingface_hub(monkeypatch, tiny_mod
         "org/repo", "*.gguf", kv_compressor=METHOD, n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False
     )
     greedy(llama, CONTEXT, 3)
-    assert llama._session.state().n_composed == N - 8
+    assert llama.session.state().n_composed == N - 8
     llama.close()
 
 
@@ -447,7 +447,7 @@ def test_the_window_of_a_prompt_is_its_question(make_llama):
     next(llama.generate(CONTEXT + question, temp=0.0))
     model = tiny.NumpyLlama(tiny.GQA)
     attention = model.forward(CONTEXT + question)[1]
-    layers = llama._session.layers
+    layers = llama.session.layers
     scores = [p[:, -20:, : len(CONTEXT)].max(axis=1).astype(np.float32) for p in attention]
     want = method.plan(Evidence(len(CONTEXT), layers, scores))
     assert llama.kv_report.n_kept.tolist() == want.n_kept.tolist()
@@ -471,7 +471,7 @@ def test_what_does_not_fit_is_refused_before_it_is_evaluated(make_llama):
     llama.prefill(CONTEXT[:300])
     with pytest.raises(ContextLengthError, match=r"300 \+ 213 tokens do not fit into n_ctx=512"):
         llama.eval_logits(CONTEXT[:213])
-    assert llama.n_tokens == llama._session.state().n_cells_used == 300
+    assert llama.n_tokens == llama.session.state().n_cells_used == 300
     assert llama.eval_logits(CONTEXT[:212]).shape == (212, tiny.GQA.n_vocab)
 
 

@@ -24,7 +24,7 @@ from ..cli.tables import bench_table
 from ..errors import ConfigError, ContextLengthError
 from ..models.resolve import resolve_model
 from ..native.environment import system
-from ..native.vocabulary import n_ctx_trained, open_vocabulary
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from ..plan.kv_types import KV_TYPES
 from ..support.plots import check_plot, plot_bench
 from .result import BenchResult, Environment, Measurement, Variant, read_result

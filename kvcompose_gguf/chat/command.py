@@ -13,7 +13,7 @@ from ..errors import ConfigError, ContextLengthError
 from ..load import load_model
 from ..methods import make_method
 from ..models.resolve import resolve_model
-from ..native.vocabulary import n_ctx_trained, open_vocabulary
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from ..support.checks import check_integer, check_number, check_positive
 from .interrupts import Stopped
 

@@ -24,7 +24,7 @@ from ..methods import Method
 from ..models.hashes import model_sha256
 from ..models.resolve import resolve_model
 from ..native.environment import system
-from ..native.vocabulary import n_ctx_trained, open_vocabulary
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from ..tasks.texts import load_texts
 from .options import EvalOptions
 from .records import Answer, RunFolder, SampleCost

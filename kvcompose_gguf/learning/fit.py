@@ -22,7 +22,7 @@ from ..measurements.surrogate import EPS, VERSION, Surrogate, save_surrogate
 from ..methods.kvcompose import KVCompose
 from ..models.hashes import model_sha256
 from ..models.resolve import resolve_model
-from ..native.vocabulary import n_ctx_trained, open_vocabulary
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from ..scoring.evidence import Evidence
 from ..support.checks import check_positive
 from .passages import MIN_TOKENS, Passage, passage

@@ -1,36 +1,56 @@
-"""Opens the vocabulary of a model without its weights."""
+"""Wraps a model's vocabulary: tokens of texts, texts of tokens."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+import ctypes
 from typing import Any
 
-from ..errors import ConfigError
 from . import library
 
+llama_cpp = library.load()
 
-@contextlib.contextmanager
-def open_vocabulary(model_path: Path) -> Iterator[Any]:
-    """Yields the bindings' ``LlamaModel`` with the vocabulary and metadata only; reads no weights.
 
-    Raises:
-        ConfigError: llama.cpp cannot load the file.
+class Vocabulary:
+    """The vocabulary of one model.
+
+    Args:
+        model: the bindings' ``LlamaModel``; it must outlive this object.
+        tokenizer: the bindings' tokenizer of the model.
     """
-    llama_cpp = library.load()
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    try:
-        vocabulary = llama_cpp._internals.LlamaModel(path_model=str(model_path), params=params, verbose=False)
-    except ValueError as error:
-        raise ConfigError(f"{model_path} cannot be used: {error}") from error
-    with contextlib.closing(vocabulary):
-        yield vocabulary
 
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
 
-def n_ctx_trained(vocabulary: Any) -> int:
-    """Returns the context length, in tokens, that a model was trained for; 0: its file does not say."""
-    # n_ctx_train() is 0 without the weights: llama-model.cpp, load_hparams, returns before it
-    metadata = vocabulary.metadata()
-    return int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 0))
+    @property
+    def n_tokens(self) -> int:
+        """Returns the number of tokens in the vocabulary."""
+        return int(self._model.n_vocab())
+
+    @property
+    def bos(self) -> list[int]:
+        """Returns the tokens that a prompt begins with: BOS if the model wants it, else none."""
+        bos = int(self._model.token_bos())
+        return [bos] if self._model.add_bos_token() and bos != -1 else []
+
+    def tokens(self, text: str | bytes, special: bool = True) -> list[int]:
+        """Returns the tokens of a text that follows another text.
+
+        Args:
+            special: read the names of control tokens as such tokens; False: as text.
+        """
+        raw = text.encode() if isinstance(text, str) else text
+        return list(self._tokenizer.tokenize(raw, False, special))
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Returns the bytes of a token; a control token has none, but its name with ``special``."""
+        size = 64
+        while True:  # the bindings' detokenize() drops tokens of more than 32 bytes
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def is_end(self, token: int) -> bool:
+        """Returns whether ``token`` ends a generation: end of text, end of turn, …"""
+        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))

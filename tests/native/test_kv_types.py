@@ -27,8 +27,8 @@ def accepted(k: str, v: str, flash_attn: bool) -> bool:
 
 def stored_rows(llama, il: int, which: str) -> np.ndarray:
     """Returns uint8 (n_head_kv, n_rows, bytes of a head), for plain and transposed tensors."""
-    layer, cells = llama._session.layers[il], llama._session.cells(il)
-    raw = llama._session.stored(il, which)
+    layer, cells = llama.session.layers[il], llama.session.cells(il)
+    raw = llama.session.stored(il, which)
     if which == "v" and layer.v_trans:
         n_el = len(raw) // (layer.n_head_kv * layer.n_embd_head_v * cells.n_rows)
         raw = raw.reshape(layer.n_head_kv, layer.n_embd_head_v, cells.n_rows, n_el).transpose(0, 2, 1, 3)
@@ -39,9 +39,9 @@ def stored_rows(llama, il: int, which: str) -> np.ndarray:
 @pytest.mark.parametrize(("k", "v", "flash_attn"), [case for case in ALL if accepted(*case)])
 def test_composing_moves_bytes_and_the_model_goes_on(make_llama, k, v, flash_attn):
     llama = make_llama(CONFIG, type_k=TYPES[k], type_v=TYPES[v], flash_attn=flash_attn)
-    llama._prefill(tiny.tokens(CONFIG, N))
+    llama.context.prefill(tiny.tokens(CONFIG, N))
     before = [[stored_rows(llama, il, which).copy() for which in "kv"] for il in range(3)]
-    llama._session.compose(PLAN, n_room=16)
+    llama.session.compose(PLAN, n_room=16)
     for il, cells in enumerate(PLAN.cells):
         for was, which in zip(before[il], "kv", strict=True):
             now = stored_rows(llama, il, which)
@@ -82,8 +82,8 @@ def test_norms_of_stored_values_survive_the_rotation(make_llama, name):
 
     context = tiny.tokens(CONFIG, N)
     llama = make_llama(CONFIG, type_k=TYPES[name], type_v=TYPES[name], flash_attn=True)
-    llama._prefill(context)
-    got = np.linalg.norm(cached_rows(llama._session, 0, "v", N), axis=2)
+    llama.context.prefill(context)
+    got = np.linalg.norm(cached_rows(llama.session, 0, "v", N), axis=2)
     model = tiny.NumpyLlama(CONFIG)
     model.forward(context)
     want = np.linalg.norm(model.v[0], axis=2).T
