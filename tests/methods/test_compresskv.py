@@ -250,3 +250,10 @@ def test_llama_compresses_with_it(make_llama):
     method = CompressKV(n_kept=50, min_tokens=100, calibration=Calibration("", "", heads, (0.5, 0.3, 0.2)))
     report = make_llama(method=method).compress(tiny.tokens(tiny.GQA, 300))
     assert report.n_kept.tolist() == [59, 48, 43]
+
+
+def test_a_calibration_is_the_methods_fingerprint():
+    first, second = (CompressKV(n_kept=3, calibration=make_calibration(name)) for name in ("GQA", "layers that differ"))
+    assert first.fingerprint() == make_calibration("GQA").to_json().encode()
+    assert first.fingerprint() != second.fingerprint()
+    assert CompressKV(n_kept=3).fingerprint() == b""
