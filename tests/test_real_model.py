@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import greedy, last_logits
+from support.llamas import greedy, last_logits
 
 from kvcompose_gguf import CompositionPlan, KVCompose
 
@@ -110,7 +110,7 @@ MEMORY = """
 import gc, json, sys
 import numpy as np
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.queries import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 
 def status(key):
     for line in open("/proc/self/status"):
@@ -178,7 +178,7 @@ def gemma():
 
 
 def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_them(gemma):
-    from kvcompose_gguf.cli.demo import document
+    from kvcompose_gguf.cli.demo.questions import document
 
     text = document()
     needle = "\nThe password of the boathouse is 7419.\n"

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import F16, Q8_0, greedy
 from support import tiny
+from support.llamas import F16, Q8_0, greedy
 
 from kvcompose_gguf import ConfigError, KVCompose, StateError, sessions
 from kvcompose_gguf.methods import SnapKV

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..methods import Method, make_method
-from ..plan.kv_types import PLAIN_TYPES, ggml_type
+from ..native.kv_types import PLAIN_TYPES
 from ..support.checks import check_positive
 from ..tasks.ruler import RULER_TASKS, TASKS
 from . import suites
@@ -62,7 +62,7 @@ class EvalOptions:
         if not self.types_kv:
             raise ConfigError("types_kv is empty")
         for type_kv in self.types_kv:
-            ggml_type("types_kv", type_kv)
+            kv_type(type_kv)
         self.make_methods()
 
     def make_methods(self, model_path: Path | None = None) -> dict[str, list[Method]]:
@@ -78,6 +78,20 @@ class EvalOptions:
                 first = first.for_model(model_path)
             made[spec] = [replace(first, compression_ratio=ratio) for ratio in self.ratios]
         return made
+
+
+def kv_type(name: str) -> int:
+    """Returns the ggml type for a name such as ``"q8_0"``, in any case.
+
+    Raises:
+        ConfigError: there is no such type.
+    """
+    from gguf import GGMLQuantizationType
+
+    try:
+        return int(GGMLQuantizationType[name.upper()])
+    except KeyError as error:
+        raise ConfigError(f"types_kv={name!r} is not a ggml type; use for example f16 or q8_0") from error
 
 
 def quick(options: EvalOptions) -> EvalOptions:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..load import load_model
-from ..plan.kv_types import ggml_type
 from ..tasks.answering import Drafts, answer, answer_again
 from ..tasks.prompts import chat_frame, prompt_tokens
 from ..tasks.ruler import make_sample
 from ..tasks.samples import Sample
 from ..tasks.texts import load_texts
 from .grading import Grader
-from .options import EvalOptions
+from .options import EvalOptions, kv_type
 from .records import Answer, SampleCost
 from .trials import compressed, make_trials, timed
 
@@ -84,7 +83,7 @@ class SampleWorker:
         if self._llama is None or self._type_kv != type_kv:
             self.close()
             n_ctx = 2 * self._options.n_tokens + N_SCORING  # the cache is elastic: unused cells take no memory
-            kind = ggml_type("types_kv", type_kv)
+            kind = kv_type(type_kv)
             self._llama = load_model(
                 self._model_path, n_ctx, fast_attention=True, threads=self._threads, type_k=kind, type_v=kind
             )

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import last_logits
 from support import tiny
+from support.llamas import last_logits
 from support.tiny import ARCHITECTURES, REFUSED, NumpyLlama
 
 from kvcompose_gguf import CompositionPlan, KVCompose, UnsupportedError

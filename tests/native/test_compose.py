@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from conftest import F16, F32, Q8_0, last_logits
 from support import tiny
+from support.llamas import F16, F32, Q8_0, decode_one_by_one, last_logits
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import CompositionPlan, KVCompose
@@ -34,14 +32,6 @@ def masked(config: tiny.TinyConfig, context: list[int], plan: CompositionPlan) -
     model = NumpyLlama(config, visible)
     model.forward(context)
     return model
-
-
-def decode_one_by_one(llama: Any, ids: list[int]) -> np.ndarray:
-    rows = []
-    for token in ids:
-        llama.eval([token])
-        rows.append(last_logits(llama))
-    return np.stack(rows)
 
 
 @pytest.mark.parametrize("n_kept", [[40, 200, 7], [300, 1, 150], [64, 64, 64], [0, 300, 20]], ids=str)

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import F16, Q8_0, greedy, last_logits
 from support import tiny
+from support.llamas import F16, Q8_0, greedy, last_logits
 
 from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.llama import llama_cpp

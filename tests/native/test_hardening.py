@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from support import tiny
+from support.processes import environment
 
 from kvcompose_gguf import KVCompose
 
 OUT_OF_MEMORY = """
 import ctypes, json, resource, sys
 import numpy as np
-sys.path.insert(0, sys.argv[1])
 from support import tiny
 from kvcompose_gguf import CompositionPlan, Llama, kernels
 from kvcompose_gguf.kernels.compose import gather_function
 from kvcompose_gguf.native import session as session_module
 
 N = 3000
-llama = Llama(sys.argv[2], n_ctx=16384, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False, elastic=False)
+llama = Llama(sys.argv[1], n_ctx=16384, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False, elastic=False)
 context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 5, seed=1)
 llama.context.prefill(context)
 rng = np.random.default_rng(3)
@@ -46,7 +45,7 @@ def gather(*args):
     global n_calls
     real(*args)
     n_calls += 1
-    if n_calls == 2 and sys.argv[3] == "short":
+    if n_calls == 2 and sys.argv[2] == "short":
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         limit(size - before // 3 + (1 << 18))  # the old layer will be freed
     if n_calls == 6:
@@ -70,8 +69,8 @@ def test_a_compose_without_memory_for_new_layers_loses_nothing(tiny_model):
     path = tiny_model(tiny.GQA)
     runs = {}
     for kind in ("enough", "short"):
-        command = [sys.executable, "-c", OUT_OF_MEMORY, str(Path(__file__).parents[1]), str(path), kind]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-c", OUT_OF_MEMORY, str(path), kind]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
         assert result.returncode == 0, result.stderr[-3000:]
         runs[kind] = json.loads(result.stdout.splitlines()[-1])
     enough, short = runs["enough"], runs["short"]

@@ -6,8 +6,8 @@ import ctypes
 
 import numpy as np
 import pytest
-from conftest import last_logits
 from support import tiny
+from support.llamas import last_logits
 
 from kvcompose_gguf import CompositionPlan, ConfigError, KVCompose, StateError, UnsupportedError
 from kvcompose_gguf.kernels.compose import gather_function

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import last_logits
 from support import tiny
+from support.llamas import last_logits
 
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
 from kvcompose_gguf.native.rows import cached_rows
