@@ -22,8 +22,9 @@ from typing import Any
 from bench_speed import context_tokens, cpu_name
 
 from kvcompose_gguf import Llama
-from kvcompose_gguf.load import n_ctx_trained, open_vocabulary, resolve_model
 from kvcompose_gguf.methods import make_method
+from kvcompose_gguf.models.resolve import resolve_model
+from kvcompose_gguf.native.vocab_only import n_ctx_trained, open_vocabulary
 
 
 def first_token_seconds(llama: Llama, tokens: list[int]) -> float:

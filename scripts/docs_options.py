@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "options.md"
 _BLOCK = re.compile(r"(?P<start><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<end><!-- end -->)", re.S)
 _ATTRIBUTE = re.compile(r"(\w+(?:, \w+)*): (.*)")
-#: not for users: what evaluation/variants.py tries
+#: not for users: what methods/variant.py tries
 _INTERNAL = ("variant",)
 
 

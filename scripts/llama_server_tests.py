@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--files", default=FILES)
     parser.add_argument("--only", choices=("ours", "theirs"))
     args = parser.parse_args()
-    from kvcompose_gguf.load import resolve_model
+    from kvcompose_gguf.models.resolve import resolve_model
 
     tests, names = args.llama_cpp / "tools" / "server" / "tests", args.files.split(",")
     model = str(Path(resolve_model(args.model)).resolve())

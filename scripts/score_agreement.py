@@ -17,8 +17,9 @@ import time
 import numpy as np
 
 from kvcompose_gguf.learning.quality import rank_correlation
-from kvcompose_gguf.load import load_model, resolve_model
+from kvcompose_gguf.load import load_model
 from kvcompose_gguf.methods import make_method
+from kvcompose_gguf.models.resolve import resolve_model
 from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens
 from kvcompose_gguf.tasks.ruler import make_sample
 from kvcompose_gguf.tasks.texts import load_texts
@@ -49,7 +50,7 @@ def main() -> None:
 
     path, texts = resolve_model(args.model), load_texts("auto")
     methods = {spec: make_method(spec, compression_ratio=0.5).for_model(path) for spec in (REPEAT, *METHODS)}
-    llama = load_model(path, 2 * args.n_tokens + 512, methods[REPEAT], threads=args.threads)
+    llama = load_model(path, 2 * args.n_tokens + 512, fast_attention=True, threads=args.threads)
     figures: dict[str, list[list[float]]] = {spec: [] for spec in METHODS}
     seconds: dict[str, list[float]] = {spec: [] for spec in methods}
     for number in range(args.samples):

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import ConfigError
-from ..load import resolve_model
+from ..models.resolve import resolve_model
 from ..support.plots import check_plot
 from .measure import run_bench
 from .options import BenchOptions

@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 
 from ..errors import ConfigError
-from ..load import n_ctx_trained, open_vocabulary
 from ..native.environment import system
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from .measured_cache import VariantRun
 from .options import N_ROOM, BenchOptions
 from .process import VariantProcess

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ContextLengthError
-from ..load import load_model, n_ctx_trained, open_vocabulary, resolve_model
+from ..load import load_model
 from ..methods import make_method
+from ..models.resolve import resolve_model
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from ..sessions import describe, session_path
 from .conversation import MIN_ROOM, Conversation
 from .documents import Document
@@ -30,10 +32,8 @@ def open_conversation(options: ChatOptions, documents: Sequence[Document] = ()) 
     method = make_method(options.method, **_method_options(options))
     model_path = resolve_model(options.model)
     n_ctx = _context_size(model_path, options, documents)
-    llm = load_model(
-        model_path, n_ctx, method, flash_attn=options.flash_attn, threads=options.threads,
-        **({} if options.seed is None else {"seed": options.seed}),
-    )  # fmt: skip
+    seed: dict[str, Any] = {} if options.seed is None else {"seed": options.seed}
+    llm = load_model(model_path, n_ctx, method, flash_attn=options.flash_attn, threads=options.threads, **seed)
     with contextlib.closing(llm):
         yield Conversation(
             llm,

@@ -204,7 +204,7 @@ def serve(
         from ..server.slots.sampling import RANDOM_SEED, Sampling
     except ImportError as error:
         raise ConfigError(f"{error}: pip install 'kvcompose-gguf[serve]'") from error
-    from ..load import resolve_model
+    from ..models.resolve import resolve_model
 
     name = shared.model_name(model, hf_repo)
     spec = shared.renamed("--kv-method", kv_method, "--method", method) or "kvcompose"

@@ -21,8 +21,8 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels.linear import weigh_rows
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..methods.base import map_layers
 from ..plan.geometry import LayerGeometry
 from ..scoring.evidence import Evidence
 from ..support.files import write_file

@@ -11,7 +11,8 @@ from ..errors import ConfigError
 from ..kernels.types import FloatArray
 from ..scoring.evidence import Evidence, QueryStates
 from ..scoring.requests import StateRequest
-from .base import Method, check_flag, check_integer, check_number, check_positive
+from ..support.checks import check_flag, check_integer, check_number, check_positive
+from .base import Method
 
 #: number of future positions rotated in one call
 CHUNK = 32

@@ -9,7 +9,8 @@ import numpy as np
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
 from ..scoring.evidence import Evidence
-from .base import Method, check_integer
+from ..support.checks import check_integer
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,9 @@ from . import library
 #: names of the types (kv_cache_types in common/arg.cpp)
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
+#: types that are not quantized; only they allow biases and writes
+PLAIN_TYPES = ("f32", "f16", "bf16")
+
 
 def ggml_type(name: str) -> int:
     """Returns the ``ggml_type`` of a name in ``KV_TYPES``.

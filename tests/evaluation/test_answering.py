@@ -8,8 +8,8 @@ from support import tiny
 from support.llamas import greedy
 
 from kvcompose_gguf import CompositionPlan
-from kvcompose_gguf.evaluation.runner import compressed
-from kvcompose_gguf.plan.composition import TokenMask
+from kvcompose_gguf.evaluation.trials import compressed
+from kvcompose_gguf.plan.trial import Trial
 from kvcompose_gguf.tasks.answering import BETWEEN, N_DRAFT, Drafts, answer, answer_again
 
 N = 300
@@ -47,7 +47,7 @@ def test_answering_beside_a_reference_gives_the_caches_own_greedy_answer_and_the
     full = answer(llama, QUESTION, N_ANSWER)
     n_different = 0
     for n_kept in ([300] * n_layer, [299] * n_layer, [150] * n_layer, [5] * n_layer):
-        with compressed(llama, state, random_plan(n_kept)) as restore:
+        with compressed(llama, state, Trial(random_plan(n_kept))) as restore:
             want = answer(llama, QUESTION, N_ANSWER)
             restore()
             reply = answer_again(llama, QUESTION, N_ANSWER, full, restore)
@@ -75,7 +75,7 @@ def test_earlier_answers_change_how_often_an_answer_is_evaluated_and_not_what_it
         return eval_logits(tokens)
 
     monkeypatch.setattr(llama, "eval_logits", counted)
-    with compressed(llama, state, random_plan([5] * len(llama.kv_layers))) as restore:
+    with compressed(llama, state, Trial(random_plan([5] * len(llama.kv_layers)))) as restore:
         replies, calls, ends = [], [], []
         own = answer(llama, QUESTION, N_ANSWER).choices
         wrong = [*own[:6], own[6] ^ 1, *own[7:]]
@@ -145,13 +145,13 @@ def test_a_mask_shows_what_it_says(make_llama):
     llama.prefill(CONTEXT)
     state = llama.save_state()
     plan = random_plan([100, 100, 100])
-    visible = tuple(np.zeros((2, N), dtype=bool) for _ in range(3))
+    biases = [np.full((2, N), -np.inf, dtype=np.float32) for _ in range(3)]
     for l in range(3):
-        np.put_along_axis(visible[l], plan.cells[l].astype(np.int64), True, axis=1)
-    with compressed(llama, state, plan):
+        np.put_along_axis(biases[l], plan.cells[l].astype(np.int64), 0, axis=1)
+    with compressed(llama, state, Trial(plan)):
         want = llama.eval_logits(QUESTION)
-    with compressed(llama, state, TokenMask(N, visible)):
+    with compressed(llama, state, Trial(None, biases=biases)):
         got = llama.eval_logits(QUESTION)
     assert np.abs(got - want).max() < 1e-3
-    with compressed(llama, state, CompositionPlan.keep_all(N, [2] * 3)):
+    with compressed(llama, state, Trial(CompositionPlan.keep_all(N, [2] * 3))):
         assert np.abs(llama.eval_logits(QUESTION) - want).max() > 0.1

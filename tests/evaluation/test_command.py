@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.evaluation import command, runner
+from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
-from kvcompose_gguf.evaluation.runner import EvalOptions, Job, Worker
 from kvcompose_gguf.evaluation.suites import SUITES
+from kvcompose_gguf.evaluation.worker import SampleJob, SampleWorker
 from kvcompose_gguf.models import known as models
 
 METHODS = ("kvcompose,n_sink=2", "streaming-llm", "unstructured", "variant,fold=1.0,correct=0.5")
@@ -65,13 +66,13 @@ def folder(finished: tuple[Path, str], tmp_path: Path) -> Path:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, str]]:
     """Records the samples that are run from now on."""
     jobs: list[tuple[str, int, str]] = []
-    do = Worker.do
+    do = SampleWorker.do
 
-    def recorded(self: Worker, job: Job) -> Any:
+    def recorded(self: SampleWorker, job: SampleJob) -> Any:
         jobs.append((job.task, job.index, job.type_kv))
         return do(self, job)
 
-    monkeypatch.setattr(Worker, "do", recorded)
+    monkeypatch.setattr(SampleWorker, "do", recorded)
     return jobs
 
 
@@ -248,7 +249,7 @@ def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
 def test_a_wrong_option_is_one_line_before_a_model_is_loaded_or_a_folder_made(
     monkeypatch: pytest.MonkeyPatch, model_path: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(Worker, "__init__", lambda *args: pytest.fail("a model would be loaded"))
+    monkeypatch.setattr(SampleWorker, "__init__", lambda *args: pytest.fail("a model would be loaded"))
     assert message in failure(arguments(model_path, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
@@ -315,14 +316,14 @@ def test_a_folder_that_cannot_be_made_is_reported_in_one_line(model_path: Path, 
 def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
     monkeypatch: pytest.MonkeyPatch, model_path: Path, tmp_path: Path
 ) -> None:
-    do = Worker.do
+    do = SampleWorker.do
 
-    def second_fails(self: Worker, job: Job) -> Any:
+    def second_fails(self: SampleWorker, job: SampleJob) -> Any:
         if job.task == "niah_single_1":
             raise runner.ConfigError("no more")
         return do(self, job)
 
-    monkeypatch.setattr(Worker, "do", second_fails)
+    monkeypatch.setattr(SampleWorker, "do", second_fails)
     result = CliRunner().invoke(app, arguments(model_path, tmp_path / "run", methods=("random",)))
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "error: no more"

@@ -16,10 +16,11 @@ from support.evidence import make_evidence
 from support.llamas import decode_one_by_one, stored_rows
 
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
-from kvcompose_gguf.evaluation.runner import compressed, plan_of
-from kvcompose_gguf.evaluation.variants import EditedPlan, Variant
+from kvcompose_gguf.evaluation.trials import compressed
 from kvcompose_gguf.methods.kvcompose import KVCompose
+from kvcompose_gguf.methods.variant import Variant
 from kvcompose_gguf.native.rows import cached_rows, read_rows, write_values
+from kvcompose_gguf.plan.trial import Trial
 from kvcompose_gguf.scoring.evidence import Evidence
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
@@ -79,8 +80,7 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
     if kind == "a key of no length":
         evidence.keys(0)[:, ::3] = 0
     method = Variant(n_kept=n_kept, fold=share, add_v_norm=True, n_sink=0)
-    edited, scores = method.edited(evidence), method.scores(evidence)
-    assert isinstance(edited, EditedPlan)
+    edited, scores = method.trial(evidence), method.scores(evidence)
     assert len(edited.biases) == 0
     np.testing.assert_array_equal(edited.n_kept, edited.plan.n_kept)
     for a, b in zip(edited.plan.cells, KVCompose(n_kept=n_kept, add_v_norm=True, n_sink=0).plan(evidence).cells, strict=True):
@@ -96,7 +96,7 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
 
 def test_where_nothing_is_evicted_nothing_is_edited():
     evidence = make_evidence("layers that differ", 40)
-    edited = Variant(compression_ratio=0.0, fold=1.0, correct=1.0).edited(evidence)
+    edited = Variant(compression_ratio=0.0, fold=1.0, correct=1.0).trial(evidence)
     for l in range(3):
         assert_close(edited.values[l], evidence.values(l), 1e-6)
         assert_close(edited.biases[l], np.zeros(edited.plan.cells[l].shape), 1e-6)
@@ -105,7 +105,7 @@ def test_where_nothing_is_evicted_nothing_is_edited():
 def test_folding_all_into_one_is_the_mean_by_weight():
     evidence = make_evidence("GQA", 40)
     method = Variant(n_kept=1, fold=1.0, allocation="uniform", n_sink=0)
-    for l, (values, scores) in enumerate(zip(method.edited(evidence).values, method.scores(evidence), strict=True)):
+    for l, (values, scores) in enumerate(zip(method.trial(evidence).values, method.scores(evidence), strict=True)):
         for h in range(2):
             want = np.average(evidence.values(l)[h].astype(np.float64), axis=0, weights=scores[h])
             assert_close(values[h, 0], want, 1e-5)
@@ -116,7 +116,7 @@ def test_a_kept_value_of_no_weight_stays_what_it_is_unless_others_join_it():
     for attention in evidence.attention:
         attention[:, :4] = 0
     method = Variant(compression_ratio=0.0, fold=1.0, n_sink=4)
-    for l, values in enumerate(method.edited(evidence).values):
+    for l, values in enumerate(method.trial(evidence).values):
         assert_close(values, evidence.values(l), 1e-6)
 
 
@@ -125,8 +125,7 @@ def test_a_kept_value_of_no_weight_stays_what_it_is_unless_others_join_it():
 def test_kept_logits_are_raised_by_the_logarithm_of_what_was_lost(n_kept, correct):
     evidence = make_evidence("layers that differ", 40)
     method = Variant(n_kept=n_kept, correct=correct, n_sink=0)
-    edited, scores = method.edited(evidence), method.scores(evidence)
-    assert isinstance(edited, EditedPlan)
+    edited, scores = method.trial(evidence), method.scores(evidence)
     assert len(edited.values) == 0
     assert n_kept > 1 or 0 in edited.n_kept, "every layer keeps something"
     for l, cells in enumerate(edited.plan.cells):
@@ -143,7 +142,7 @@ def test_a_head_that_nobody_looks_at_is_not_corrected():
     for attention in evidence.attention:
         attention[:4] = 0  # the first KV head's
     method = Variant(n_kept=9, correct=1.0, add_mean_across_heads=False, allocation="uniform")
-    for biases in method.edited(evidence).biases:
+    for biases in method.trial(evidence).biases:
         assert (biases[0] == 0).all()
         assert (biases[1] > 0).all()
 
@@ -152,7 +151,7 @@ def test_the_edits_follow_the_given_scores():
     evidence = make_evidence("GQA", 40)
     method = Variant(n_kept=9, fold=1.0, correct=1.0)
     given = [s[:, ::-1].copy() for s in method.scores(evidence)]
-    edited = method.edited(evidence, given)
+    edited = method.trial(evidence, given)
     for l, cells in enumerate(edited.plan.cells):
         want = folded(evidence.keys(l), evidence.values(l), given[l], cells, 1.0)
         assert_close(edited.values[l], np.array(want), 1e-5)
@@ -371,20 +370,19 @@ def test_an_edited_plan_is_evaluated_as_it_says(make_llama, flash_attn, options)
     llama, model = both(make_llama, np.float16 if flash_attn else np.float64, flash_attn=flash_attn)
     method = Variant(compression_ratio=0.8, keep_token_lower_bound=1, **options)
     evidence = llama.observe(CONTEXT, method)
-    edited = plan_of(method, evidence, method.scores(evidence))
-    assert isinstance(edited, EditedPlan)
+    edited = method.trial(evidence, method.scores(evidence))
     state = llama.save_state()
     model.compose(edited.plan, edited.values, edited.biases)
     want = model.forward(QUERY)[0]
     tolerance = 1e-2 if flash_attn else 1e-3
-    with compressed(llama, state, edited.plan):
+    with compressed(llama, state, Trial(edited.plan)):
         effect = np.abs(llama.eval_logits(QUERY) - want).max()
     assert effect > 5 * tolerance, f"the edits change the logits by {effect:.2g} only"
     with compressed(llama, state, edited) as restore:
         assert_close(llama.eval_logits(QUERY), want, tolerance)
         restore()
         assert_close(llama.eval_logits(QUERY), want, tolerance, "once more")
-    with compressed(llama, state, CompositionPlan.keep_all(N, [2] * 3)):
+    with compressed(llama, state, Trial(CompositionPlan.keep_all(N, [2] * 3))):
         plain = Edited(tiny.GQA_SOFT)
         plain.forward(CONTEXT)
         assert_close(llama.eval_logits(QUERY), plain.forward(QUERY)[0], tolerance, "nothing is left of them")

@@ -13,9 +13,9 @@ from support.arrays import assert_close
 from support.caches import Cache, context, payment, words
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.evaluation.variants import Variant
 from kvcompose_gguf.methods.kvcompose import KVCompose
 from kvcompose_gguf.methods.kvzip import CONTINUATION, INSTRUCTION, KVzip
+from kvcompose_gguf.methods.variant import Variant
 from kvcompose_gguf.scoring.collect import Attention
 from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
 

@@ -10,8 +10,11 @@ from support import tiny
 
 from kvcompose_gguf import ConfigError, UnsupportedError
 from kvcompose_gguf.evaluation import runner, suites
+from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
-from kvcompose_gguf.evaluation.runner import EvalOptions, Job, Worker, evaluate
+from kvcompose_gguf.evaluation.runner import evaluate
+from kvcompose_gguf.evaluation.trials import Request, make_trials
+from kvcompose_gguf.evaluation.worker import SampleJob, SampleWorker
 from kvcompose_gguf.methods import make_method
 
 N = 300
@@ -84,10 +87,10 @@ def test_a_run_resumes_and_accepts_more_samples_but_no_other_settings(model_path
     small = {"tasks": ("passkey",), "methods": ("random",), "ratios": (0.5,)}
     first = evaluate(str(model_path), options(**small), tmp_path, jobs=1).answers()
     done = []
-    do = Worker.do
-    monkeypatch.setattr(Worker, "do", lambda self, job: done.append(job) or do(self, job))
+    do = SampleWorker.do
+    monkeypatch.setattr(SampleWorker, "do", lambda self, job: done.append(job) or do(self, job))
     again = evaluate(str(model_path), options(**small, n_samples=3), tmp_path, jobs=1).answers()
-    assert done == [Job("passkey", 1, "f16"), Job("passkey", 2, "f16")]
+    assert done == [SampleJob("passkey", 1, "f16"), SampleJob("passkey", 2, "f16")]
     assert again[: len(first)] == first
     with pytest.raises(ConfigError, match="seed"):
         evaluate(str(model_path), options(**small, seed=1), tmp_path, jobs=1)
@@ -105,22 +108,17 @@ def test_two_processes_give_what_one_gives(model_path, tmp_path):
     assert results(one) == results(two)
 
 
-def test_a_question_in_sight_is_judged_by(model_path):
-    plans = []
-    for seen in (False, True):
-        worker = Worker(model_path, options(methods=("snapkv,window=16",), question_seen=seen), 1)
-        llama = worker._load("f16")
-        suffix = QUESTION if seen else []
-        plans.append(dict(worker._plans(llama, CONTEXT, suffix, {}))["snapkv,window=16", 0.5])
-        worker.close()
-    hidden, seen = (plan.cells[0] for plan in plans)
+def test_a_question_in_sight_is_judged_by(make_llama):
+    methods = {"snapkv,window=16": [make_method("snapkv,window=16", compression_ratio=0.5)]}
+    made = [make_trials(make_llama(), methods, [0.5], CONTEXT, suffix) for suffix in ([], QUESTION)]
+    hidden, seen = (trials.by_method["snapkv,window=16", 0.5].plan.cells[0] for trials in made)
     assert set(range(N - 16, N)) <= set(hidden[0])
     assert (hidden != seen).any()
 
 
 def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):
-    worker = Worker(model_path, options(tasks=("passkey",), methods=(), ratios=(), n_depths=3), 1)
-    depths = [worker.do(Job("passkey", i, "f16"))[1][0].depth for i in range(4)]
+    worker = SampleWorker(model_path, options(tasks=("passkey",), methods=(), ratios=(), n_depths=3), 1)
+    depths = [worker.do(SampleJob("passkey", i, "f16"))[1][0].depth for i in range(4)]
     worker.close()
     assert depths[0] == depths[3] == 0
     assert depths[1] == pytest.approx(0.5, abs=0.2)
@@ -137,7 +135,7 @@ def test_the_unstructured_upper_bound_keeps_the_largest_scores_of_all_heads_and_
     method = make_method("unstructured,n_sink=2", compression_ratio=0.7)
     scores = np.stack(method.scores(evidence))
     scores[:, :, :2] = np.inf
-    visible = np.stack(method.mask(evidence).visible)
+    visible = np.stack(method.mask(evidence))
     assert visible.sum() == 2 * int(3 * 20 * 0.3)
     assert scores[visible].min() >= scores[~visible].max()
     with pytest.raises(UnsupportedError, match="only simulated"):
@@ -176,9 +174,11 @@ def test_suites_are_lists_of_existing_methods():
 def test_labels_of_requests_are_all_different():
     specs = [spec for suite in suites.SUITES.values() for spec in suite]
     methods = [make_method(spec, compression_ratio=0.5) for spec in specs]
-    requests = {(method.attention_request, method.state_request) for method in methods}
-    labels = {runner._label(*request) for request in requests if any(request)}
+    requests = {Request.of(method) for method in methods}
+    labels = {request.label for request in requests if any(request)}
     assert len(labels) == len([request for request in requests if any(request)])
+    assert "" not in labels
+    assert Request(None, None).label == ""
 
 
 def test_a_missing_calibration_is_found_before_a_folder_is_made(model_path, tmp_path):

@@ -16,11 +16,11 @@ from support.arrays import assert_close
 from support.evidence import make_evidence
 from support.rows import ArrayRows
 
-from kvcompose_gguf import CompositionPlan, ConfigError, UnsupportedError
-from kvcompose_gguf.evaluation.variants import Variant, output_grams
+from kvcompose_gguf import ConfigError, UnsupportedError
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.kvcompose import KVCompose
 from kvcompose_gguf.methods.snapkv import SnapKV
+from kvcompose_gguf.methods.variant import Variant, output_grams
 from kvcompose_gguf.plan.geometry import LayerGeometry
 from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
@@ -88,7 +88,7 @@ def test_forced_tokens_that_are_all_there_is_are_everything(n_sink, n_recent):
 
 def test_the_unstructured_upper_bound_also_keeps_the_first_and_last_tokens():
     evidence = make_evidence("GQA", 60)
-    for visible in make_method("unstructured,n_sink=3,n_recent=5", compression_ratio=0.8).mask(evidence).visible:
+    for visible in make_method("unstructured,n_sink=3,n_recent=5", compression_ratio=0.8).mask(evidence):
         assert visible[:, :3].all()
         assert visible[:, 55:].all()
 
@@ -229,9 +229,10 @@ def test_a_variant_without_an_idea_is_kvcompose():
     assert variant.attention_request == plain.attention_request
     for a, b in zip(variant.scores(evidence), plain.scores(evidence), strict=True):
         np.testing.assert_array_equal(a, b)
-    plan = variant.edited(evidence)
-    assert type(plan) is CompositionPlan
-    for a, b in zip(plan.cells, plain.plan(evidence).cells, strict=True):
+    trial = variant.trial(evidence)
+    assert not len(trial.values)
+    assert not len(trial.biases)
+    for a, b in zip(trial.plan.cells, plain.plan(evidence).cells, strict=True):
         np.testing.assert_array_equal(a, b)
 
 

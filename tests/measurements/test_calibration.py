@@ -11,8 +11,9 @@ import pytest
 import kvcompose_gguf
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.measurements import calibration
-from kvcompose_gguf.measurements.calibration import Calibration, load_calibration, model_sha256, save_calibration
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.measurements.calibration import Calibration, load_calibration, save_calibration
+from kvcompose_gguf.models import hashes
+from kvcompose_gguf.models.hashes import model_sha256
 
 GOOD = Calibration("m.gguf", "abc", ((0.5, 1.25), (0.0, 3.0)), (0.25, 0.75), {"n_needles": 3})
 
@@ -81,7 +82,7 @@ def test_every_calibration_of_the_package_can_be_used():
 
 def test_a_model_is_hashed_once_unless_it_changes(folder, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr(models, "sha256", lambda file, sha256=models.sha256: hashed.append(file) or sha256(file))
+    monkeypatch.setattr(hashes, "sha256", lambda file, sha256=hashes.sha256: hashed.append(file) or sha256(file))
     model = tmp_path / "m.gguf"
     model.write_bytes(b"one")
     first = model_sha256(model)

@@ -25,11 +25,12 @@ from support.surrogates import (
 )
 
 from kvcompose_gguf import ConfigError, KVCompose
-from kvcompose_gguf.evaluation.variants import Variant
 from kvcompose_gguf.measurements import calibration, surrogate
 from kvcompose_gguf.measurements.surrogate import Surrogate, features, find_surrogate, load_surrogate, save_surrogate
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.knorm import KNorm
+from kvcompose_gguf.methods.variant import Variant
+from kvcompose_gguf.models.hashes import model_sha256
 from kvcompose_gguf.native.rows import cached_rows
 
 N = 90
@@ -40,7 +41,7 @@ GOOD = Surrogate("m.gguf", "abc", (np.ones((2, 5), np.float32), np.zeros((1, 3),
 def fitting_surrogate(llama: Any) -> Surrogate:
     """Returns random weights with a loaded model's shape, as from its file."""
     evidence = llama.observe(tiny.tokens(tiny.GQA, 20), KEYS_ONLY)
-    return Surrogate("m", calibration.model_sha256(Path(llama.model_path)), random_weights(evidence, 0.5))
+    return Surrogate("m", model_sha256(Path(llama.model_path)), random_weights(evidence, 0.5))
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
@@ -242,7 +243,7 @@ def test_the_users_own_surrogate_comes_before_the_packages(folder, tmp_path, mon
     assert find_surrogate(model) is None
     with pytest.raises(ConfigError, match=f"has no surrogate yet; make one with: kvcompose calibrate {model}"):
         load_surrogate(model)
-    sha256 = calibration.model_sha256(model)
+    sha256 = model_sha256(model)
     of_package = replace(GOOD, model_name="shipped", model_sha256=sha256)
     (shipped / f"{sha256}.surrogate.npz").write_bytes(of_package.to_bytes())
     assert load_surrogate(model).model_name == "shipped"

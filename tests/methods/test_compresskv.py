@@ -17,6 +17,7 @@ from kvcompose_gguf.measurements.calibration import Calibration, save_calibratio
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.allocation import ByEvictionError, Ranked, Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
+from kvcompose_gguf.models.hashes import model_sha256
 from kvcompose_gguf.plan.geometry import LayerGeometry
 from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.scoring.requests import AttentionRequest, Window
@@ -228,7 +229,7 @@ def test_without_a_calibration_the_command_is_named(tmp_path: Path, monkeypatch:
         with pytest.raises(ConfigError, match="kvcompose calibrate MODEL"):
             call()
     made = make_calibration("GQA")
-    made = Calibration("model", calibration.model_sha256(model), made.heads, made.errors)
+    made = Calibration("model", model_sha256(model), made.heads, made.errors)
     save_calibration(made)
     assert method.for_model(model).calibration == made
     given = CompressKV(n_kept=9, calibration=make_calibration("MHA"))
@@ -249,3 +250,10 @@ def test_llama_compresses_with_it(make_llama):
     method = CompressKV(n_kept=50, min_tokens=100, calibration=Calibration("", "", heads, (0.5, 0.3, 0.2)))
     report = make_llama(method=method).compress(tiny.tokens(tiny.GQA, 300))
     assert report.n_kept.tolist() == [59, 48, 43]
+
+
+def test_a_calibration_is_the_methods_fingerprint():
+    first, second = (CompressKV(n_kept=3, calibration=make_calibration(name)) for name in ("GQA", "layers that differ"))
+    assert first.fingerprint() == make_calibration("GQA").to_json().encode()
+    assert first.fingerprint() != second.fingerprint()
+    assert CompressKV(n_kept=3).fingerprint() == b""

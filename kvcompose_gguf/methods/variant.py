@@ -11,30 +11,11 @@ import numpy as np
 from ..errors import ConfigError, UnsupportedError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..methods.kvcompose import KVCompose
-from ..plan.composition import CompositionPlan
+from ..plan.trial import Trial
 from ..scoring.evidence import Evidence
-from ..scoring.requests import AttentionRequest, Repeat
+from ..scoring.requests import Repeat
 from ..support.checks import check_choice, check_flag, check_number, check_odd
-
-
-@dataclass(frozen=True, eq=False)
-class EditedPlan:
-    """A plan, and the changes to make in the cache after composing it.
-
-    Attributes:
-        values: the composites' values for each layer, float32 ``(n_head_kv, n_kept[l], n_embd_head_v)``, or empty.
-        biases: the terms added to their logits for each layer, float32 ``(n_head_kv, n_kept[l])``, or empty.
-    """
-
-    plan: CompositionPlan
-    values: Sequence[FloatArray] = ()
-    biases: Sequence[FloatArray] = ()
-
-    @property
-    def n_kept(self) -> np.ndarray:
-        """Same as ``CompositionPlan.n_kept``."""
-        return self.plan.n_kept
+from .kvcompose import KVCompose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +51,17 @@ class Variant(KVCompose):
         for name in ("fold", "correct"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a finite number of at least 0")
-        if self.own and (not self._may_repeat or self.scoring_fraction != 1):
+        if self.own and not (self.reads("scoring_fraction") and self.scoring_fraction == 1):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
         if self.output_norm and self.scoring == "surrogate":
             raise ConfigError("output_norm=True weighs attention, but scoring='surrogate' collects none")
 
     @property
-    def _can_be_predicted(self) -> bool:
-        return super()._can_be_predicted and not self.own and not self.output_norm
+    def can_be_predicted(self) -> bool:
+        return super().can_be_predicted and not self.own and not self.output_norm
 
-    @property
-    def attention_request(self) -> AttentionRequest | None:
-        request = super().attention_request
-        if self.own and request is not None and isinstance(request.queries, Repeat):
-            return replace(request, queries=replace(request.queries, own=True))
-        return request
+    def repeat(self) -> Repeat:
+        return replace(super().repeat(), own=self.own)
 
     def for_model(self, model_path: Path) -> Variant:
         """Returns the variant with the Gram matrices of the output projections, if it needs them."""
@@ -114,16 +91,14 @@ class Variant(KVCompose):
     def simulated(self) -> bool:
         return bool(self.fold or self.correct or self.output_norm)
 
-    def edited(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan | EditedPlan:
+    def trial(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> Trial:
         """Returns the plan with its edits."""
         scores = self.scores(evidence) if scores is None else scores
         plan = self.plan(evidence, scores)
-        if not self.fold and not self.correct:
-            return plan
         layers = range(len(evidence.layers))
         values = [self._folded(evidence, scores[l], plan.cells[l], l) for l in layers] if self.fold else []
         biases = [self._corrections(scores[l], plan.cells[l]) for l in layers] if self.correct else []
-        return EditedPlan(plan, values, biases)
+        return Trial(plan, values, biases)
 
     def _folded(self, evidence: Evidence, scores: FloatArray, cells: np.ndarray, l: int) -> FloatArray:
         keys, values = evidence.keys(l), evidence.values(l)
