@@ -59,7 +59,7 @@ def test_methods_that_were_taken_before_the_end_raise_after_it(make_llama):
         "create_completion": ([1],), "create_chat_completion": ([],), "embed": ("x",), "create_embedding": ("x",),
         "prefill": ([1],), "load_state": (None,), "load_session": ("x",), "save_session": ("x",), "truncate": (0,),
         "eval_logits": ([1],), "is_end": (1,), "observe": ([1], HALF), "compose": (None,), "write_values": ([],),
-        "create_chat_completion_openai_v1": ([],), "generate": ([1],),
+        "create_chat_completion_openai_v1": ([],), "generate": ([1],), "prompt_tokens": ("x",),
     }  # fmt: skip
     harmless = {"set_cache", "set_seed", "from_pretrained", "logits_to_logprobs", "longest_token_prefix"}
     for name in taken.keys() - harmless:
@@ -72,11 +72,11 @@ def test_what_outlives_a_llama_raises_too(make_llama):
     tokens, stream = llama.generate([*CONTEXT, *QUESTION]), llama.create_completion(QUESTION, stream=True, max_tokens=9)
     evidence = llama.observe(CONTEXT, HALF)
     next(tokens)
-    session, tokenizer, decoder = llama.session, llama.tokenizer(), llama.decoder()
+    session, tokenizer, context = llama.session, llama.tokenizer(), llama.context
     llama.close()
     calls: list[Callable[[], Any]] = [
         lambda: next(tokens), lambda: next(stream), session.state, lambda: session.cells(0), lambda: session.stored(0, "k"),
-        lambda: tokenizer.encode("x"), lambda: decoder.prefill(CONTEXT, True), lambda: evidence.keys(0),
+        lambda: tokenizer.encode("x"), lambda: context.prefill(CONTEXT, True), lambda: evidence.keys(0),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(StateError, match="closed"):
@@ -244,14 +244,14 @@ def test_an_empty_prompt_is_refused_and_loses_nothing(make_llama):
 
     llama = make_llama()
     greedy(llama, QUESTION, 2)
-    held = llama._input_ids.tolist()
+    held = llama.context.tokens
     for call in (lambda: llama([]), lambda: next(llama.generate([])), lambda: list(llama([], stream=True))):
         with pytest.raises(ConfigError, match="the prompt is empty"):
             call()
     llama.kv_compressor = HALF
     with pytest.raises(ConfigError, match="empty"):
         llama.compress([])
-    assert llama._input_ids.tolist() == held
+    assert llama.context.tokens == held
 
 
 def test_every_public_method_of_llama_is_guarded():
@@ -263,5 +263,5 @@ def test_every_public_method_of_llama_is_guarded():
         function = member.fget if isinstance(member, property) else member
         if name in free or not inspect.isfunction(function):
             continue
-        is_plain = name in {"ctx", "model", "eval_tokens", "kv_compressor", "n_context", "generate"}
+        is_plain = name in {"ctx", "model", "eval_tokens", "kv_compressor", "n_context", "generate", "n_tokens", "input_ids", "kv_report"}
         assert is_plain or hasattr(function, "__wrapped__"), f"{name} is not guarded"

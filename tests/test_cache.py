@@ -54,7 +54,7 @@ def test_an_exception_while_scoring_leaves_a_usable_object(make_llama, monkeypat
     monkeypatch.setattr(llama._ctx, "decode", failing)
     with pytest.raises(Boom):
         greedy(llama, CONTEXT, 12)
-    state = llama._session.state()
+    state = llama.session.state()
     assert not state.scoring
     assert state.n_cells_used == N - 8
     assert state.n_composed == 0
@@ -83,7 +83,7 @@ def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
     finally:
         timer.cancel()
         signal.signal(signal.SIGINT, before)
-    assert not llama._session.state().scoring
+    assert not llama.session.state().scoring
     llama.reset()
     assert greedy(llama, CONTEXT[:90], 5) == greedy(make_llama(), CONTEXT[:90], 5)
 
@@ -91,7 +91,7 @@ def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
 def test_eval_never_compresses_and_refuses_positions_inside(make_llama):
     llama = make_llama(method=METHOD)
     llama.eval(CONTEXT)
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
     llama.compress(CONTEXT)
     llama.n_tokens = 100
     with pytest.raises(StateError, match="100"):
@@ -144,7 +144,7 @@ def test_a_prompt_cache_holds_compressed_states(make_llama):
     report = llama.kv_report
     llama.create_completion("Something else entirely.", max_tokens=6)
     assert llama.kv_report is None  # of a prompt that is too short
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
     assert llama.create_completion(text, max_tokens=6, temperature=0.0)["choices"][0]["text"] == first
     assert llama.kv_report is report  # the compressed state came back, the prompt was not prefilled again
 
@@ -155,7 +155,7 @@ def test_save_and_load_state_work_around_a_compression(make_llama):
     state = llama.save_state()
     llama.compress(CONTEXT)
     llama.load_state(state)
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
     llama.eval([9])
     want = tiny.NumpyLlama(tiny.GQA).forward([*CONTEXT, 9])[0][-1]
     assert np.abs(last_logits(llama) - want).max() <= 1e-3
@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_refused_before_it_is_evaluated(make_llama):
     llama.prefill(CONTEXT[:300])
     with pytest.raises(ContextLengthError, match=r"300 \+ 213 tokens do not fit into n_ctx=512"):
         llama.eval_logits(CONTEXT[:213])
-    assert llama.n_tokens == llama._session.state().n_cells_used == 300
+    assert llama.n_tokens == llama.session.state().n_cells_used == 300
     assert llama.eval_logits(CONTEXT[:212]).shape == (212, tiny.GQA.n_vocab)
 
 

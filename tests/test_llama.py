@@ -92,7 +92,7 @@ def test_a_prompt_that_diverges_inside_starts_over(make_llama):
     assert greedy(llama, other, 12) == fresh_answer(make_llama, other)
     short = CONTEXT[:50]
     assert greedy(llama, short, 12) == greedy(make_llama(), short, 12)
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
 
 
 def test_the_same_prompt_again_gives_the_same_answer(make_llama):
@@ -141,14 +141,14 @@ def test_bad_options_are_errors_of_the_packages_own(options, words):
 def test_a_context_longer_than_n_ctx_is_refused_before_anything_changes(make_llama):
     llama = make_llama(method=METHOD, n_ctx=512)
     llama.compress(CONTEXT)
-    state = llama._session.state()
+    state = llama.session.state()
     with pytest.raises(ContextLengthError, match="512"):
         llama.compress(tiny.tokens(tiny.GQA, 600))
-    assert llama._session.state() == state
+    assert llama.session.state() == state
     whole = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, scoring_chunk=None), n_ctx=512)
     with pytest.raises(ContextLengthError, match="scoring_chunk"):
         whole.compress(CONTEXT)
-    assert not whole._session.state().scoring
+    assert not whole.session.state().scoring
 
 
 def test_a_context_that_nearly_fills_n_ctx_is_scored_in_smaller_chunks(make_llama):
@@ -174,14 +174,14 @@ def test_speculative_decoding_gives_the_same_tokens(make_llama):
     plain = make_llama(method=METHOD)
     drafted = make_llama(method=METHOD, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
     assert greedy(drafted, prompt, 30) == greedy(plain, prompt, 30)
-    assert drafted._session.state().n_composed == N - 8
+    assert drafted.session.state().n_composed == N - 8
 
 
 def test_completions_stream_log_probabilities_and_grammars(make_llama):
     text = "Once upon a time there was a lighthouse keeper who counted the waves. " * 5
     llama = make_llama(method=METHOD, logits_all=True)
     whole = llama.create_completion(text, max_tokens=8, temperature=0.0, logprobs=2)
-    assert llama._session.state().n_composed > 0
+    assert llama.session.state().n_composed > 0
     assert len(whole["choices"][0]["logprobs"]["token_logprobs"]) == 8
     streamed = "".join(
         part["choices"][0]["text"] for part in llama.create_completion(text, max_tokens=8, temperature=0.0, stream=True)
@@ -203,18 +203,18 @@ def test_prompts_judge_the_context_when_asked_to(make_llama):
 
 def test_value_norms_are_the_caches(make_llama):
     def norms_of(llama):
-        layers = range(len(llama._session.layers))
-        return [np.linalg.norm(cached_rows(llama._session, l, "v", N), axis=2) for l in layers]
+        layers = range(len(llama.session.layers))
+        return [np.linalg.norm(cached_rows(llama.session, l, "v", N), axis=2) for l in layers]
 
     for flash_attn in (False, True):
         llama = make_llama(flash_attn=flash_attn)
-        llama._prefill(CONTEXT)
+        llama.context.prefill(CONTEXT)
         model = tiny.NumpyLlama(tiny.GQA)
         model.forward(CONTEXT)
         for got, v in zip(norms_of(llama), model.v, strict=True):
             assert np.abs(got - np.linalg.norm(v, axis=2).T).max() <= (2e-3 if flash_attn else 1e-4)
     quantized = make_llama(tiny.WIDE, flash_attn=True, type_k=8, type_v=8)
-    quantized._prefill(CONTEXT)
+    quantized.context.prefill(CONTEXT)
     model = tiny.NumpyLlama(tiny.WIDE)
     model.forward(CONTEXT)
     for got, v in zip(norms_of(quantized), model.v, strict=True):
@@ -282,7 +282,7 @@ def test_from_pretrained_downloads_through_huggingface_hub(monkeypatch, tiny_mod
         "org/repo", "*.gguf", kv_compressor=METHOD, n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False
     )
     greedy(llama, CONTEXT, 3)
-    assert llama._session.state().n_composed == N - 8
+    assert llama.session.state().n_composed == N - 8
     llama.close()
 
 
@@ -306,7 +306,7 @@ def test_the_window_of_a_prompt_is_its_question(make_llama):
     next(llama.generate(CONTEXT + question, temp=0.0))
     model = tiny.NumpyLlama(tiny.GQA)
     attention = model.forward(CONTEXT + question)[1]
-    layers = llama._session.layers
+    layers = llama.session.layers
     scores = [p[:, -20:, : len(CONTEXT)].max(axis=1).astype(np.float32) for p in attention]
     want = method.plan(Evidence(len(CONTEXT), layers, scores))
     assert llama.kv_report.n_kept.tolist() == want.n_kept.tolist()

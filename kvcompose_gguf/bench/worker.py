@@ -180,11 +180,8 @@ class _Measured:
 
     def _decode_seconds(self, tokens: Sequence[int]) -> float:
         """Returns the wall time of single-token decodes after the context; the decoded tokens are removed again."""
-        seconds = self._eval_seconds([[token] for token in tokens])
-        n_tokens = len(self._job.tokens)
-        self._llama.n_tokens = n_tokens
-        self._llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1)
-        return seconds
+        with self._llama.context.undone():
+            return self._eval_seconds([[token] for token in tokens])
 
     def _eval_seconds(self, batches: Sequence[Sequence[int]]) -> float:
         from llama_cpp import llama_synchronize

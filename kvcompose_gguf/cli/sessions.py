@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import sessions
 from ..errors import ConfigError, KVComposeError, StateError
 from ..sessions import SessionInfo, describe, list_sessions, session_path, sessions_dir
+from ..sessions.info import ENDING
 
 if TYPE_CHECKING:
     from ..chat.command import ChatOptions
@@ -37,8 +37,8 @@ def compress_files(options: ChatOptions, out: str, console: Console | None = Non
     if not options.files:
         raise ConfigError("files: no document is given, name at least one, or `-` for standard input")
     path = session_path(out)
-    if path.suffix != sessions.ENDING:
-        raise ConfigError(f"--output {out} does not end in {sessions.ENDING}, as the path of a session does")
+    if path.suffix != ENDING:
+        raise ConfigError(f"--output {out} does not end in {ENDING}, as the path of a session does")
     if path.is_dir():
         raise ConfigError(f"--output {out} is a folder")
     documents = read_documents(options.files)
@@ -181,8 +181,8 @@ def existing(name: str) -> Path:
         ConfigError: ``name`` is a path of another kind of file.
     """
     path = session_path(name)
-    if path.suffix != sessions.ENDING:
-        raise ConfigError(f"session={name!r} does not end in {sessions.ENDING}, as the path of a session does")
+    if path.suffix != ENDING:
+        raise ConfigError(f"session={name!r} does not end in {ENDING}, as the path of a session does")
     if not path.is_file():
         raise StateError(f"there is no session {name!r} ({path}): `kvcompose sessions` lists the saved ones")
     return path

@@ -211,7 +211,7 @@ TYPES = {"f32": F32, "f16": F16, "bf16": BF16}
 @pytest.mark.parametrize("name", TYPES)
 def test_written_values_are_read_again_and_no_other_byte_is_changed(make_llama, name, flash_attn, n_kept):
     llama, _ = both(make_llama, type_k=TYPES[name], type_v=TYPES[name], flash_attn=flash_attn)
-    session = llama._session
+    session = llama.session
     assert session.layers[0].v_trans is not flash_attn
     llama.compose(random_plan(n_kept))
     llama.eval(QUERY)
@@ -234,8 +234,8 @@ def test_values_of_a_full_cache_are_replaced_in_the_first_rows_alone(make_llama,
     llama, _ = both(make_llama, flash_attn=flash_attn)
     before = stored_rows(llama, 1, "v").copy()
     values = np.random.default_rng(1).standard_normal((2, 5, 32)).astype(np.float32)
-    write_values(llama._session, 1, values)
-    np.testing.assert_array_equal(cached_rows(llama._session, 1, "v", 5), values)
+    write_values(llama.session, 1, values)
+    np.testing.assert_array_equal(cached_rows(llama.session, 1, "v", 5), values)
     np.testing.assert_array_equal(stored_rows(llama, 1, "v")[:, 5:], before[:, 5:])
 
 
@@ -244,7 +244,7 @@ def test_values_that_were_read_can_be_written_back(make_llama):
         llama, _ = both(make_llama, type_k=TYPES[name], type_v=TYPES[name], flash_attn=flash_attn)
         llama.compose(random_plan([30, 80, 7]))
         before = [stored_rows(llama, l, "v").copy() for l in range(3)]
-        llama.write_values([read_rows(llama._session, l, "v", n) for l, n in enumerate((30, 80, 7))])
+        llama.write_values([read_rows(llama.session, l, "v", n) for l, n in enumerate((30, 80, 7))])
         for l in range(3):
             np.testing.assert_array_equal(stored_rows(llama, l, "v"), before[l], err_msg=f"{name} {flash_attn}")
         llama.close()
@@ -256,7 +256,7 @@ def test_values_of_another_shape_are_not_written(make_llama, shape):
     llama.compose(random_plan([30, 80, 7]))
     before = stored_rows(llama, 0, "v").copy()
     with pytest.raises(ConfigError, match=r"values of layer 0 are .*; \(2, at most 30, 32\) is needed"):
-        write_values(llama._session, 0, np.zeros(shape, np.float32))
+        write_values(llama.session, 0, np.zeros(shape, np.float32))
     np.testing.assert_array_equal(stored_rows(llama, 0, "v"), before)
 
 
@@ -290,7 +290,7 @@ def test_values_may_be_replaced_where_only_keys_are_quantized(make_llama):
     llama.prefill(CONTEXT)
     values = np.random.default_rng(1).standard_normal((2, 5, 64)).astype(np.float32)
     llama.write_values([values])
-    np.testing.assert_array_equal(cached_rows(llama._session, 0, "v", 5), values)
+    np.testing.assert_array_equal(cached_rows(llama.session, 0, "v", 5), values)
 
 
 @pytest.mark.parametrize("n_kept", [[30, 80, 7], [0, 80, 1]], ids=str)
@@ -345,9 +345,9 @@ def test_tokens_behind_the_composites_get_no_bias(make_llama):
     model.compose(plan)
     llama.eval(QUERY[:-1])
     model.forward(QUERY[:-1])
-    with llama.session.biased([np.full(cells.shape, np.log(5), np.float32) for cells in plan.cells]), llama._session.taps("outputs", 1):  # fmt: skip
+    with llama.session.biased([np.full(cells.shape, np.log(5), np.float32) for cells in plan.cells]), llama.session.taps("outputs", 1):  # fmt: skip
         llama.eval(QUERY[-1:])
-        got = llama._session.tapped("outputs", 0, 1)[0]
+        got = llama.session.tapped("outputs", 0, 1)[0]
     _, attention = model.forward(QUERY[-1:])
     p = attention[0][:, 0].copy()
     p[:, :N] *= 5

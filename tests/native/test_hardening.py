@@ -25,7 +25,7 @@ from kvcompose_gguf.native import session as session_module
 N = 3000
 llama = Llama(sys.argv[1], n_ctx=16384, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False, elastic=False)
 context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 5, seed=1)
-llama._prefill(context)
+llama.context.prefill(context)
 rng = np.random.default_rng(3)
 cells = [np.stack([np.sort(rng.choice(N, n, replace=False)) for _ in range(2)]) for n in (600, 2500, 90)]
 plan = CompositionPlan(N, tuple(c.astype(np.int32) for c in cells))
@@ -55,8 +55,8 @@ class Gather:
     address = ctypes.cast(gather, ctypes.c_void_p).value
 
 session_module.gather_function = lambda: Gather
-llama._session.compose(plan, n_room=8000)
-out = {"calls": n_calls, "composed": llama._session.state().n_composed, "bytes": llama.kv_bytes, "before": before,
+llama.session.compose(plan, n_room=8000)
+out = {"calls": n_calls, "composed": llama.session.state().n_composed, "bytes": llama.kv_bytes, "before": before,
        "rows": [llama.kv_cells(il).n_rows for il in range(3)]}
 llama.eval(after)
 out["logits"] = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).tolist()
@@ -115,5 +115,5 @@ def test_scores_that_are_not_numbers_change_nothing(make_llama, monkeypatch):
     context = tiny.tokens(tiny.GQA, 200)
     with pytest.raises(ConfigError, match="not finite"):
         llama.compress(context)
-    state = llama._session.state()
+    state = llama.session.state()
     assert (state.n_composed, state.n_cells_used, state.scoring) == (0, 200, False)

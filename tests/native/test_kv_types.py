@@ -27,9 +27,9 @@ def accepted(k: str, v: str, flash_attn: bool) -> bool:
 @pytest.mark.parametrize(("k", "v", "flash_attn"), [case for case in ALL if accepted(*case)])
 def test_composing_moves_bytes_and_the_model_goes_on(make_llama, k, v, flash_attn):
     llama = make_llama(CONFIG, type_k=TYPES[k], type_v=TYPES[v], flash_attn=flash_attn)
-    llama._prefill(tiny.tokens(CONFIG, N))
+    llama.context.prefill(tiny.tokens(CONFIG, N))
     before = [[stored_rows(llama, il, which).copy() for which in "kv"] for il in range(3)]
-    llama._session.compose(PLAN, n_room=16)
+    llama.session.compose(PLAN, n_room=16)
     for il, cells in enumerate(PLAN.cells):
         for was, which in zip(before[il], "kv", strict=True):
             now = stored_rows(llama, il, which)
@@ -70,8 +70,8 @@ def test_norms_of_stored_values_survive_the_rotation(make_llama, name):
 
     context = tiny.tokens(CONFIG, N)
     llama = make_llama(CONFIG, type_k=TYPES[name], type_v=TYPES[name], flash_attn=True)
-    llama._prefill(context)
-    got = np.linalg.norm(cached_rows(llama._session, 0, "v", N), axis=2)
+    llama.context.prefill(context)
+    got = np.linalg.norm(cached_rows(llama.session, 0, "v", N), axis=2)
     model = tiny.NumpyLlama(CONFIG)
     model.forward(context)
     want = np.linalg.norm(model.v[0], axis=2).T

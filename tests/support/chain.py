@@ -64,7 +64,7 @@ def main() -> None:
     context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 40, seed=1)
     defaults = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "n_batch": 128}
     llama = Llama(path, **(defaults | options))
-    session = llama._session
+    session = llama.session
 
     def logits() -> list[float]:
         return list(np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).tolist())

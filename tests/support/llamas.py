@@ -40,8 +40,8 @@ def decode_one_by_one(llama: Any, ids: list[int]) -> np.ndarray:
 
 def stored_rows(llama, il: int, which: str) -> np.ndarray:
     """Returns uint8 (n_head_kv, n_rows, bytes of a head), for plain and transposed tensors."""
-    layer, cells = llama._session.layers[il], llama._session.cells(il)
-    raw = llama._session.stored(il, which)
+    layer, cells = llama.session.layers[il], llama.session.cells(il)
+    raw = llama.session.stored(il, which)
     if which == "v" and layer.v_trans:
         n_el = len(raw) // (layer.n_head_kv * layer.n_embd_head_v * cells.n_rows)
         raw = raw.reshape(layer.n_head_kv, layer.n_embd_head_v, cells.n_rows, n_el).transpose(0, 2, 1, 3)
