@@ -16,7 +16,8 @@ from support.commands import failure
 from typer.testing import CliRunner
 
 from kvcompose_gguf.cli.app import app
-from kvcompose_gguf.evaluation import command, runner
+from kvcompose_gguf.errors import ConfigError
+from kvcompose_gguf.evaluation import command
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
 from kvcompose_gguf.evaluation.runner import EvalOptions, Job, Worker
 from kvcompose_gguf.evaluation.suites import SUITES
@@ -319,7 +320,7 @@ def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
 
     def second_fails(self: Worker, job: Job) -> Any:
         if job.task == "niah_single_1":
-            raise runner.ConfigError("no more")
+            raise ConfigError("no more")
         return do(self, job)
 
     monkeypatch.setattr(Worker, "do", second_fails)
@@ -333,6 +334,6 @@ def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
 
 
 def test_a_name_given_twice_is_run_once(model_path: Path, tmp_path: Path, done: list[Any]) -> None:
-    twice = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "compression_ratio": "0.5,0.5", "methods": ("random", "random")}
+    twice: dict[str, Any] = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "compression_ratio": "0.5,0.5", "methods": ("random", "random")}
     invoke(*arguments(model_path, tmp_path / "run", **twice))
     assert done == JOBS[:1]

@@ -14,6 +14,7 @@ from support import tiny
 from support.arrays import assert_close
 from support.evidence import make_evidence
 from support.llamas import decode_one_by_one, stored_rows
+from support.rows import rows_of
 
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
 from kvcompose_gguf.evaluation.runner import compressed, plan_of
@@ -66,7 +67,7 @@ def signs(evidence: Evidence) -> Evidence:
         np.where(rng.random((g.n_head_kv, evidence.n_tokens, 4)) < 0.5, np.float32(-1), np.float32(1))
         for g in evidence.layers
     ]
-    return replace(evidence, rows=replace(evidence.rows, all_keys=keys))
+    return replace(evidence, rows=replace(rows_of(evidence), all_keys=keys))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])

@@ -21,6 +21,7 @@ from kvcompose_gguf.evaluation.variants import Variant, output_grams
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.kvcompose import KVCompose
 from kvcompose_gguf.methods.snapkv import SnapKV
+from kvcompose_gguf.methods.unstructured import Unstructured
 from kvcompose_gguf.plan.geometry import LayerGeometry
 from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
@@ -88,7 +89,9 @@ def test_forced_tokens_that_are_all_there_is_are_everything(n_sink, n_recent):
 
 def test_the_unstructured_upper_bound_also_keeps_the_first_and_last_tokens():
     evidence = make_evidence("GQA", 60)
-    for visible in make_method("unstructured,n_sink=3,n_recent=5", compression_ratio=0.8).mask(evidence).visible:
+    method = make_method("unstructured,n_sink=3,n_recent=5", compression_ratio=0.8)
+    assert isinstance(method, Unstructured)
+    for visible in method.mask(evidence).visible:
         assert visible[:, :3].all()
         assert visible[:, 55:].all()
 
@@ -143,7 +146,7 @@ def test_the_gram_matrices_have_the_norm_of_what_a_value_adds_to_the_residual_st
         for h in range(config.n_head):
             part = weight[:, h * config.n_embd_head : (h + 1) * config.n_embd_head]
             want = [np.linalg.norm(part @ one) for one in v]
-            assert_close(np.sqrt(np.einsum("id,de,ie->i", v, gram[h], v)), want, 1e-5 * max(want))
+            assert_close(np.sqrt(np.einsum("id,de,ie->i", v, gram[h], v)), want, 1e-5 * float(max(want)))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
@@ -231,8 +234,8 @@ def test_a_variant_without_an_idea_is_kvcompose():
         np.testing.assert_array_equal(a, b)
     plan = variant.edited(evidence)
     assert type(plan) is CompositionPlan
-    for a, b in zip(plan.cells, plain.plan(evidence).cells, strict=True):
-        np.testing.assert_array_equal(a, b)
+    for got, want in zip(plan.cells, plain.plan(evidence).cells, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_only_own_asks_for_another_attention():

@@ -11,7 +11,7 @@ from support.llamas import last_logits
 
 from kvcompose_gguf import CompositionPlan, ConfigError, KVCompose, StateError, UnsupportedError
 from kvcompose_gguf.kernels.compose import gather_function
-from kvcompose_gguf.llama import llama_cpp
+from kvcompose_gguf.llama_base import llama_cpp
 from kvcompose_gguf.native import bindings
 from kvcompose_gguf.native.session import KVSession
 

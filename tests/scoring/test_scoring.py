@@ -166,6 +166,7 @@ def test_the_prefill_itself_is_not_scored() -> None:
 
 
 def test_what_follows_the_context_does_not_judge_it() -> None:
+    options: dict[str, Any]
     for options in ({}, {"scoring": "prompts", "prompts": ["1 2"]}):
         with_suffix, without = Cache(), Cache()
         collect(with_suffix, context(10), [7, 8, 9], **options)
