@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.cli.demo import document
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.cli.demo.questions import document
+from kvcompose_gguf.models import known
 
 RATIOS = (0.5, 0.75, 0.9)
 MODES: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     modes = {name: MODES[name] for name in args.modes.split(",")}
 
-    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    path = args.model if Path(args.model).exists() else str(known.fetch(args.model))
     plain = KVCompose(compression_ratio=0.5, keep_last=0, scoring="repeat")
     llama = Llama(
         path, n_ctx=args.n_tokens + 640, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,

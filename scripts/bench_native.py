@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.models import known
 
 CHUNK = 512
 N_DECODE = 64
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--type-kv", type=int, default=1, help="ggml type: 1 f16, 8 q8_0")
     args = parser.parse_args()
-    path = args.model or str(models.fetch("smollm2"))
+    path = args.model or str(known.fetch("smollm2"))
 
     def make(n_ctx: int, **options: Any) -> Llama:
         gc.collect()

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.cli.demo import document
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.cli.demo.questions import document
+from kvcompose_gguf.models import known
 from kvcompose_gguf.native import library
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
 
-    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    path = args.model if Path(args.model).exists() else str(known.fetch(args.model))
     options = {
         "n_ctx": args.n_tokens + 256, "n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": True,
         "verbose": False,

@@ -178,7 +178,7 @@ def gemma():
 
 
 def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_them(gemma):
-    from kvcompose_gguf.cli.demo import document
+    from kvcompose_gguf.cli.demo.questions import document
 
     text = document()
     needle = "\nThe password of the boathouse is 7419.\n"

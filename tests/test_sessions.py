@@ -287,6 +287,7 @@ import numpy as np
 from pathlib import Path
 from kvcompose_gguf import sessions
 from kvcompose_gguf.models.identity import Identity
+from kvcompose_gguf.plan.composed import Contents
 
 file, size = Path(sys.argv[1]), int(sys.argv[2])
 for number in range(1 << 30):

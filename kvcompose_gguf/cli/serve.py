@@ -263,8 +263,8 @@ def _size(name: str, text: str | None, least: int = 1) -> int | None:
 
 
 def _kv_type(name: str) -> int:
-    from ..bench.runner import KV_TYPES
     from ..native import library
+    from ..native.kv_types import KV_TYPES
 
     if name not in KV_TYPES:
         raise ConfigError(f"{name!r} is not a type of a KV cache, use one of {', '.join(KV_TYPES)}")

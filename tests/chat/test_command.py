@@ -14,7 +14,7 @@ import pytest
 from support import tiny
 from support.processes import environment
 
-from kvcompose_gguf.chat.command import ChatOptions
+from kvcompose_gguf.chat.options import ChatOptions
 from kvcompose_gguf.errors import ConfigError
 
 TEXT = " ".join(f"Room {i} is painted in colour {i * 37 % 101}." for i in range(24))

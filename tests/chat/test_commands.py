@@ -15,10 +15,10 @@ from rich.console import Console
 from support import tiny
 
 from kvcompose_gguf import KVCompose, sessions
-from kvcompose_gguf.chat.commands import COMMANDS, Chat
 from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.chat.documents import Document
 from kvcompose_gguf.chat.interrupts import Interrupts, Stopped
+from kvcompose_gguf.chat.lines import COMMANDS, Chat
 from kvcompose_gguf.chat.screen import Screen
 
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=64, keep_last=8)

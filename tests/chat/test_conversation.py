@@ -13,7 +13,7 @@ from support.conversations import DOCUMENT, GEMMA, METHOD, OTHER, TEXT, Counted,
 
 from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, StateError
-from kvcompose_gguf.server.chat.templates import CHATML
+from kvcompose_gguf.models.templates import CHATML
 from kvcompose_gguf.support.progress import Progress
 
 #

@@ -13,7 +13,7 @@ from rich.console import Console
 from support.processes import free_port, wait_for
 
 from kvcompose_gguf.cli import doctor
-from kvcompose_gguf.native import bindings, library
+from kvcompose_gguf.native import about, bindings, library
 from kvcompose_gguf.native.devices import Device, find_devices
 
 CPU = Device("CPU", "Some Processor", "CPU", 64_000_000_000, 32_500_000_000)
@@ -28,7 +28,7 @@ def printed() -> str:
 def test_a_machine_without_a_gpu_is_said_to_have_none_though_rpc_is_compiled_in(monkeypatch):
     assert library.load().llama_supports_rpc()
     found = find_devices(library.load().llama_cpp._lib)
-    monkeypatch.setattr(doctor, "find_devices", lambda lib: [device for device in found if device.kind == "CPU"])
+    monkeypatch.setattr(about, "find_devices", lambda lib: [device for device in found if device.kind == "CPU"])
     text = printed()
     assert "GPU offload" not in text
     assert [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.startswith("GPU")] == ["none: all layers run on the CPU"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.server.chat.templates import BuiltinTemplate, ChatTemplate, check_messages
-from kvcompose_gguf.server.errors import ApiError
+from kvcompose_gguf.models.templates import ChatTemplate, TemplateError
+from kvcompose_gguf.server.chat.templates import BuiltinTemplate, check_messages
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -24,7 +24,7 @@ def test_templates_may_not_reach_out_and_say_what_they_refuse():
         ("{{ raise_exception('no system') }}", "no system"), ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"), ("{{ 1 / 0 }}", "zero"), ("{{ nothing.there }}", "undefined"),
     ):  # fmt: skip
-        with pytest.raises(ApiError, match=words):
+        with pytest.raises(TemplateError, match=words):
             ChatTemplate(source).render(messages)
     with pytest.raises(ConfigError, match="cannot be read"):
         ChatTemplate("{% if %}")

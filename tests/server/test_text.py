@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from kvcompose_gguf.server.slots.text import TextStream
+from kvcompose_gguf.support.text_stream import TextStream
 
 
 def pieces(text: str, cuts: list[int]) -> list[bytes]:

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcompose_gguf.chat.command import ChatOptions, chat
+from kvcompose_gguf.chat.command import chat
 from kvcompose_gguf.chat.interrupts import Interrupts
+from kvcompose_gguf.chat.options import ChatOptions
 from kvcompose_gguf.errors import KVComposeError
 
 

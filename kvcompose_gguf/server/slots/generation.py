@@ -11,9 +11,9 @@ from typing import Literal
 from ...errors import ContextLengthError
 from ...methods import Method
 from ...plan.report import KVReport
+from ...support.text_stream import TextStream
 from .sampling import Chosen, Sampler, Sampling
 from .slot import Continuation, Slot, Task
-from .text import TextStream
 
 #: tokens that memory is reserved for if the length of an answer is not limited
 N_UNBOUNDED = 1024

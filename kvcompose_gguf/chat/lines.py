@@ -13,11 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError, KVComposeError
+from ..support.printing import megabytes
 from .answers import Answer
 from .conversation import Conversation, OnProgress
 from .documents import Document, read_document
 from .interrupts import Interrupts, Stopped, without_echo
-from .screen import Screen, megabytes
+from .screen import Screen
 
 if TYPE_CHECKING:
     from ..support.progress import Progress

@@ -1,8 +1,8 @@
-"""Implements ``kvcompose demo``: asks a full and a compressed cache the same questions about a text."""
+"""Asks a full and a compressed cache the same questions about a text."""
 
 from __future__ import annotations
 
-import importlib.resources
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,48 +11,16 @@ from typing import TYPE_CHECKING
 import psutil
 from rich.console import Console
 
-from ..load import load_model, timed_completion
-from ..methods.kvcompose import KVCompose
-from ..models import known as models
-from ..plan.report import KVReport
-from .tables import print_demo
+from ...load import load_model
+from ...methods.kvcompose import KVCompose
+from ...plan.report import KVReport
+from .questions import QUESTIONS, Question, document
 
 if TYPE_CHECKING:
-    from ..llama import Llama
+    from ...llama import Llama
 
-MODEL = "smollm2"
 N_CTX = 4096
 N_ANSWER = 12  # the fact comes first; after it a model of this size begins to repeat itself
-
-
-@dataclass(frozen=True)
-class Question:
-    """The beginning of a sentence, and the words that a right continuation must contain.
-
-    These are sentences to finish, not questions: a model of 135M parameters copies well and reasons badly.
-    """
-
-    prompt: str
-    expected: str
-
-    def is_answered_by(self, answer: str) -> bool:
-        """Returns whether ``answer`` contains the expected words, ignoring case."""
-        return self.expected.lower() in answer.lower()
-
-
-#: in the document's order; chosen so that the model answers most of them from a full cache
-QUESTIONS = (
-    Question("The supply boat is called the", "Marigold"),
-    Question("The observatory was founded in the year", "1887"),
-    Question("The first keeper of the observatory was", "Agnes Thorvald"),
-    Question("The lens was ground in the city of", "Utrecht"),
-    Question("The radio call sign of the station is", "Yellow Lantern"),
-    Question("The dog on the island is called", "Biscuit"),
-    Question("The library holds exactly", "3,412"),
-    Question("The comet found by Jonas Reed was named", "Reed's Feather"),
-    Question("The plates of the sky survey are stored in the", "salt cellar"),
-    Question("The copper sheets of the dome were renewed by a firm from", "Lisbon"),
-)
 
 
 @dataclass(frozen=True)
@@ -87,20 +55,6 @@ class DemoResult:
     report: KVReport
 
 
-def document() -> str:
-    """Returns the demo's text: a made-up report in English, about 2,600 SmolLM2 tokens."""
-    return importlib.resources.files("kvcompose_gguf").joinpath("data/observatory.md").read_text("utf-8").strip()
-
-
-def demo(compression_ratio: float = 0.75, threads: int | None = None) -> DemoResult:
-    """Fetches the model, runs the comparison and prints it."""
-    method = KVCompose(compression_ratio=compression_ratio)  # a wrong ratio must raise before the download
-    console = Console()
-    result = run_demo(models.fetch(MODEL), method, threads=threads, console=console)
-    print_demo(result, console)
-    return result
-
-
 def run_demo(
     model_path: Path,
     method: KVCompose,
@@ -123,7 +77,7 @@ def run_demo(
         try:
             status.update("reading the document")
             llm.kv_compressor = None
-            _, prefill_seconds = timed_completion(llm, text, 1)
+            _, prefill_seconds = _timed_completion(llm, text, 1)
             full = _ask(llm, text, questions, lambda n: status.update(f"full cache: {n}"))
             status.update("compressing the cache")
             llm.kv_compressor = method
@@ -139,7 +93,14 @@ def _ask(llm: Llama, text: str, questions: Sequence[Question], show: Callable[[s
     answers, seconds = [], 0.0
     for i, question in enumerate(questions):
         show(f"question {i + 1} of {len(questions)}")
-        answer, elapsed = timed_completion(llm, f"{text}\n\n{question.prompt}", N_ANSWER)
+        answer, elapsed = _timed_completion(llm, f"{text}\n\n{question.prompt}", N_ANSWER)
         answers.append(answer.strip())
         seconds += elapsed
     return Answers(tuple(answers), seconds, llm.kv_bytes, psutil.Process().memory_info().rss)
+
+
+def _timed_completion(llm: Llama, prompt: str, max_tokens: int) -> tuple[str, float]:
+    """The greedy continuation of ``prompt`` up to the end of the line, and its seconds."""
+    start = time.perf_counter()
+    output = llm.create_completion(prompt, max_tokens=max_tokens, temperature=0, stop=["\n"])
+    return output["choices"][0]["text"], time.perf_counter() - start
