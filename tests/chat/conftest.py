@@ -11,7 +11,7 @@ from support.conversations import METHOD, byte_tokens
 
 from kvcompose_gguf import KVCompose
 from kvcompose_gguf.chat.conversation import Conversation
-from kvcompose_gguf.server.chat.templates import CHATML
+from kvcompose_gguf.models.templates import CHATML
 
 
 @pytest.fixture

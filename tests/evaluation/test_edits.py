@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,13 @@ def folded(
     return out
 
 
+def edits_of(method: Variant, evidence: Evidence, scores: Sequence[np.ndarray] | None = None) -> EditedPlan:
+    """Returns the plan of a variant that edits the cache."""
+    edited = method.edited(evidence, scores)
+    assert isinstance(edited, EditedPlan)
+    return edited
+
+
 def signs(evidence: Evidence) -> Evidence:
     """Uses keys of plus and minus one in four places: their similarities are exact, and often equal."""
     rng = np.random.default_rng(5)
@@ -97,7 +105,7 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
 
 def test_where_nothing_is_evicted_nothing_is_edited():
     evidence = make_evidence("layers that differ", 40)
-    edited = Variant(compression_ratio=0.0, fold=1.0, correct=1.0).edited(evidence)
+    edited = edits_of(Variant(compression_ratio=0.0, fold=1.0, correct=1.0), evidence)
     for l in range(3):
         assert_close(edited.values[l], evidence.values(l), 1e-6)
         assert_close(edited.biases[l], np.zeros(edited.plan.cells[l].shape), 1e-6)
@@ -106,7 +114,7 @@ def test_where_nothing_is_evicted_nothing_is_edited():
 def test_folding_all_into_one_is_the_mean_by_weight():
     evidence = make_evidence("GQA", 40)
     method = Variant(n_kept=1, fold=1.0, allocation="uniform", n_sink=0)
-    for l, (values, scores) in enumerate(zip(method.edited(evidence).values, method.scores(evidence), strict=True)):
+    for l, (values, scores) in enumerate(zip(edits_of(method, evidence).values, method.scores(evidence), strict=True)):
         for h in range(2):
             want = np.average(evidence.values(l)[h].astype(np.float64), axis=0, weights=scores[h])
             assert_close(values[h, 0], want, 1e-5)
@@ -117,7 +125,7 @@ def test_a_kept_value_of_no_weight_stays_what_it_is_unless_others_join_it():
     for attention in evidence.attention:
         attention[:, :4] = 0
     method = Variant(compression_ratio=0.0, fold=1.0, n_sink=4)
-    for l, values in enumerate(method.edited(evidence).values):
+    for l, values in enumerate(edits_of(method, evidence).values):
         assert_close(values, evidence.values(l), 1e-6)
 
 
@@ -144,7 +152,7 @@ def test_a_head_that_nobody_looks_at_is_not_corrected():
     for attention in evidence.attention:
         attention[:4] = 0  # the first KV head's
     method = Variant(n_kept=9, correct=1.0, add_mean_across_heads=False, allocation="uniform")
-    for biases in method.edited(evidence).biases:
+    for biases in edits_of(method, evidence).biases:
         assert (biases[0] == 0).all()
         assert (biases[1] > 0).all()
 
@@ -153,7 +161,7 @@ def test_the_edits_follow_the_given_scores():
     evidence = make_evidence("GQA", 40)
     method = Variant(n_kept=9, fold=1.0, correct=1.0)
     given = [s[:, ::-1].copy() for s in method.scores(evidence)]
-    edited = method.edited(evidence, given)
+    edited = edits_of(method, evidence, given)
     for l, cells in enumerate(edited.plan.cells):
         want = folded(evidence.keys(l), evidence.values(l), given[l], cells, 1.0)
         assert_close(edited.values[l], np.array(want), 1e-5)

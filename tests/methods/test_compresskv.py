@@ -76,8 +76,8 @@ def specified_scores(evidence: Evidence, method: CompressKV, l: int) -> list[lis
 @pytest.mark.parametrize("model", MODELS)
 def test_scores_are_the_papers(model, n_tokens, n_window, kind, per_head):
     evidence = make_evidence(model, n_tokens, n_window)
-    options: dict[str, Any]
-    for options in ({}, {"n_heads": 1, "kernel": 1}, {"n_heads": 99, "kernel": 7}):
+    choices: list[dict[str, Any]] = [{}, {"n_heads": 1, "kernel": 1}, {"n_heads": 99, "kernel": 7}]
+    for options in choices:
         method = CompressKV(n_kept=5, per_head=per_head, calibration=make_calibration(model, kind), **options)
         for l, scores in enumerate(method.scores(evidence)):
             want = np.array(specified_scores(evidence, method, l))

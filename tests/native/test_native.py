@@ -43,7 +43,7 @@ def compose(lib, llama, n_tokens=N, n_kept=(4, 4, 4), cells=None, n_total=None, 
         cells.ctypes.data_as(bindings.c_int32_p),
         cells.size if n_total is None else n_total,
         16,
-        gather_function().address if gather is None else gather,
+        gather_function().address if gather is None else gather,  # type: ignore[attr-defined]
     )
 
 

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from kvcompose_gguf.chat.answer import Answer
-
 from kvcompose_gguf import KVCompose
+from kvcompose_gguf.chat.answers import Answer
 from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.chat.documents import Document
 from support import tiny
