@@ -47,9 +47,8 @@ def _gather(src, dst, cells, n_chunk, n_bytes, src_strides, dst_strides) -> None
     function = GATHER_T(compose.gather_function().address)  # type: ignore[attr-defined]
     in_place = src is dst
     twin = dst.copy()
-    reference.gather(
-        (twin if in_place else src).ctypes.data, twin.ctypes.data, cells, n_chunk, n_bytes, src_strides, dst_strides
-    )
+    flat = twin.ravel()  # a view: what the twin writes
+    reference.gather(flat if in_place else src.ravel(), flat, cells, n_chunk, n_bytes, src_strides, dst_strides)
     function(
         src.ctypes.data, dst.ctypes.data, cells.ctypes.data, *cells.shape, n_chunk, n_bytes, *src_strides, *dst_strides
     )
