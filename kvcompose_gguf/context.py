@@ -47,9 +47,6 @@ class Context:
         clears: empty the memory at every ``reset``, as recurrent models need it.
         logits: where to store the logits of every evaluated token, float32 ``(n_ctx, n_vocab)``; None: nowhere.
     Attributes:
-        n_tokens: number of tokens in the cache.
-        needs_eval: the last logits do not belong to the last token, so it has to be evaluated again before sampling.
-        composed: the compressed context; None: the cache is full.
         report: figures of the compression; None while the cache is full and nobody asked to compress it.
         meter: counts the tokens that are read and scored.
         through: called with every decode and its number of tokens; it has to call the decode.
@@ -74,9 +71,9 @@ class Context:
         self._n_read = 0  # tokens that are text; image handlers decode others themselves
         #: int32 ``(n_ctx,)``; the first ``n_tokens`` are those in the cache
         self.ids: npt.NDArray[np.int32] = np.zeros(n_ctx, dtype=np.int32)
-        self.n_tokens = 0
-        self.needs_eval = True
-        self.composed: Composed | None = None
+        self._n_tokens = 0
+        self._needs_eval = True
+        self._composed: Composed | None = None
         self.report: KVReport | None = None
         self.meter = Meter()
         self.through: Callable[[Callable[[], None], int], None] = lambda decode, n_tokens: decode()
@@ -107,6 +104,21 @@ class Context:
         """Turns the package's own CPU kernel for flash attention of batches on or off; equal up to rounding."""
         if on or self._session is not None:
             self.session.set_fast_attention(on)
+
+    @property
+    def n_tokens(self) -> int:
+        """Returns the number of tokens in the cache."""
+        return self._n_tokens
+
+    @property
+    def composed(self) -> Composed | None:
+        """Returns the compressed context; None: the cache is full."""
+        return self._composed
+
+    @property
+    def needs_eval(self) -> bool:
+        """Returns whether the last logits do not belong to the last token, so that it has to be evaluated again."""
+        return self._needs_eval
 
     @property
     def tokens(self) -> list[int]:
@@ -156,7 +168,7 @@ class Context:
             if self._logits is not None:
                 self._logits[at : at + len(part)] = self._decoder.logits(len(part))
             self._append(part)
-            self.needs_eval = False
+            self._needs_eval = False
             self.meter.add(len(part))
 
     @changes_cache
@@ -168,7 +180,7 @@ class Context:
         """
         if self.n_tokens + len(tokens) > self.n_ctx:
             raise ContextLengthError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self.n_ctx}")
-        self.needs_eval = True  # after an interruption, the last logits may belong to another token
+        self._needs_eval = True  # after an interruption, the last logits may belong to another token
         self._begin(len(tokens))
         rows = np.empty((len(tokens), self.vocabulary.n_tokens), dtype=np.float32)
         for first in range(0, len(tokens), self.n_batch):
@@ -195,8 +207,8 @@ class Context:
         if n_reused == 0 or not self._decoder.remove(n_reused):
             self.reset()
             n_reused = 0
-        self.n_tokens = n_reused
-        self.needs_eval = True
+        self._n_tokens = n_reused
+        self._needs_eval = True
         self.meter.begin("reading", len(tokens) - n_reused)
         if n_reused < len(tokens):
             self.eval(tokens[n_reused:])
@@ -205,6 +217,8 @@ class Context:
     @changes_cache
     def embed(self, tokens: Sequence[int], n_embd: int, pooled: bool) -> FloatArray:
         """Empties the cache and returns a text's embedding vectors, as ``native.decoder.Decoder.embed``."""
+        self._n_tokens = self._n_read = 0
+        self._needs_eval = True
         vectors: list[FloatArray] = []
         self.through(lambda: vectors.append(self._decoder.embed(tokens, n_embd, pooled)), len(tokens))
         return vectors[0]
@@ -221,7 +235,7 @@ class Context:
         try:
             return request.collect(self, tokens, suffix, self.vocabulary.tokens, max_bytes)
         finally:
-            self.needs_eval = True  # the last logits belong to another decode
+            self._needs_eval = True  # the last logits belong to another decode
 
     @changes_cache
     def observe(
@@ -252,14 +266,14 @@ class Context:
         """Removes at the end of the ``with`` block all tokens that ``decode`` evaluated from position ``pos`` on."""
         with self.access.turn("on_top"):
             partial = self._partial_state()
-            n_tokens, self.n_tokens = self.n_tokens, 0  # after an error below, the cache counts as empty
+            n_tokens, self._n_tokens = self.n_tokens, 0  # after an error below, the cache counts as empty
             try:
                 yield
             finally:
                 self._decoder.remove(pos)
                 if partial is not None:
                     self._decoder.load_partial_state(partial)
-                self.n_tokens = n_tokens
+                self._n_tokens = n_tokens
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -272,8 +286,8 @@ class Context:
                 self._decoder.remove(n_tokens)
                 if partial is not None:
                     self._decoder.load_partial_state(partial)
-                self.n_tokens = n_tokens
-                self.needs_eval = True
+                self._n_tokens = n_tokens
+                self._needs_eval = True
 
     #
     # composing, and what follows
@@ -297,7 +311,7 @@ class Context:
         try:
             self.session.compose(plan, n_room)
         finally:  # Ctrl-C may arrive after the cache has changed
-            self.composed = composed if self.session.state().n_composed else None
+            self._composed = composed if self.session.state().n_composed else None
 
     @changes_cache
     def rewind(self, n_tokens: int) -> int:
@@ -313,15 +327,15 @@ class Context:
             self.reset()
             return 0
         if is_cut and composed is not None and composed.partial is not None:
-            self.n_tokens = 0  # after an error below, the cache counts as empty
+            self._n_tokens = 0  # after an error below, the cache counts as empty
             self._decoder.remove(self.n_context)
             self._decoder.load_partial_state(composed.partial)
             n_tokens = self.n_context
         elif is_cut and not self._decoder.remove(n_tokens):
             self.reset()
             return 0
-        self.n_tokens = n_tokens
-        self.needs_eval = True
+        self._n_tokens = n_tokens
+        self._needs_eval = True
         return n_tokens
 
     @changes_cache
@@ -336,28 +350,28 @@ class Context:
             raise StateError(f"n_tokens={n_tokens} is not in [{self.n_context}, {self.n_tokens}]")
         if n_tokens < self.n_tokens and (not self.can_truncate or not self._decoder.remove(n_tokens)):
             raise StateError(f"n_tokens={n_tokens}: this cache cannot remove only its last tokens: call reset()")
-        self.n_tokens = n_tokens
-        self.needs_eval = True
+        self._n_tokens = n_tokens
+        self._needs_eval = True
 
     @changes_cache
     def reset(self) -> None:
         """Empties the cache; a compressed cache becomes a full one again, and an elastic cache becomes small."""
-        self.n_tokens = self._n_read = 0
-        self.needs_eval = True
+        self._n_tokens = self._n_read = 0
+        self._needs_eval = True
         self.report = None
         if self.composed is not None or self._elastic or self._clears:
-            self.composed = None
+            self._composed = None
             self._decoder.clear()
         if self._elastic:
             self._reserve(0)
 
     def adopt(self, n_tokens: int) -> None:
         """Notes that the bindings themselves made the cache end after ``n_tokens``, e.g. by evaluating an image."""
-        self.n_tokens = n_tokens
+        self._n_tokens = n_tokens
 
     def forget_logits(self) -> None:
         """Notes that the last logits are not those of the last token."""
-        self.needs_eval = True
+        self._needs_eval = True
 
     @changes_cache
     def write_values(self, values: Sequence[FloatArray]) -> None:
@@ -397,10 +411,10 @@ class Context:
         self.reset()
         self._decoder.load_state(contents.state)
         self.ids[:n_tokens] = contents.tokens
-        self.n_tokens = self._n_read = n_tokens
-        self.needs_eval = True
+        self._n_tokens = self._n_read = n_tokens
+        self._needs_eval = True
         composed = contents.composed
-        self.composed = composed if composed is None or choice is None else replace(composed, choice=choice)
+        self._composed = composed if composed is None or choice is None else replace(composed, choice=choice)
         self.report = contents.report
 
     #
@@ -423,7 +437,7 @@ class Context:
 
     def _append(self, tokens: Sequence[int]) -> None:
         self.ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
-        self.n_tokens += len(tokens)
+        self._n_tokens += len(tokens)
         self._n_read = self.n_tokens
 
     def _reserve(self, n_cells: int) -> None:
