@@ -62,7 +62,7 @@ def answer(llama: Llama, prompt: list[int], n: int = 16) -> str:
         out.append(token)
         if len(out) == n:
             break
-    return llama.detokenize(out).decode(errors="replace")
+    return str(llama.detokenize(out), errors="replace")
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
         kv_compressor=plain, type_k=args.type_kv, type_v=args.type_kv, verbose=False,
     )  # fmt: skip
     right = dict.fromkeys(["full", *(f"{mode} {ratio:g}" for mode in modes for ratio in RATIOS)], 0)
-    seconds = {mode: [] for mode in modes}
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     n_bytes: dict[str, int] = {}
     start = time.perf_counter()
     for seed in range(args.samples):

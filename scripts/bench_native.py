@@ -14,6 +14,7 @@ The sides alternate within one process, with one warm-up each; medians. The last
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import platform
@@ -138,9 +139,9 @@ def bench_elastic(make: Callable[..., Llama], ids: list[int], n_ctx: int, repeat
                 for token in ids[:N_DECODE]:
                     llama.eval([token])
 
-        seconds[f"{name} in steps"] = lambda steps=steps: timed(steps)
-        seconds[f"{name} prefill"] = lambda prefill=prefill: timed(prefill)
-        seconds[f"{name} decode"] = lambda decode=decode: timed(decode)
+        seconds[f"{name} in steps"] = functools.partial(timed, steps)
+        seconds[f"{name} prefill"] = functools.partial(timed, prefill)
+        seconds[f"{name} decode"] = functools.partial(timed, decode)
     samples = alternate(seconds, repeats)
     n_bytes = {str(elastic): llama.kv_bytes for elastic, llama in caches.items()}
     out: dict[str, Any] = {}

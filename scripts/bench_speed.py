@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 def context_tokens(llama: Llama, n_tokens: int) -> list[int]:
     """Returns prose, repeated to the length; the speed does not depend on its content."""
-    tokens = llama._prompt_tokens(document())
+    tokens: list[int] = llama._prompt_tokens(document())
     return (tokens * (n_tokens // len(tokens) + 1))[:n_tokens]
 
 
@@ -69,7 +69,8 @@ def main() -> None:
     small.load_state(full.save_state())  # one prefill for both
     report = small.compress(tokens)
 
-    n_decode, runs = 32, {"full": [], "compressed": []}
+    n_decode = 32
+    runs: dict[str, list[float]] = {"full": [], "compressed": []}
     for llama in (full, small):
         decode_seconds(llama, args.n_tokens, 8)  # warm-up
     for _ in range(args.repeats):

@@ -35,8 +35,8 @@ METHODS = (
 
 def overlap(a: np.ndarray, b: np.ndarray, ratio: float) -> float:
     n_kept = max(1, round(len(a) * (1 - ratio)))
-    best = [np.argsort(-values, kind="stable")[:n_kept] for values in (a, b)]
-    return len(np.intersect1d(*best, assume_unique=True)) / n_kept
+    first, second = (np.argsort(-values, kind="stable")[:n_kept] for values in (a, b))
+    return len(np.intersect1d(first, second, assume_unique=True)) / n_kept
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
             rows = []
             for mine, wanted in zip(scores[spec], scores[REPEAT], strict=True):
                 for a, b in zip(mine, wanted, strict=True):
-                    a = np.nan_to_num(a, posinf=np.finfo(np.float32).max)
+                    a = np.nan_to_num(a, posinf=float(np.finfo(np.float32).max))
                     rows.append([rank_correlation(a, b), *(overlap(a, b, ratio) for ratio in RATIOS)])
             figures[spec].append(np.mean(rows, axis=0).tolist())
         print(f"{number + 1} of {args.samples}: {sample.task}, {len(context)} tokens", flush=True)

@@ -16,7 +16,7 @@ from kvcompose_gguf import (
     KVCompose,
     StateError,
 )
-from kvcompose_gguf.llama import llama_cpp
+from kvcompose_gguf.llama_base import llama_cpp
 
 N = 300
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8)

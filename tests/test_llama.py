@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from kvcompose_gguf import (
     KVReport,
     UnsupportedError,
 )
-from kvcompose_gguf.llama import llama_cpp
+from kvcompose_gguf.llama_base import llama_cpp
 from kvcompose_gguf.native.rows import cached_rows
 from kvcompose_gguf.scoring.evidence import Evidence
 
@@ -194,7 +195,7 @@ def test_completions_stream_log_probabilities_and_grammars(make_llama):
 
 
 def test_prompts_judge_the_context_when_asked_to(make_llama):
-    options = {"compression_ratio": 0.8, "min_tokens": 100, "keep_last": 0}
+    options: dict[str, Any] = {"compression_ratio": 0.8, "min_tokens": 100, "keep_last": 0}
     repeat = make_llama(method=KVCompose(**options)).compress(CONTEXT)
     prompted = make_llama(method=KVCompose(scoring="prompts", prompts=["what?", "and who?"], **options)).compress(CONTEXT)
     assert prompted.n_kept.sum() == repeat.n_kept.sum()

@@ -199,7 +199,8 @@ def test_keeping_everything_of_a_sliding_window_model_changes_no_logits(gemma, p
     text = gemma._prompt_tokens(b"The keeper walked along the shore and looked at the lamp. " * 90)
     context, after = text[:1000], text[1000:1024]
     assert len(after) == 24
-    want, got = [], []
+    want: list[np.ndarray] = []
+    got: list[np.ndarray] = []
     for logits, compose in ((want, False), (got, True)):
         gemma.context.prefill(context, keep_prefix=False)
         if compose:

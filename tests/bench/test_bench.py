@@ -24,6 +24,7 @@ from kvcompose_gguf.bench.process import VariantProcess
 from kvcompose_gguf.bench.result import BenchResult, Environment, Measurement, Variant, read_result
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, NativeError
+from kvcompose_gguf.load import open_vocabulary
 from kvcompose_gguf.support.checks import parse_numbers
 
 N_TOKENS, N_DECODE, REPEATS = 300, 8, 2
@@ -224,7 +225,7 @@ def test_the_middle_ratio_is_measured_with_the_other_types_as_well() -> None:
 
 @contextlib.contextmanager
 def vocabulary_of(model: Path) -> Iterator[object]:
-    with measure.open_vocabulary(model) as vocabulary:
+    with open_vocabulary(model) as vocabulary:
         yield vocabulary
 
 

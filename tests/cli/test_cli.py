@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.commands import failure
+from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -26,6 +27,7 @@ from kvcompose_gguf.cli.demo.tables import print_demo
 from kvcompose_gguf.errors import LibraryError
 from kvcompose_gguf.evaluation.runner import EvalOptions
 from kvcompose_gguf.models import known
+from kvcompose_gguf.native import library
 from kvcompose_gguf.plan.report import KVReport
 
 
@@ -212,7 +214,9 @@ def test_run_is_a_chat_with_one_question_and_a_hint(chats: list[ChatOptions]) ->
             max_tokens=7, temperature=0, flash_attn=False, threads=1,
         )
     ]  # fmt: skip
-    assert get_command(app).commands["run"].hidden
+    commands = get_command(app)
+    assert isinstance(commands, TyperGroup)
+    assert commands.commands["run"].hidden
 
 
 def test_a_model_that_there_is_not_is_one_line(tmp_path: Path, context: Path) -> None:
@@ -223,7 +227,7 @@ def test_doctor_without_a_library_says_what_is_wrong(monkeypatch: pytest.MonkeyP
     def load() -> None:
         raise LibraryError("no library here")
 
-    monkeypatch.setattr(doctor_module.library, "load", load)
+    monkeypatch.setattr(library, "load", load)
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)

@@ -20,9 +20,9 @@ CPU = Device("CPU", "Some Processor", "CPU", 64_000_000_000, 32_500_000_000)
 
 
 def printed() -> str:
-    console = Console(file=io.StringIO(), width=200)
-    doctor.doctor(console)
-    return console.file.getvalue()
+    out = io.StringIO()
+    doctor.doctor(Console(file=out, width=200))
+    return out.getvalue()
 
 
 def test_a_machine_without_a_gpu_is_said_to_have_none_though_rpc_is_compiled_in(monkeypatch):

@@ -320,7 +320,7 @@ def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
 
     def second_fails(self: SampleWorker, job: SampleJob) -> Any:
         if job.task == "niah_single_1":
-            raise runner.ConfigError("no more")
+            raise ConfigError("no more")
         return do(self, job)
 
     monkeypatch.setattr(SampleWorker, "do", second_fails)
@@ -334,6 +334,6 @@ def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
 
 
 def test_a_name_given_twice_is_run_once(model_path: Path, tmp_path: Path, done: list[Any]) -> None:
-    twice = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "compression_ratio": "0.5,0.5", "methods": ("random", "random")}
+    twice: dict[str, Any] = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "compression_ratio": "0.5,0.5", "methods": ("random", "random")}
     invoke(*arguments(model_path, tmp_path / "run", **twice))
     assert done == JOBS[:1]

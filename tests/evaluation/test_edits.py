@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from support import tiny
 from support.arrays import assert_close
 from support.evidence import make_evidence
 from support.llamas import decode_one_by_one, stored_rows
+from support.rows import rows_of
 
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
 from kvcompose_gguf.evaluation.trials import compressed
@@ -60,6 +62,13 @@ def folded(
     return out
 
 
+def edits_of(method: Variant, evidence: Evidence, scores: Sequence[np.ndarray] | None = None) -> EditedPlan:
+    """Returns the plan of a variant that edits the cache."""
+    edited = method.edited(evidence, scores)
+    assert isinstance(edited, EditedPlan)
+    return edited
+
+
 def signs(evidence: Evidence) -> Evidence:
     """Uses keys of plus and minus one in four places: their similarities are exact, and often equal."""
     rng = np.random.default_rng(5)
@@ -67,7 +76,7 @@ def signs(evidence: Evidence) -> Evidence:
         np.where(rng.random((g.n_head_kv, evidence.n_tokens, 4)) < 0.5, np.float32(-1), np.float32(1))
         for g in evidence.layers
     ]
-    return replace(evidence, rows=replace(evidence.rows, all_keys=keys))
+    return replace(evidence, rows=replace(rows_of(evidence), all_keys=keys))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_one_of_several_alternatives_is_exact_where_any_may_be() -> None:
 
 
 @pytest.mark.parametrize("metric", [string_match_all, string_match_part, exact_match])
-def test_no_references_and_a_bare_string_are_refused(metric: metrics.Callable[..., float]) -> None:
+def test_no_references_and_a_bare_string_are_refused(metric: Callable[..., float]) -> None:
     with pytest.raises(ConfigError, match=r"references=\[\]"):
         metric("a", [])
     with pytest.raises(ConfigError, match="references='a'"):
@@ -126,7 +127,7 @@ def test_the_largest_ratio_is_at_the_first_crossing() -> None:
 
 
 @pytest.mark.parametrize("curve", [area_under_curve, lambda x, y: largest_ratio_within(x, y, 0.1)])
-def test_a_curve_needs_ratio_zero_and_every_ratio_once(curve: metrics.Callable[..., float]) -> None:
+def test_a_curve_needs_ratio_zero_and_every_ratio_once(curve: Callable[..., float]) -> None:
     for ratios in ([0.25, 0.5], [0, 0], [0, 1.5], [0, float("nan")]):
         with pytest.raises(ConfigError, match=r"ratios=\["):
             curve(ratios, [1, 1])

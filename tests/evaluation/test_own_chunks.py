@@ -131,7 +131,8 @@ def test_an_instruction_comes_before_every_chunk_and_its_tokens_judge_as_well(
 def test_kvcompose_asks_with_its_instruction_before_every_chunk():
     method = KVCompose(compression_ratio=0.5, instruction="7 8", scoring_chunk=4, agg_task="mean")
     cache, tokens = Cache(), context(10)
-    attention = method.attention_request.collect(cache, tokens, (), words)
+    assert method.attention_request is not None
+    attention = method.attention_request.collect(cache, tokens, (), words)  # type: ignore[arg-type]
     decoded = [[7, 8, *tokens[:4]], [7, 8, *tokens[4:8]], [7, 8, *tokens[8:]]]
     assert cache.of_kind("decode") == [("decode", queries, 10) for queries in decoded]
     for il in range(2):
@@ -145,7 +146,7 @@ def test_a_continuation_quotes_the_eight_tokens_before_its_chunk():
     queries = KVzip(compression_ratio=0.5, scoring_chunk=15).attention_request.queries
     assert isinstance(queries, Repeat)
     known = {INSTRUCTION: [1, 2], CONTINUATION: [3, 4, 5]}
-    AttentionRequest(queries).collect(cache, tokens, (), known.__getitem__)
+    AttentionRequest(queries).collect(cache, tokens, (), known.__getitem__)  # type: ignore[arg-type]
     assert [event[1] for event in cache.of_kind("decode")] == [
         [1, 2, *tokens[:15]],
         [3, 4, 5, *tokens[7:15], *tokens[15:30]],

@@ -143,7 +143,7 @@ def test_the_gram_matrices_have_the_norm_of_what_a_value_adds_to_the_residual_st
         for h in range(config.n_head):
             part = weight[:, h * config.n_embd_head : (h + 1) * config.n_embd_head]
             want = [np.linalg.norm(part @ one) for one in v]
-            assert_close(np.sqrt(np.einsum("id,de,ie->i", v, gram[h], v)), want, 1e-5 * max(want))
+            assert_close(np.sqrt(np.einsum("id,de,ie->i", v, gram[h], v)), want, 1e-5 * float(max(want)))
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,7 +197,7 @@ def test_totals_outside_of_what_the_layers_allow_are_refused(n_total: int, floor
 
 FLOATS = np.ones((2, 3), np.float32)
 INTS = np.zeros((2, 3), np.int32)
-WRAPPERS = {
+WRAPPERS: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
     "attention": (lambda array: aggregate.aggregate_group(array, 1, "mean"), FLOATS),
     "scores of add_mean_across_heads": (aggregate.add_mean_across_heads, FLOATS),
     "scores of rank_tokens": (aggregate.rank_tokens, FLOATS),
@@ -275,7 +277,8 @@ def row_arguments(n_head_kv: int, n: int, d_k: int, d_v: int) -> dict[str, np.nd
 def test_weigh_rows_is_as_its_twin(shape: tuple[int, int, int, int]) -> None:
     arguments = row_arguments(*shape)
     kernel, twin = linear.weigh_rows(**arguments), reference.weigh_rows(**arguments)
-    assert (kernel.dtype, kernel.shape) == (twin.dtype, twin.shape) == (np.float32, shape[:2])
+    assert kernel.dtype == twin.dtype == np.float32
+    assert kernel.shape == twin.shape == shape[:2]
     np.testing.assert_allclose(kernel, twin, rtol=1e-5, atol=1e-4)
     if not twin.size:
         return

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from support.rows import rows_of
 from support.surrogates import assert_ridge, make_evidence, random_weights, table_of, targets_of
 
 from kvcompose_gguf.learning.quality import RATIOS, compare, quality_tables, rank_correlation, summary
@@ -80,7 +81,7 @@ def test_a_feature_that_is_constant_does_no_harm(value):
         values = [evidence.values(l).copy() for l in range(2)]
         for v in values:
             v[:, :, 2] = value
-        return replace(evidence, rows=replace(evidence.rows, all_values=values))
+        return replace(evidence, rows=replace(rows_of(evidence), all_values=values))
 
     passages = [with_constant(make_evidence(n)) for n in (90, 110, 60)]
     weights = fitted(passages).solve()

@@ -15,6 +15,7 @@ import pytest
 from support import tiny, tiny_gguf
 from support.llamas import ONE_THREAD, TYPES, greedy, last_logits, stored_rows
 from support.plans import specified_plan
+from support.rows import rows_of
 from support.surrogates import (
     make_evidence,
     random_weights,
@@ -178,11 +179,12 @@ def test_a_surrogate_of_another_shape_is_refused():
         with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
             Surrogate("tiny.gguf", "abc", weights).predict(evidence)
     with pytest.raises(ConfigError, match="the evidence has no unrotate"):
-        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, rows=replace(evidence.rows, turn_back=None)))
+        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, rows=replace(rows_of(evidence), turn_back=None)))
 
 
 def test_wrong_weights_and_versions_are_refused():
     good = np.ones((2, 3), np.float32)
+    wrong: Any
     for wrong in (good * np.nan, good * np.inf, good.astype(np.float64), good.astype(np.int32), good[0]):
         with pytest.raises(ConfigError, match="weights of layer 1 are not finite float32"):
             Surrogate("m", "abc", (good, wrong))
@@ -311,7 +313,8 @@ def test_auto_is_the_repeat_if_an_option_asks_for_scores_that_no_surrogate_predi
     assert KVCompose(n_kept=9, agg_head="max").for_model(path).scoring == "surrogate"
     assert KVCompose(n_kept=9, **options).for_model(path).scoring == "repeat"
     for name in ("own", "output_norm"):
-        assert Variant(n_kept=9, **{name: True}).for_model(path).scoring == "repeat"
+        changed: dict[str, Any] = {name: True}
+        assert Variant(n_kept=9, **changed).for_model(path).scoring == "repeat"
 
 
 def test_a_surrogate_that_was_given_is_taken_without_looking_for_another(folder, tmp_path):
@@ -341,8 +344,8 @@ def test_a_prompt_is_read_once_and_the_predicted_tokens_are_kept(make_llama, mon
     predicted = []
     for l in range(len(evidence.layers)):
         keys, freqs = cached_rows(full.session, l, "k", n).transpose(1, 0, 2), plain_freqs(config.rope_base, 32)
-        turned = (rotated(keys, by, freqs, config.neox).transpose(1, 0, 2) for by in (-np.arange(n), np.full(n, -n)))
-        table = specified_features(*turned, cached_rows(full.session, l, "v", n))
+        plain, at_end = (rotated(keys, by, freqs, config.neox).transpose(1, 0, 2) for by in (-np.arange(n), np.full(n, -n)))
+        table = specified_features(plain, at_end, cached_rows(full.session, l, "v", n))
         predicted.append(specified_prediction(table, weights[l]).astype(np.float32))
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
     want = specified_plan(predicted, layers, [], compression_ratio=0.5)

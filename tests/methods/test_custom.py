@@ -62,21 +62,26 @@ def test_a_custom_method_out_of_range_is_refused(options: dict[str, Any], messag
         Custom(n_kept=4, **options)
 
 
+def loose(**options: Any) -> dict[str, Any]:
+    """Returns options whose types nobody checks, to give wrong ones."""
+    return options
+
+
 @pytest.mark.parametrize(
     ("request_of", "message"),
     [
         (lambda: Repeat(chunk=-1), "chunk=-1 is not positive"), (lambda: Repeat(chunk=0), "chunk=0 is not positive"),
         (lambda: Repeat(chunk=True), "chunk=True is not an integer"), (lambda: Repeat(fraction=0), "fraction=0 is not in"),
-        (lambda: Repeat(fraction=math.nan), "fraction=nan is not in"), (lambda: Repeat(fraction="1"), "is not a number"),
-        (lambda: Repeat(instruction=None), "instruction=None is not a text"),
-        (lambda: Repeat(continuation=b"x"), "continuation=b'x' is not a text"), (lambda: Repeat(own=1), "own=1 is neither"),
+        (lambda: Repeat(fraction=math.nan), "fraction=nan is not in"), (lambda: Repeat(**loose(fraction="1")), "is not a number"),
+        (lambda: Repeat(**loose(instruction=None)), "instruction=None is not a text"),
+        (lambda: Repeat(**loose(continuation=b"x")), "continuation=b'x' is not a text"), (lambda: Repeat(**loose(own=1)), "own=1 is neither"),
         (lambda: Repeat(own=True, fraction=0.5), "own=True needs the whole context, fraction=1, not 0.5"),
         (lambda: Prompts([]), r"texts=\[\] is not a list of texts"), (lambda: Prompts("who?"), "texts='who\\?' is not"),
         (lambda: Prompts(["", "a"]), "is not a list of texts"), (lambda: Prompts(["a"], 0), "chunk=0 is not positive"),
-        (lambda: Window(0), "size=0 is not positive"), (lambda: Window(1.5), "size=1.5 is not an integer"),
-        (lambda: AttentionRequest(Window(1), "sum"), "aggregation='sum' is none of 'max', 'mean'"),
-        (lambda: AttentionRequest(Window), "queries=.* is none of Repeat, Prompts, Window and Prefill"),
-        (lambda: StateRequest(0), "n_queries=0 is not positive"), (lambda: StateRequest(None), "is not an integer"),
+        (lambda: Window(0), "size=0 is not positive"), (lambda: Window(**loose(size=1.5)), "size=1.5 is not an integer"),
+        (lambda: AttentionRequest(Window(1), **loose(aggregation="sum")), "aggregation='sum' is none of 'max', 'mean'"),
+        (lambda: AttentionRequest(**loose(queries=Window)), "queries=.* is none of Repeat, Prompts, Window and Prefill"),
+        (lambda: StateRequest(0), "n_queries=0 is not positive"), (lambda: StateRequest(**loose(n_queries=None)), "is not an integer"),
     ],
 )  # fmt: skip
 def test_a_request_out_of_range_is_refused(request_of: Callable[[], Any], message: str) -> None:

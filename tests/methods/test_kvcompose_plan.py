@@ -38,7 +38,7 @@ def assert_as_specified(
 # the plan is the specified one
 #
 
-BUDGETS = [
+BUDGETS: list[dict[str, float]] = [
     {"compression_ratio": 0.0},
     {"compression_ratio": 0.55},
     {"compression_ratio": 0.95},
@@ -59,7 +59,7 @@ def test_every_combination_of_options_keeps_the_specified_tokens(
     kind: str, agg_group: str, agg_head: str, add_v_norm: bool, add_mean_across_heads: bool, first_layer_rule: bool
 ) -> None:
     attention, layers, v_norms = inputs(kind)
-    options = {
+    options: dict[str, Any] = {
         "agg_group": agg_group,
         "agg_head": agg_head,
         "add_v_norm": add_v_norm,

@@ -22,7 +22,7 @@ from support.formulas import (
     streaming_llm,
     tova,
 )
-from support.rows import ArrayRows
+from support.rows import ArrayRows, rows_of
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.measurements.calibration import Calibration
@@ -141,8 +141,7 @@ def test_methods_read_only_what_they_declare(name: str) -> None:
         "streaming-llm": (), "random": (),
     }.get(name, ("attention",))  # fmt: skip
     method = make_method(name, compression_ratio=0.5)
-    rows = full.rows
-    assert isinstance(rows, ArrayRows)
+    rows = rows_of(full)
     bare = Evidence(
         full.n_tokens, full.layers, full.attention if "attention" in needed else (), 4,
         ArrayRows(
@@ -208,8 +207,9 @@ def test_every_method_keeps_the_sinks_that_it_is_asked_for(name: str) -> None:
 def test_no_length_of_a_context_makes_a_valid_budget_raise(name: str, n_tokens: int) -> None:
     evidence = make_evidence("layers that differ", n_tokens, n_window=min(2, n_tokens))
     row = max(layer.n_bytes_row for layer in evidence.layers)
-    budgets = [{"compression_ratio": ratio} for ratio in (0.5, 0.9, 0.99, 0.999)]
-    for bought in [*budgets, {"n_kept": 0.5}, {"n_kept": 4}, {"max_kv_bytes": 3 * row}]:
+    budgets: list[dict[str, Any]] = [{"compression_ratio": ratio} for ratio in (0.5, 0.9, 0.99, 0.999)]
+    budgets += [{"n_kept": 0.5}, {"n_kept": 4}, {"max_kv_bytes": 3 * row}]
+    for bought in budgets:
         method = built_in(name, evidence, n_sink=9, n_recent=9, **bought)
         n_kept = method.plan(evidence).n_kept
         assert n_kept.sum() == method.n_composites(evidence.layers, n_tokens) >= 1

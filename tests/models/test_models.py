@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from kvcompose_gguf.errors import ConfigError, DownloadError
@@ -21,7 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and a registry with the one model "tiny"."""
     model = known.Model("tiny.gguf", ("some-package==1",), len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
     monkeypatch.setattr(known, "MODELS", {"tiny": model})
-    monkeypatch.setattr(known.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     return tmp_path / "kvcompose-gguf" / "models"
 
 
@@ -140,7 +141,7 @@ def test_pips_own_words_are_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, message: str
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
-    monkeypatch.setattr(known.subprocess, "run", lambda *args, **kwargs: failed)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(DownloadError, match=message):
         known.download_wheel("some-package==1", tmp_path)
 
@@ -153,7 +154,7 @@ def test_pip_is_asked_for_the_pinned_wheel_alone(tmp_path: Path, monkeypatch: py
         (tmp_path / "some_package-1-py3-none-any.whl").touch()
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(known.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert known.download_wheel("some-package==1", tmp_path).suffix == ".whl"
     assert {"download", "--no-deps", "--only-binary=:all:", "some-package==1"} <= set(commands[0])
 

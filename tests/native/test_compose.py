@@ -24,7 +24,7 @@ def random_plan(config: tiny.TinyConfig, n_kept: list[int], seed: int = 3) -> Co
 
 def masked(config: tiny.TinyConfig, context: list[int], plan: CompositionPlan) -> NumpyLlama:
     """Returns the numpy model after the context; later tokens cannot see what the plan drops."""
-    visible = []
+    visible: list[np.ndarray | None] = []
     for cells in plan.cells:
         mask = np.zeros((config.n_head_kv, N), dtype=bool)
         np.put_along_axis(mask, cells, True, axis=1)
@@ -161,7 +161,7 @@ def test_positions_go_on_where_the_context_ended(make_llama):
     llama = make_llama(method=KVCompose(n_kept=20, min_tokens=10))
     llama.compress(tiny.tokens(tiny.GQA, N))
     memory = llama._ctx.memory
-    from kvcompose_gguf.llama import llama_cpp
+    from kvcompose_gguf.llama_base import llama_cpp
 
     assert llama_cpp.llama_memory_seq_pos_max(memory, 0) == N - 1
     llama.eval([5])

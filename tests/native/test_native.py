@@ -11,7 +11,7 @@ from support.llamas import last_logits
 
 from kvcompose_gguf import CompositionPlan, ConfigError, KVCompose, StateError, UnsupportedError
 from kvcompose_gguf.kernels.compose import gather_function
-from kvcompose_gguf.llama import llama_cpp
+from kvcompose_gguf.llama_base import llama_cpp
 from kvcompose_gguf.native import bindings
 from kvcompose_gguf.native.session import KVSession
 
@@ -43,7 +43,7 @@ def compose(lib, llama, n_tokens=N, n_kept=(4, 4, 4), cells=None, n_total=None, 
         cells.ctypes.data_as(bindings.c_int32_p),
         cells.size if n_total is None else n_total,
         16,
-        gather_function().address if gather is None else gather,
+        gather_function().address if gather is None else gather,  # type: ignore[attr-defined]
     )
 
 

@@ -11,7 +11,7 @@ from support import tiny
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import KVCompose
-from kvcompose_gguf.llama import llama_cpp
+from kvcompose_gguf.llama_base import llama_cpp
 
 
 def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max", **options: Any) -> Any:
@@ -84,8 +84,7 @@ def test_prefill_scores_are_the_contexts_own_attention_per_query_that_could_see_
     method = KVCompose(compression_ratio=0.5, scoring="prefill", agg_task=agg)
     attention = llama.context.attend(context, method.attention_request)
     assert attention.n_prefilled == 300
-    _, own = NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context)
-    own = np.stack(own)
+    own = np.stack(NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context)[1])
     want = own.max(axis=2) if agg == "max" else own.sum(axis=2) / (300 - np.arange(300))
     check(np.stack(attention.layers), want, flash_attn)
 

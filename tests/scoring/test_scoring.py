@@ -166,7 +166,8 @@ def test_the_prefill_itself_is_not_scored() -> None:
 
 
 def test_what_follows_the_context_does_not_judge_it() -> None:
-    for options in ({}, {"scoring": "prompts", "prompts": ["1 2"]}):
+    modes: list[dict[str, Any]] = [{}, {"scoring": "prompts", "prompts": ["1 2"]}]
+    for options in modes:
         with_suffix, without = Cache(), Cache()
         collect(with_suffix, context(10), [7, 8, 9], **options)
         collect(without, context(10), **options)

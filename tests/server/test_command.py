@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import socket
@@ -125,21 +126,26 @@ def test_options_that_make_no_sense_are_refused_in_a_line(options_of, arguments,
     assert words in line
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "kvcompose_gguf", "serve", *arguments], stderr=subprocess.PIPE, text=True
     )  # fmt: skip
 
 
+def is_up(url: str) -> bool:
+    return httpx2.get(url).status_code == 200
+
+
 def test_a_process_listens_on_its_addresses_and_ends_when_told(tiny_model):
     hosts = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]
     with start("-m", str(tiny_model(CONFIG)), "--host", ",".join(hosts), "--port", "0", "-c", "512", "-t", "1") as process:
+        assert process.stderr is not None
         text = process.stderr.readline()
         threading.Thread(target=process.stderr.read, daemon=True).start()
         ports = re.findall(r"http://(?:127\.0\.0\.1|::1):(\d+)", text)
         assert len(ports) == len(hosts), text
         for host, port in zip(("127.0.0.1", "[::1]"), ports, strict=False):
-            until(lambda url=f"http://{host}:{port}/health": httpx2.get(url).status_code == 200)
+            until(functools.partial(is_up, f"http://{host}:{port}/health"))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)  # uvicorn, when all is done, ends as the signal wants it
 
@@ -156,6 +162,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_a_line(tmp_path):
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF" + b"\0" * 100)
     with start("-m", str(file), "--port", "0") as process:
+        assert process.stderr is not None
         text = process.stderr.read()
         assert process.wait(30) == 1
     assert "error: " in text

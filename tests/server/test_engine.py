@@ -159,8 +159,13 @@ def test_a_cancelled_job_ends_before_its_next_decode_and_the_slot_goes_on(make_e
     job = read(tokens)
     seen: list[int] = []
 
+    def on_decode(n: int) -> None:
+        seen.append(n)
+        if len(seen) == 3:
+            job.cancel()
+
     def work(slot: Slot) -> Any:
-        slot.on_decode = lambda n: (seen.append(n), len(seen) == 3 and job.cancel())
+        slot.on_decode = on_decode
         return slot.llama.read(slot.llama.continuation(tokens, None), None)
 
     job.work = work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from support import tiny
@@ -77,7 +78,7 @@ def test_schemas_that_cannot_be_are_refused(schema):
 
 
 def test_a_deep_schema_is_refused():
-    schema: dict = {}
+    schema: dict[str, Any] = {}
     for _ in range(500):
         schema = {"items": schema}
     with pytest.raises(ApiError, match="levels deep"):

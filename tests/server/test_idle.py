@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ MANY = 1 << 30
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> dict:
+def options(tmp_path: Path) -> dict[str, Any]:
     """One slot, so that whatever comes takes it from the one before."""
     return {"method": METHOD, "n_ctx": 1024, "n_parallel": 1, "slot_save_path": tmp_path, "idle_bytes": MANY}
 

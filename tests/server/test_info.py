@@ -120,7 +120,7 @@ def test_it_answers_while_the_model_is_loaded(tiny_model):
         assert go.wait(TIMEOUT)
         return make_engine(options)
 
-    with TestClient(create_app(options, slow, pytest.fail)) as client:
+    with TestClient(create_app(options, slow, lambda error: pytest.fail(str(error)))) as client:
         answer = client.get("/health")
         assert (answer.status_code, answer.json()["error"]["message"]) == (503, "Loading model")
         assert client.get("/").status_code == 200

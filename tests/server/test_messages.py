@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,8 @@ CALLS = (
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_calls_come_while_they_are_written(size):
-    stream, content, calls, n_deltas = CallStream(), "", {}, 0
+    stream, content, n_deltas = CallStream(), "", 0
+    calls: dict[int, Any] = {}
     pieces = [CALLS[i : i + size] for i in range(0, len(CALLS), size)]
     for deltas in [*map(stream.add, pieces), stream.end()]:
         for delta in deltas:
@@ -104,7 +106,7 @@ def test_what_is_no_call_is_content(text, size):
     assert stream.n_calls == 0
 
 
-def in_pieces(stream: MessageStream, text: str, size: int) -> tuple[str, str, list]:
+def in_pieces(stream: MessageStream, text: str, size: int) -> tuple[str, str, list[Any]]:
     """Thoughts, content and calls of a text that comes ``size`` characters at a time."""
     deltas = [delta for i in range(0, len(text), size) for delta in stream.add(text[i : i + size])] + stream.end()
     assert all(delta for delta in deltas)

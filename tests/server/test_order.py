@@ -10,6 +10,7 @@ from support.serving import CONFIG, METHOD, Asking, decodes, gate_before, n_busy
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.server import service
+from kvcompose_gguf.server.slots.generation import generate
 from kvcompose_gguf.server.slots.slot import Slot
 
 PROMPT = "The quick brown fox jumps over the lazy dog. "
@@ -72,7 +73,7 @@ def test_each_of_several_streams_ends_when_its_own_slot_is_idle(start):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_an_error_leaves_when_all_slots_of_its_request_are_idle(start, monkeypatch, stream):
-    client, generate = start(), service.generate
+    client = start()
 
     with decodes() as held:
 

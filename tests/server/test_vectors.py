@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,5 +75,6 @@ def test_a_hole_is_filled_from_both_sides(start, monkeypatch):
     got = post(client, "/infill", **body, prompt="x", input_extra=extra)
     same = post(client, "/completion", prompt=want, n_predict=3, temperature=0)
     assert (got["prompt"], got["content"]) == (same["prompt"], same["content"])
+    wrong: Any
     for wrong in ([{}], [{"filename": "ok"}], [{"filename": 3, "text": "abc"}], [3]):
         post(client, "/infill", 400, **body, input_extra=wrong)

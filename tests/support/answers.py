@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -14,15 +15,15 @@ SETTINGS = {"tasks": ["a", "b"], "ratios": [0.5, 0.75], "seed": 0}
 ENVIRONMENT = {"model": "tiny.gguf", "date": "2026-01-01", "cpu": "a CPU"}
 
 
-def answer(task: str, index: int, method: str, ratio: float, score: float, **others: object) -> Answer:
-    values: dict[str, object] = {
+def answer(task: str, index: int, method: str, ratio: float, score: float, **others: Any) -> Answer:
+    values: dict[str, Any] = {
         "type_kv": "f16", "exact": 0.0, "kl": None, "same_top": None, "depth": None, "n_tokens": 100,
         "n_kept": None, "kv_bytes": 1000, "seconds": 1.0, "answer": "12\u2028\n",
     }  # fmt: skip
-    return Answer(task=task, index=index, method=method, ratio=ratio, score=score, **(values | others))  # type: ignore[arg-type]
+    return Answer(task=task, index=index, method=method, ratio=ratio, score=score, **(values | others))
 
 
-def answers_of(scores: Sequence[float], task: str = "a", index: int = 0, **others: object) -> list[Answer]:
+def answers_of(scores: Sequence[float], task: str = "a", index: int = 0, **others: Any) -> list[Answer]:
     """Returns answers to one sample: the full cache, then KVCompose and SnapKV at 0.5 and 0.75."""
     columns = [("full", 0.0), ("KVCompose", 0.5), ("KVCompose", 0.75), ("SnapKV", 0.5), ("SnapKV", 0.75)]
     return [answer(task, index, *column, score, **others) for column, score in zip(columns, scores, strict=True)]

@@ -42,7 +42,7 @@ def speak(text: str, held: str | None) -> None:
             yield 3 + byte
         yield 2  # the end of the text
 
-    Interrupts._note = noted  # type: ignore[method-assign]
+    Interrupts._note = noted  # type: ignore[method-assign, assignment]
     Llama.generate = generate  # type: ignore[method-assign, assignment]
 
 
@@ -52,7 +52,8 @@ def main() -> int:
     if says is not None:
         speak(says, held)
     try:
-        return chat(ChatOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in request.items()}))
+        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in request.items()}
+        return chat(ChatOptions(**options))
     except KVComposeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

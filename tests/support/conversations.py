@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kvcompose_gguf import KVCompose
-from kvcompose_gguf.chat.conversation import Answer, Conversation
+from kvcompose_gguf.chat.answers import Answer
+from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.chat.documents import Document
 from support import tiny
 

@@ -38,7 +38,7 @@ def decode_one_by_one(llama: Any, ids: list[int]) -> np.ndarray:
     return np.stack(rows)
 
 
-def stored_rows(llama, il: int, which: str) -> np.ndarray:
+def stored_rows(llama: Any, il: int, which: str) -> np.ndarray:
     """Returns uint8 (n_head_kv, n_rows, bytes of a head), for plain and transposed tensors."""
     layer, cells = llama.session.layers[il], llama.session.cells(il)
     raw = llama.session.stored(il, which)

@@ -113,6 +113,8 @@ def plan_of(
 def inputs(kind: str) -> tuple[list[np.ndarray], list[LayerGeometry], list[np.ndarray]]:
     """Three layers of 4 and of 2 KV heads over 23 tokens."""
     rng = np.random.default_rng(5165)
+    attention: list[np.ndarray]
+    v_norms: list[np.ndarray]
     layers = [layer(8, 4, 64), layer(8, 2, 96), layer(8, 4, 64)]
     n_tokens = 23
     if kind == "continuous":

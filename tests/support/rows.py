@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcompose_gguf.errors import ConfigError
+from kvcompose_gguf.scoring.evidence import Evidence
 
 Turn = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -40,3 +41,9 @@ class ArrayRows:
         if self.turn_back is None:
             raise ConfigError("the evidence has no unrotate")
         return self.turn_back(rows, pos)
+
+
+def rows_of(evidence: Evidence) -> ArrayRows:
+    """Returns the rows of evidence that was made for a test."""
+    assert isinstance(evidence.rows, ArrayRows)
+    return evidence.rows

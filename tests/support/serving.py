@@ -44,7 +44,7 @@ def in_process(options: ServeOptions) -> TestClient:
     return TestClient(create_app(options, lambda: make_engine(options)), raise_server_exceptions=False)
 
 
-def post(client: TestClient, path: str, status: int = 200, **body: Any) -> Any:
+def post(client: TestClient, path: str, status: int = 200, /, **body: Any) -> Any:
     """The answer's JSON."""
     answer = client.post(path, json=body)
     assert answer.status_code == status, answer.text

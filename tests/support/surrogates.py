@@ -75,8 +75,8 @@ def make_evidence(n_tokens: int, seed: int = 0) -> Evidence:
 def table_of(evidence: Evidence, l: int) -> np.ndarray:
     """Returns the specified features of a layer of ``make_evidence``."""
     keys, positions = evidence.keys(l), np.arange(evidence.n_tokens)
-    turned = [np.stack([rotated(k, -by, FREQS, True) for k in keys]) for by in (positions, evidence.n_tokens + 0 * positions)]  # fmt: skip
-    return specified_features(*turned, evidence.values(l))
+    plain, at_end = (np.stack([rotated(k, -by, FREQS, True) for k in keys]) for by in (positions, evidence.n_tokens + 0 * positions))  # fmt: skip
+    return specified_features(plain, at_end, evidence.values(l))
 
 
 def random_weights(evidence: Evidence, size: float, seed: int = 1) -> tuple[np.ndarray, ...]:
