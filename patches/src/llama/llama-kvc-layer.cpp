@@ -85,17 +85,15 @@ bool llama_kvc::make_tensors(uint32_t ikv, uint32_t n_rows_new, layer_tensors & 
         return false;
     }
 
-    auto * ctx = res.ctx.get();
-
-    res.k = ggml_new_tensor_3d(ctx, layer.k->type, layer.k->ne[0], n_rows_new, 1);
-    res.v = ggml_new_tensor_3d(ctx, layer.v->type, layer.v->ne[0], n_rows_new, 1);
+    res.k = ggml_new_tensor_3d(res.ctx.get(), layer.k->type, layer.k->ne[0], n_rows_new, 1);
+    res.v = ggml_new_tensor_3d(res.ctx.get(), layer.v->type, layer.v->ne[0], n_rows_new, 1);
     ggml_set_name(res.k, layer.k->name);
     ggml_set_name(res.v, layer.v->name);
 
-    res.k_stream = ggml_view_2d(ctx, res.k, res.k->ne[0], n_rows_new, res.k->nb[1], 0);
-    res.v_stream = ggml_view_2d(ctx, res.v, res.v->ne[0], n_rows_new, res.v->nb[1], 0);
+    res.k_stream = ggml_view_2d(res.ctx.get(), res.k, res.k->ne[0], n_rows_new, res.k->nb[1], 0);
+    res.v_stream = ggml_view_2d(res.ctx.get(), res.v, res.v->ne[0], n_rows_new, res.v->nb[1], 0);
 
-    res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_buffer_get_type(layer.k->buffer)));
+    res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), ggml_backend_buffer_get_type(layer.k->buffer)));
     if (!res.buf || res.k->buffer != res.buf.get() || res.v->buffer != res.buf.get()) {
         return false; // no memory, or the device needs more than one buffer
     }
