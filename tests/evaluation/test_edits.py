@@ -62,11 +62,13 @@ def folded(
     return out
 
 
-def edits_of(method: Variant, evidence: Evidence, scores: Sequence[np.ndarray] | None = None) -> EditedPlan:
-    """Returns the plan of a variant that edits the cache."""
-    edited = method.edited(evidence, scores)
-    assert isinstance(edited, EditedPlan)
-    return edited
+def edits_of(
+    method: Variant, evidence: Evidence, scores: Sequence[np.ndarray] | None = None
+) -> tuple[CompositionPlan, Trial]:
+    """Returns the trial of a variant that edits the cache, and its plan."""
+    edited = method.trial(evidence, scores)
+    assert edited.plan is not None
+    return edited.plan, edited
 
 
 def signs(evidence: Evidence) -> Evidence:
@@ -89,13 +91,14 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
     if kind == "a key of no length":
         evidence.keys(0)[:, ::3] = 0
     method = Variant(n_kept=n_kept, fold=share, add_v_norm=True, n_sink=0)
-    edited, scores = method.trial(evidence), method.scores(evidence)
+    plan, edited = edits_of(method, evidence)
+    scores = method.scores(evidence)
     assert len(edited.biases) == 0
-    np.testing.assert_array_equal(edited.n_kept, edited.plan.n_kept)
-    for a, b in zip(edited.plan.cells, KVCompose(n_kept=n_kept, add_v_norm=True, n_sink=0).plan(evidence).cells, strict=True):
+    np.testing.assert_array_equal(edited.n_kept, plan.n_kept)
+    for a, b in zip(plan.cells, KVCompose(n_kept=n_kept, add_v_norm=True, n_sink=0).plan(evidence).cells, strict=True):
         np.testing.assert_array_equal(a, b)
     assert n_kept > 1 or 0 in edited.n_kept, "every layer keeps something"
-    for l, cells in enumerate(edited.plan.cells):
+    for l, cells in enumerate(plan.cells):
         want = folded(evidence.keys(l), evidence.values(l), scores[l], cells, share)
         n_embd_head_v = evidence.values(l).shape[2]
         assert edited.values[l].dtype == np.float32
@@ -105,10 +108,10 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
 
 def test_where_nothing_is_evicted_nothing_is_edited():
     evidence = make_evidence("layers that differ", 40)
-    edited = Variant(compression_ratio=0.0, fold=1.0, correct=1.0).trial(evidence)
+    plan, edited = edits_of(Variant(compression_ratio=0.0, fold=1.0, correct=1.0), evidence)
     for l in range(3):
         assert_close(edited.values[l], evidence.values(l), 1e-6)
-        assert_close(edited.biases[l], np.zeros(edited.plan.cells[l].shape), 1e-6)
+        assert_close(edited.biases[l], np.zeros(plan.cells[l].shape), 1e-6)
 
 
 def test_folding_all_into_one_is_the_mean_by_weight():
@@ -134,10 +137,11 @@ def test_a_kept_value_of_no_weight_stays_what_it_is_unless_others_join_it():
 def test_kept_logits_are_raised_by_the_logarithm_of_what_was_lost(n_kept, correct):
     evidence = make_evidence("layers that differ", 40)
     method = Variant(n_kept=n_kept, correct=correct, n_sink=0)
-    edited, scores = method.trial(evidence), method.scores(evidence)
+    plan, edited = edits_of(method, evidence)
+    scores = method.scores(evidence)
     assert len(edited.values) == 0
     assert n_kept > 1 or 0 in edited.n_kept, "every layer keeps something"
-    for l, cells in enumerate(edited.plan.cells):
+    for l, cells in enumerate(plan.cells):
         want = np.empty(cells.shape)
         for h, j in np.ndindex(cells.shape):
             kept = sum(float(scores[l][h, i]) for i in cells[h])
@@ -160,8 +164,8 @@ def test_the_edits_follow_the_given_scores():
     evidence = make_evidence("GQA", 40)
     method = Variant(n_kept=9, fold=1.0, correct=1.0)
     given = [s[:, ::-1].copy() for s in method.scores(evidence)]
-    edited = method.trial(evidence, given)
-    for l, cells in enumerate(edited.plan.cells):
+    plan, edited = edits_of(method, evidence, given)
+    for l, cells in enumerate(plan.cells):
         want = folded(evidence.keys(l), evidence.values(l), given[l], cells, 1.0)
         assert_close(edited.values[l], np.array(want), 1e-5)
 
@@ -379,12 +383,12 @@ def test_an_edited_plan_is_evaluated_as_it_says(make_llama, flash_attn, options)
     llama, model = both(make_llama, np.float16 if flash_attn else np.float64, flash_attn=flash_attn)
     method = Variant(compression_ratio=0.8, keep_token_lower_bound=1, **options)
     evidence = llama.observe(CONTEXT, method)
-    edited = method.trial(evidence, method.scores(evidence))
+    plan, edited = edits_of(method, evidence, method.scores(evidence))
     state = llama.save_state()
-    model.compose(edited.plan, edited.values, edited.biases)
+    model.compose(plan, edited.values, edited.biases)
     want = model.forward(QUERY)[0]
     tolerance = 1e-2 if flash_attn else 1e-3
-    with compressed(llama, state, Trial(edited.plan)):
+    with compressed(llama, state, Trial(plan)):
         effect = np.abs(llama.eval_logits(QUERY) - want).max()
     assert effect > 5 * tolerance, f"the edits change the logits by {effect:.2g} only"
     with compressed(llama, state, edited) as restore:
