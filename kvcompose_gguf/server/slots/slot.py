@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...access import changes_cache, reads_cache
+from ...access import changes_cache, reads_cache, reads_model
 from ...compression import prepare
 from ...errors import KVComposeError, UnsupportedError
 from ...kernels.types import FloatArray
@@ -124,7 +124,7 @@ class SlotLlama(Llama):
 
     def begins(self, tokens: Sequence[int], context: Sequence[int]) -> bool:
         """Returns whether a prompt's text begins with the text of ``context``."""
-        return tuple(tokens[: len(context)]) == tuple(context) or self.context.joined(tokens, context) is not None
+        return tuple(tokens[: len(context)]) == tuple(context) or self._joined(tokens, context) is not None
 
     def continuation(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> Continuation:
         """Returns how a prompt can continue from the cache. It cannot if another method compressed the context, or if
@@ -134,12 +134,15 @@ class SlotLlama(Llama):
             method: the method that compresses the prompt.
             reuse: False: nothing in the cache may be used.
         """
-        cache = self.context
-        composed = cache.composed
-        joined = tuple((cache.joined(tokens) if composed is not None else None) or tokens)
+        composed = self.context.composed
+        joined = tuple((None if composed is None else self._joined(tokens, composed.tokens)) or tokens)
         if not reuse or (composed is not None and not self._may_continue(composed, len(tokens), method)):
             return Continuation(joined, 0)
         return Continuation(joined, self._n_reusable(joined))
+
+    @reads_model
+    def _joined(self, tokens: Sequence[int], context: Sequence[int]) -> list[int] | None:
+        return self.context.vocabulary.joined(tokens, context)
 
     def _may_continue(self, composed: Composed, n_tokens: int, method: Method | None) -> bool:
         if composed.choice != choice_of(method):
