@@ -10,10 +10,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hypothesis import settings
 from support import tiny
 from support.arrays import assert_close
 from support.evidence import make_evidence
+from support.llamas import Q8_0
 from support.rows import ArrayRows
 
 from kvcompose_gguf import ConfigError, UnsupportedError
@@ -25,11 +25,8 @@ from kvcompose_gguf.plan.geometry import LayerGeometry
 from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
 
-thorough = settings(deadline=None, derandomize=True, max_examples=100)
-F32, F16, BF16, Q8_0 = 0, 1, 30, 8
 N = 80
 CONTEXT = tiny.tokens(tiny.GQA, N)
-QUERY = tiny.tokens(tiny.GQA, 24, seed=1)
 
 
 #
