@@ -46,9 +46,9 @@ def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, st
     place, number = PLACES[seed % len(PLACES)], str(rng.integers(1000, 10000))
     question = f"The secret number of the {place} is"
     text, used = [], 0
-    budget = n_tokens - len(llama._tokens(f"{question} {number}."))
+    budget = n_tokens - len(llama.context.vocabulary.tokens(f"{question} {number}."))
     for sentence in sentences:
-        used += len(llama._tokens(" " + sentence))
+        used += len(llama.context.vocabulary.tokens(" " + sentence))
         if used > budget:
             break
         text.append(sentence)
@@ -88,9 +88,9 @@ def main() -> None:
     start = time.perf_counter()
     for seed in range(args.samples):
         context, question, number = haystack(llama, args.n_tokens, seed)
-        prompt = context + llama._tokens("\n\n" + question)
+        prompt = context + llama.context.vocabulary.tokens("\n\n" + question)
         llama.reset()
-        llama._prefill(context)
+        llama.context.prefill(context)
         state = llama.save_state()
         n_bytes["full"] = llama.kv_bytes
         marks = {"full": number in answer(llama, prompt)}

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.llama import _Decoder
 from kvcompose_gguf.models import known
 
 CHUNK = 512
@@ -65,18 +64,18 @@ def show(title: str, samples: dict[str, list[float]], base: str) -> dict[str, An
 
 def bench_scores(make: Callable[..., Llama], ids: list[int], repeats: int) -> dict[str, Any]:
     llama = make(len(ids) + CHUNK + 256)
-    llama._prefill(ids)
-    session, decoder, n = llama._session, _Decoder(llama), len(ids)
+    llama.context.prefill(ids)
+    session, n = llama.session, len(ids)
     session.reserve(n + CHUNK)
 
     def decode(fast: bool, scored: bool) -> None:
         session.set_fast_attention(fast)
-        with llama._on_top(n):
+        with llama.context.on_top(n):
             if scored:
                 with session.scoring("max", n, 64 << 20):
-                    decoder.decode(ids[:CHUNK], n)
+                    llama.context.decode(ids[:CHUNK], n)
             else:
-                decoder.decode(ids[:CHUNK], n)
+                llama.context.decode(ids[:CHUNK], n)
 
     sides = {
         "llama.cpp's attention": lambda: timed(lambda: decode(False, False)),
@@ -135,10 +134,9 @@ def bench_elastic(make: Callable[..., Llama], ids: list[int], n_ctx: int, repeat
                 llama.eval(ids[first : first + 256])
 
         def decode(llama: Llama = llama) -> None:
-            for token in ids[:N_DECODE]:
-                llama.eval([token])
-            llama._ctx.kv_cache_seq_rm(-1, len(ids), -1)
-            llama.n_tokens = len(ids)
+            with llama.context.undone():
+                for token in ids[:N_DECODE]:
+                    llama.eval([token])
 
         seconds[f"{name} in steps"] = lambda steps=steps: timed(steps)
         seconds[f"{name} prefill"] = lambda prefill=prefill: timed(prefill)

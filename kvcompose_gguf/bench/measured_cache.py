@@ -91,13 +91,8 @@ class MeasuredCache:
 
     def _decode_seconds(self, tokens: Sequence[int]) -> float:
         """Returns the wall time of single-token decodes after the context; the decoded tokens are removed again."""
-        from llama_cpp import llama_get_memory, llama_memory_seq_rm
-
-        seconds = self._eval_seconds([[token] for token in tokens])
-        # not truncate(): it refuses sliding windows, whose missing rows change the values and not the time
-        n_tokens = self._llama.n_tokens = len(self._run.tokens)
-        llama_memory_seq_rm(llama_get_memory(self._llama.ctx), 0, n_tokens, -1)
-        return seconds
+        with self._llama.context.undone():
+            return self._eval_seconds([[token] for token in tokens])
 
     def _eval_seconds(self, batches: Sequence[Sequence[int]]) -> float:
         from llama_cpp import llama_synchronize

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from support.commands import failure
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -26,17 +27,6 @@ from kvcompose_gguf.errors import LibraryError
 from kvcompose_gguf.evaluation.runner import EvalOptions
 from kvcompose_gguf.models import known
 from kvcompose_gguf.plan.report import KVReport
-
-
-def failure(arguments: Sequence[str]) -> str:
-    """The error line of a command that has to end with exit code 1 and nothing but that line."""
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit)
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture
@@ -62,7 +52,7 @@ def test_every_command_has_help(command: list[str]) -> None:
 
 def test_help_loads_neither_the_library_nor_the_kernels() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli import app; "
+        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli.app import app; "
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
         "print([name for name in ('llama_cpp', 'numba', 'psutil', 'huggingface_hub') if name in sys.modules])"
     )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from test_rpc import free_port, wait_for
+from support.processes import free_port, wait_for
 
 from kvcompose_gguf.cli import doctor
 from kvcompose_gguf.native import about, bindings, library
@@ -47,7 +47,7 @@ def test_the_device_of_an_rpc_server_is_listed_by_name():
     port = free_port()
     command = [sys.executable, "-m", "kvcompose_gguf", "rpc-server", "--threads", "1", "--port", str(port)]
     code = (
-        "from kvcompose_gguf import add_rpc_server, doctor; from rich.console import Console; "
+        "from kvcompose_gguf import add_rpc_server; from kvcompose_gguf.cli import doctor; from rich.console import Console; "
         f"add_rpc_server('127.0.0.1:{port}'); doctor.doctor(Console(width=200))"
     )
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

@@ -1,6 +1,6 @@
 """Runs ``kvcompose chat`` in a process of its own, in which the test may decide what the model says and when.
 
-    python chatting.py '{"model": "tiny.gguf", "files": ["rooms.txt"], "says": "Blue.", "held": "file"}'
+    python -m support.chatting '{"model": "tiny.gguf", "files": ["rooms.txt"], "says": "Blue.", "held": "file"}'
 
 ``says``: the answer, a byte a token. ``held``: a file that is made when the model has said half of it; the model then
 waits until the file is removed or Ctrl-C is pressed. Everything else is ``ChatOptions``.

@@ -12,10 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import greedy, last_logits
 from support import tiny, tiny_gguf
-from test_kv_types import TYPES, stored_rows
-from test_kvcompose_plan import specified_plan
+from support.llamas import ONE_THREAD, TYPES, greedy, last_logits, stored_rows
+from support.plans import specified_plan
+from support.surrogates import (
+    make_evidence,
+    random_weights,
+    rotated,
+    specified_features,
+    specified_prediction,
+    table_of,
+)
 
 from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.evaluation.variants import Variant
@@ -24,11 +31,8 @@ from kvcompose_gguf.measurements.surrogate import Surrogate, features, find_surr
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.knorm import KNorm
 from kvcompose_gguf.native.rows import cached_rows
-from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import Evidence
 
 N = 90
-ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 KEYS_ONLY = KNorm(n_kept=1)  # a method that asks for no attention
 GOOD = Surrogate("m.gguf", "abc", (np.ones((2, 5), np.float32), np.zeros((1, 3), np.float32)), {"n": 3}, {"rank": [1]})
 
@@ -37,96 +41,6 @@ def fitting_surrogate(llama: Any) -> Surrogate:
     """Returns random weights with a loaded model's shape, as from its file."""
     evidence = llama.observe(tiny.tokens(tiny.GQA, 20), KEYS_ONLY)
     return Surrogate("m", calibration.model_sha256(Path(llama.model_path)), random_weights(evidence, 0.5))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns an empty folder of surrogates."""
-    monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
-    return tmp_path / "kvcompose-gguf" / "calibrations"
-
-
-#
-# the specification
-#
-
-
-def rotated(rows: np.ndarray, positions: np.ndarray, freqs: np.ndarray, neox: bool, scale: float = 1) -> np.ndarray:
-    """Applies RoPE to ``rows`` (n, ..., d): the first ``2 * len(freqs)`` elements are pairs, rotated as complex numbers."""
-    n_rot, out = 2 * len(freqs), rows.astype(np.float64)
-    half = n_rot // 2
-    a, b = (np.s_[..., :half], np.s_[..., half:n_rot]) if neox else (np.s_[..., 0:n_rot:2], np.s_[..., 1:n_rot:2])
-    angles = (positions[:, None] * freqs).reshape(len(rows), *[1] * (rows.ndim - 2), half)
-    turned = (rows[a] + 1j * rows[b]) * scale * np.exp(1j * angles)
-    out[a], out[b] = turned.real, turned.imag
-    return out
-
-
-def specified_features(plain: np.ndarray, at_end: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """float64 (n_head_kv, N, n_features) of keys before their rotation, those rotated by i - N, and values."""
-    n_tokens = plain.shape[1]
-    heads = []
-    for h in range(len(plain)):
-        rows = []
-        for i in range(n_tokens):
-            key, value = plain[h, i].tolist(), values[h, i].tolist()
-            key_norm, value_norm = (math.sqrt(sum(x * x for x in vector)) for vector in (key, value))
-            left, part = n_tokens - i, i / n_tokens
-            rows.append(
-                [
-                    *key, *at_end[h, i].tolist(), *(x * x for x in key), *value, *(x * x for x in value),
-                    key_norm, value_norm, math.log(value_norm + 1e-6),
-                    part, part**2, part**3, math.exp(-i / 8), math.exp(-i / 2), math.log(1 + i),
-                    math.log(left), math.log(left) ** 2, math.exp(-left / 16), math.exp(-left / 128), float(i == 0), 1,
-                ]
-            )  # fmt: skip
-        heads.append(rows)
-    return np.array(heads, dtype=np.float64)
-
-
-def specified_prediction(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """float64 (n_head_kv, N)."""
-    logs = [[float(row @ w) for row in rows] for rows, w in zip(table, weights.astype(np.float64), strict=True)]
-    return np.array([[max(0, math.exp(min(max(x, math.log(1e-5)), 0)) - 1e-5) for x in head] for head in logs])
-
-
-FREQS = np.array([1.0, 0.01])
-
-
-def make_evidence(n_tokens: int, seed: int = 0) -> Evidence:
-    """Returns random evidence with two different layers; keys have RoPE in halves on their first four elements."""
-    rng = np.random.default_rng((seed, n_tokens))
-    layers = [LayerGeometry(0, 4, 2, 6, 4, 1, 1, False, 64), LayerGeometry(3, 6, 3, 5, 8, 1, 1, False, 64)]
-
-    def array(n_head: int, *shape: int) -> np.ndarray:
-        return rng.standard_normal((n_head, n_tokens, *shape)).astype(np.float32)
-
-    keys, values = [array(g.n_head_kv, g.n_embd_head_k) for g in layers], [array(g.n_head_kv, g.n_embd_head_v) for g in layers]  # fmt: skip
-    attention = [np.exp(array(g.n_head) - 4) for g in layers]
-
-    def unrotate(l: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-        return lambda rows, pos: rotated(rows, -pos, FREQS, True).astype(np.float32)
-
-    return Evidence(
-        n_tokens, layers, attention, keys=keys.__getitem__, values=values.__getitem__, unrotate=unrotate
-    )  # fmt: skip
-
-
-def table_of(evidence: Evidence, l: int) -> np.ndarray:
-    """Returns the specified features of a layer of ``make_evidence``."""
-    keys, positions = evidence.read("keys", l), np.arange(evidence.n_tokens)
-    turned = [np.stack([rotated(k, -by, FREQS, True) for k in keys]) for by in (positions, evidence.n_tokens + 0 * positions)]  # fmt: skip
-    return specified_features(*turned, evidence.read("values", l))
-
-
-def random_weights(evidence: Evidence, size: float, seed: int = 1) -> tuple[np.ndarray, ...]:
-    """Returns float32 (n_head_kv, n_features) for each layer, which give predictions of around exp(-4)."""
-    rng = np.random.default_rng(seed)
-    shapes = [(g.n_head_kv, 3 * g.n_embd_head_k + 2 * g.n_embd_head_v + 15) for g in evidence.layers]
-    weights = [size * rng.standard_normal(shape) / np.sqrt(shape[1]) for shape in shapes]
-    for w in weights:
-        w[:, -1] -= 4
-    return tuple(w.astype(np.float32) for w in weights)
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
@@ -263,7 +177,7 @@ def test_a_surrogate_of_another_shape_is_refused():
         with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
             Surrogate("tiny.gguf", "abc", weights).predict(evidence)
     with pytest.raises(ConfigError, match="the evidence has no unrotate"):
-        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, unrotate=None))
+        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, rows=replace(evidence.rows, turn_back=None)))
 
 
 def test_wrong_weights_and_versions_are_refused():
@@ -410,7 +324,7 @@ def test_scores_are_the_predictions_and_what_kvcompose_makes_of_attention(option
     weights = random_weights(evidence, 1)
     method = KVCompose(compression_ratio=0.7, scoring="surrogate", surrogate=Surrogate("m", "abc", weights), **options)
     predicted = [specified_prediction(table_of(evidence, l), weights[l]).astype(np.float32) for l in range(2)]
-    norms = [np.linalg.norm(evidence.read("values", l), axis=2) for l in range(2)]
+    norms = [np.linalg.norm(evidence.values(l), axis=2) for l in range(2)]
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
     want = specified_plan(predicted, layers, norms, compression_ratio=0.7, **options)
     assert [cells.tolist() for cells in method.plan(evidence).cells] == want

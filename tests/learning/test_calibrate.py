@@ -1,153 +1,27 @@
-"""Calibrations: their files, the measurements against the numpy twin, and the command from end to end."""
+"""Calibrations: the measurements against the numpy twin, and the command from end to end."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support import tiny
+from support.llamas import ONE_THREAD
+from support.needles import NEEDLES, SMALL
 from typer.testing import CliRunner
 
-import kvcompose_gguf
 from kvcompose_gguf import ConfigError, UnsupportedError
 from kvcompose_gguf.cli.app import app
-from kvcompose_gguf.learning import calibrate
+from kvcompose_gguf.learning import calibrate, trials
 from kvcompose_gguf.learning import fit as surrogate_fit
-from kvcompose_gguf.learning import trials as trials
 from kvcompose_gguf.learning.trials import CalibrateOptions
-from kvcompose_gguf.measurements import calibration
-from kvcompose_gguf.measurements.calibration import Calibration, load_calibration, model_sha256, save_calibration
+from kvcompose_gguf.measurements.calibration import Calibration, load_calibration
 from kvcompose_gguf.methods.allocation import Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
-from kvcompose_gguf.models import known as models
-from kvcompose_gguf.scoring.requests import Evidence
-from kvcompose_gguf.tasks.answering import Reply
-from kvcompose_gguf.tasks.texts import load_texts
-
-SMALL = CalibrateOptions(n_needles=1, n_lengths=2, n_depths=2, shortest=400, longest=700, n_errors=3)
-ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
-# the tiny models' tokens are bytes, which SentencePiece does not turn back into spaces
-NEEDLES = tuple((beginning, end.replace(" ", "-"), question) for beginning, end, question in trials.NEEDLES)
-GOOD = Calibration("m.gguf", "abc", ((0.5, 1.25), (0.0, 3.0)), (0.25, 0.75), {"n_needles": 3})
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns an empty folder of calibrations."""
-    monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
-    return tmp_path / "kvcompose-gguf" / "calibrations"
-
-
-@pytest.fixture
-def spelled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "NEEDLES", NEEDLES)
-
-
-@pytest.fixture
-def forced(spelled: None, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Makes the model seem to give these answers in turn; by default the right one."""
-    texts = [f" X: {NEEDLES[0][1]}.".encode()]
-
-    def answer(llama: Any, question: list[int], max_tokens: int, *, one_line: bool) -> Reply:
-        text = texts[0]
-        texts.append(texts.pop(0))
-        assert one_line
-        assert len(llama.eval_logits(question)) == 1
-        choices = llama.tokenize(text, add_bos=False)
-        return Reply(choices, np.zeros((0, 0), np.float32), text.decode())
-
-    monkeypatch.setattr(trials, "answer", answer)
-    return texts
-
-
-#
-# files
-#
-
-
-def test_a_calibration_comes_back_from_its_file(folder):
-    assert Calibration.from_json(GOOD.to_json()) == GOOD
-    file = save_calibration(GOOD)
-    assert file == folder / "abc.json"
-    assert file.read_text("utf-8") == GOOD.to_json()
-    assert json.loads(GOOD.to_json())["heads"] == [[0.5, 1.25], [0.0, 3.0]]
-    assert [path.name for path in folder.iterdir()] == ["abc.json"]
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"version": 2}, "version=2"), ({"version": None}, "version"), ({"heads": []}, "0 layers"),
-        ({"heads": [[1.0, 2.0]]}, "1 layers and 2 errors"), ({"heads": [[1.0], []]}, "layers"),
-        ({"heads": [1.0, 2.0]}, "list of lists"), ({"heads": None}, "list of lists"), ({"errors": 1.0}, "list of lists"),
-        ({"heads": [[1.0], [math.nan]]}, "nan"), ({"heads": [[1.0], [-1e-9]]}, "number of at least 0"),
-        ({"heads": [[1.0], ["1"]]}, "'1'"), ({"heads": [[1.0], [True]]}, "True"), ({"errors": [0.5, 0.6]}, "sum"),
-        ({"errors": [1.5, -0.5]}, "-0.5"), ({"errors": [math.inf, 0]}, "inf"), ({"model_sha256": 5}, "model_sha256"),
-        ({"settings": [1]}, "settings"), ({"unknown": 1}, "unknown"),
-    ],
-)  # fmt: skip
-def test_a_damaged_calibration_is_refused(change, words):
-    with pytest.raises(ConfigError, match=words):
-        Calibration.from_json(json.dumps(json.loads(GOOD.to_json()) | change))
-
-
-def test_something_else_is_refused():
-    for text in ("", "{", "[]", "[1]", "5", "{}", '{"version": 1}'):
-        with pytest.raises(ConfigError, match="calibration"):
-            Calibration.from_json(text)
-
-
-def test_the_users_own_calibration_comes_before_the_packages(folder, tmp_path, monkeypatch):
-    model = tmp_path / "some.gguf"
-    model.write_bytes(b"weights")
-    shipped = tmp_path / "package" / "data" / "calibrations"
-    shipped.mkdir(parents=True)
-    monkeypatch.setattr(calibration, "__file__", str(tmp_path / "package" / "measurements" / "calibration.py"))
-    with pytest.raises(ConfigError, match=f"kvcompose calibrate {model}"):
-        load_calibration(model)
-    sha256 = model_sha256(model)
-    of_package = Calibration("shipped", sha256, GOOD.heads, GOOD.errors)
-    (shipped / f"{sha256}.json").write_text(of_package.to_json(), "utf-8")
-    assert load_calibration(model) == of_package
-    own = Calibration("own", sha256, GOOD.heads, GOOD.errors)
-    save_calibration(own)
-    assert load_calibration(model) == own
-    (folder / f"{sha256}.json").write_text(GOOD.to_json(), "utf-8")
-    with pytest.raises(ConfigError, match=r"another model, m\.gguf"):
-        load_calibration(model)
-    (folder / f"{sha256}.json").write_bytes(b"\xff")
-    with pytest.raises(ConfigError, match=sha256):
-        load_calibration(model)
-
-
-def test_every_calibration_of_the_package_can_be_used():
-    files = [*(Path(kvcompose_gguf.__file__).parent / "data" / "calibrations").glob("*.json")]
-    assert files
-    for file in files:
-        assert Calibration.from_json(file.read_text("utf-8")).model_sha256 == file.stem
-
-
-def test_a_model_is_hashed_once_unless_it_changes(folder, tmp_path, monkeypatch):
-    hashed = []
-    monkeypatch.setattr(models, "sha256", lambda file, sha256=models.sha256: hashed.append(file) or sha256(file))
-    model = tmp_path / "m.gguf"
-    model.write_bytes(b"one")
-    first = model_sha256(model)
-    assert model_sha256(model) == first
-    assert len(hashed) == 1
-    model.write_bytes(b"other")
-    assert model_sha256(model) != first
-    assert len(hashed) == 2
-    (folder / "sha256.json").write_text("{", "utf-8")
-    assert len(model_sha256(model)) == 64
-    assert len(hashed) == 3
-    with pytest.raises(ConfigError, match="cannot be read"):
-        model_sha256(tmp_path / "none.gguf")
-
+from kvcompose_gguf.scoring.evidence import Evidence
 
 #
 # measurements
@@ -227,80 +101,6 @@ def test_models_with_sliding_windows_are_measured_in_their_other_layers(make_lla
     heads, errors = calibrate.measure(llama, SMALL, calibrate.Journal(tmp_path / "trials.jsonl", {}))
     assert len(heads) == len(errors) == len(llama.session.layers) == 2
     assert min(errors) > 0
-
-
-#
-# trials
-#
-
-
-@pytest.mark.parametrize("number", range(4))
-def test_a_prompt_has_its_needle_where_it_should_be(make_llama, spelled, number):
-    llama = make_llama(**ONE_THREAD)
-    prompt, place = trials.needle_prompt(llama, SMALL, number)
-    text = llama.detokenize(prompt[1:]).decode().replace("▁", " ")
-    beginning, end, question = NEEDLES[0]
-    assert llama.detokenize(prompt[place.start : place.stop]).decode() == end
-    assert text.count(end) == 1
-    assert text.endswith(f"Question: {question} Answer:")
-    n_tokens = (400, 400, 700, 700)[number]
-    assert n_tokens - 300 < len(prompt) <= n_tokens  # a space is three tokens
-    if number % 2 == 0:
-        assert text.startswith(beginning)
-    else:
-        assert f"{end}.\n\nBased on" in text
-
-
-def test_prose_is_the_needles_own_and_not_that_of_an_evaluation(make_llama, spelled):
-    llama = make_llama(**ONE_THREAD)
-    options = CalibrateOptions(n_needles=2, n_lengths=1, n_depths=1, shortest=1200)
-    found = []
-    sentences = load_texts("generated").sentences
-    for number in range(2):
-        prompt, _ = trials.needle_prompt(llama, options, number)
-        text = llama.detokenize(prompt).decode().replace("▁", " ")
-        found.append({i for i, sentence in enumerate(sentences) if sentence in text})
-        assert found[number]
-    assert not found[0] & found[1]
-    assert min(found[0] | found[1]) >= len(sentences) - 2 * 150
-
-
-def test_recall_counts_words():
-    assert trials.recall("a storm broke its lamp", " A STORM, it broke: its lamp!") == 1
-    assert trials.recall("a storm broke its lamp", "storm storm storm") == 0.2
-    assert trials.recall("by and by", "by") == pytest.approx(1 / 3)
-    assert trials.recall("one", "") == 0
-
-
-def test_a_wrong_answer_does_not_count_and_other_tokens_of_a_right_one_do_not(make_llama, forced, monkeypatch):
-    llama = make_llama(**ONE_THREAD)
-    seen = []
-    attention_to = trials.attention_to
-    monkeypatch.setattr(trials, "attention_to", lambda *args: seen.append(args) or attention_to(*args))
-    forced[:] = [f" X: {NEEDLES[0][1].upper()}.".encode()]  # in any case; X is not in it
-    result = trials.needle_trial(llama, SMALL, 1)
-    _, prompt, choices, belongs, place = seen[0]
-    assert (prompt, place) == trials.needle_prompt(llama, SMALL, 1)
-    text = bytes(llama.piece(token)[0] for token in choices).decode()
-    assert text == f"▁X:▁{NEEDLES[0][1].upper()}."
-    assert belongs == [byte in NEEDLES[0][1].upper().encode() for byte in text.encode()]
-    assert np.shape(result["heads"]) == (3, 4)
-    forced[:] = [b" a custard tart, I suppose"]
-    assert trials.needle_trial(llama, SMALL, 1)["heads"] is None
-    assert len(seen) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"n_needles": 6}, "n_needles=6; allowed: 1 to 5"), ({"n_lengths": 0}, "n_lengths"),
-        ({"shortest": 100}, "shortest"), ({"shortest": 500, "longest": 400}, "shortest"), ({"n_depths": 0}, "n_depths"),
-        ({"n_errors": 0}, "n_errors"), ({"n_random": -1}, "n_random"), ({"n_random": 31}, "n_random=31"),
-    ],
-)  # fmt: skip
-def test_wrong_options_are_refused(options, words):
-    with pytest.raises(ConfigError, match=words):
-        CalibrateOptions(**options)
 
 
 #

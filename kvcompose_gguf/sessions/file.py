@@ -15,23 +15,21 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
-from .errors import ConfigError, StateError
-from .models.identity import Identity
-from .plan.composed import Composed
-from .plan.report import KVReport
-from .support.files import replaced, write_parts
+from ..errors import ConfigError, StateError
+from ..models.identity import Identity
+from ..plan.composed import Composed, Contents
+from ..plan.report import KVReport
+from ..support.files import replaced, write_parts
+from .info import SessionInfo, Snapshot
 
 MAGIC, FORMAT = b"KVCSESS\n", 1
 ALIGN = 64
-ENDING = ".kvc"
 
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
@@ -48,82 +46,6 @@ _MALFORMED = (
 )
 
 
-@dataclass(frozen=True)
-class SessionInfo:
-    """The description of a session file.
-
-    Attributes:
-        path, n_bytes: the file and its size.
-        created: time of writing, seconds since 1970.
-        n_tokens: number of tokens in the cache, including the compressed context.
-        n_context: number of tokens of the compressed context; 0: the cache is full.
-        model_name, model_id: name and ``identity.model_id`` of the model's file.
-        method: the method that compressed the context, with its options; empty: no method.
-        report: figures of the compression, or None.
-        kv_bytes: bytes of the cache when it was saved, as ``Llama.kv_bytes``.
-        extra: the caller's own values.
-        versions: versions of the programs that wrote the file.
-    """
-
-    path: Path
-    n_bytes: int
-    created: float
-    n_tokens: int
-    n_context: int
-    model_name: str
-    model_id: str
-    method: str
-    report: KVReport | None
-    kv_bytes: int
-    extra: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """A context's cache and its metadata.
-
-    Attributes:
-        identity: the model, settings and versions.
-        tokens: int32 ``(n_tokens,)``, all tokens in the cache.
-        state: uint8 ``(n_bytes,)``, the result of ``states.save``.
-        composed: the compressed context, or None.
-        report, kv_bytes, extra: as in ``SessionInfo``.
-    """
-
-    identity: Identity
-    tokens: npt.NDArray[np.int32]
-    state: npt.NDArray[np.uint8]
-    composed: Composed | None
-    report: KVReport | None
-    kv_bytes: int
-    extra: dict[str, Any]
-
-
-def sessions_dir() -> Path:
-    """Returns the folder of the sessions that are saved by name."""
-    return Path(platformdirs.user_data_dir("kvcompose-gguf")) / "sessions"
-
-
-def session_path(name: str) -> Path:
-    """Returns a session's file: ``name`` as a path if it has a separator or ends in .kvc, else in ``sessions_dir()``.
-
-    Raises:
-        ConfigError: the name is empty or begins with a dot.
-    """
-    if name.endswith(ENDING) or "/" in name or "\\" in name:
-        return Path(name)
-    if not name or name.startswith("."):
-        raise ConfigError(f"session={name!r} must be a name without a leading dot, or a path that ends in {ENDING}")
-    return sessions_dir() / f"{name}{ENDING}"
-
-
-def list_sessions(folder: Path | None = None) -> list[Path]:
-    """Returns the session files of a folder, newest first; the default is ``sessions_dir()``."""
-    files = list((sessions_dir() if folder is None else folder).glob(f"*{ENDING}"))
-    return sorted(files, key=lambda file: (-file.stat().st_mtime, file.name))
-
-
 def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str = "") -> SessionInfo:
     """Writes a session file that only this user can read; an old file stays until the new one is whole and on disk.
 
@@ -131,13 +53,14 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
         ConfigError: ``extra`` is not JSON.
         StateError: the file cannot be written, or would be larger than ``max_bytes``.
     """
-    composed = snapshot.composed
-    sections: list[tuple[str, Any]] = [("tokens", snapshot.tokens.astype("<i4"))]
+    contents = snapshot.contents
+    composed, report = contents.composed, contents.report
+    sections: list[tuple[str, Any]] = [("tokens", contents.tokens.astype("<i4"))]
     if composed is not None:
         sections.append(("kept", zlib.compress(composed.kept.tobytes())))
-        if composed.windows is not None:
-            sections.append(("windows", composed.windows))
-    sections.append(("state", snapshot.state))
+        if composed.partial is not None:
+            sections.append(("windows", composed.partial))
+    sections.append(("state", contents.state))
     created = time.time()
     header: dict[str, Any] = {
         "created": created,
@@ -147,7 +70,7 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
         "n_context": 0 if composed is None else len(composed.tokens),
         "n_heads": 0 if composed is None else len(composed.kept),
         "method": "" if composed is None else composed.choice,
-        "report": None if snapshot.report is None else snapshot.report.to_json(),
+        "report": None if report is None else report.to_json(),
         "kv_bytes": snapshot.kv_bytes,
         "extra": snapshot.extra,
         "sections": [[name, memoryview(data).nbytes] for name, data in sections],
@@ -179,8 +102,8 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
     except OSError as error:
         raise StateError(f"{name or file} cannot be written: {error.strerror or error}") from error
     return SessionInfo(
-        file, n_bytes, created, len(snapshot.tokens), header["n_context"], snapshot.identity.model_name,
-        snapshot.identity.model_id, header["method"], snapshot.report, snapshot.kv_bytes, snapshot.extra,
+        file, n_bytes, created, len(contents.tokens), header["n_context"], snapshot.identity.model_name,
+        snapshot.identity.model_id, header["method"], report, snapshot.kv_bytes, snapshot.extra,
         snapshot.identity.versions,
     )  # fmt: skip
 
@@ -291,4 +214,5 @@ def _snapshot(
         windows = sections["windows"].tobytes() if "windows" in sections else None
         composed = Composed(tuple(tokens[: info.n_context].tolist()), info.method, kept, windows)
     identity = Identity(info.model_name, info.model_id, dict(header["settings"]), info.versions)
-    return Snapshot(identity, tokens, sections["state"], composed, info.report, info.kv_bytes, info.extra), info
+    contents = Contents(tokens, sections["state"], composed, info.report)
+    return Snapshot(identity, contents, info.kv_bytes, info.extra), info

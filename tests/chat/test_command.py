@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +12,11 @@ from typing import Any
 import fpdf
 import pytest
 from support import tiny
+from support.processes import environment
 
 from kvcompose_gguf.chat.options import ChatOptions
 from kvcompose_gguf.errors import ConfigError
 
-HERE = Path(__file__).parents[1]
 TEXT = " ".join(f"Room {i} is painted in colour {i * 37 % 101}." for i in range(24))
 
 
@@ -31,9 +30,9 @@ def run(
     def start(stdin: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
         request = {"model": str(tiny_model(tiny.GQA)), "threads": 1, "max_tokens": 8, **options}
         return subprocess.run(
-            [sys.executable, str(HERE / "support" / "chatting.py"), json.dumps(request)],
+            [sys.executable, "-m", "support.chatting", json.dumps(request)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent), "XDG_DATA_HOME": str(tmp_path / "data")},
+            env=environment(XDG_DATA_HOME=str(tmp_path / "data")),
             input=stdin,
             capture_output=True,
             encoding="utf-8",

@@ -1,4 +1,4 @@
-"""Runs the evaluation on seeded tiny models. Their answers are nonsense, but must be the expected nonsense."""
+"""Runs the evaluation on seeded tiny models."""
 
 from __future__ import annotations
 
@@ -6,31 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import greedy
 from support import tiny
 
-from kvcompose_gguf import CompositionPlan, ConfigError, UnsupportedError
+from kvcompose_gguf import ConfigError, UnsupportedError
 from kvcompose_gguf.evaluation import runner, suites
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
-from kvcompose_gguf.evaluation.runner import EvalOptions, Job, Worker, compressed, evaluate
+from kvcompose_gguf.evaluation.runner import EvalOptions, Job, Worker, evaluate
 from kvcompose_gguf.methods import make_method
-from kvcompose_gguf.plan.composition import TokenMask
-from kvcompose_gguf.tasks import prompts
-from kvcompose_gguf.tasks.answering import BETWEEN, N_DRAFT, Drafts, answer, answer_again
-from kvcompose_gguf.tasks.samples import Sample
 
 N = 300
 CONTEXT = tiny.tokens(tiny.GQA, N)
 QUESTION = tiny.tokens(tiny.GQA, 20, seed=3)
-N_ANSWER = 12
-
-
-def random_plan(n_kept: list[int], n_tokens: int = N) -> CompositionPlan:
-    rng = np.random.default_rng(0)
-    heads = [[np.sort(rng.permutation(n_tokens)[:n]) for _ in range(2)] for n in n_kept]
-    return CompositionPlan(n_tokens, tuple(np.array(h, dtype=np.int32) for h in heads))
-
-
 def options(**changes) -> EvalOptions:
     return EvalOptions(
         **{
@@ -38,187 +24,6 @@ def options(**changes) -> EvalOptions:
             "methods": ("kvcompose", "snapkv,window=16"), "ratios": (0.5, 0.9), "max_tokens": 8, **changes,
         }
     )  # fmt: skip
-
-
-#
-# answers
-#
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_an_answer_is_the_greedy_one(make_llama, monkeypatch, name):
-    llama = make_llama(tiny.ARCHITECTURES[name])
-    monkeypatch.setattr(llama, "is_end", lambda token: False)
-    want = greedy(llama, CONTEXT + QUESTION, N_ANSWER)
-    llama.reset()
-    llama.prefill(CONTEXT)
-    reply = answer(llama, QUESTION, N_ANSWER)
-    assert reply.choices == want
-    assert (reply.logits.argmax(axis=1) == want).all()
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_answering_beside_a_reference_gives_the_caches_own_greedy_answer_and_the_references_logits(make_llama, monkeypatch, name):
-    config = tiny.ARCHITECTURES[name]
-    llama = make_llama(config)
-    monkeypatch.setattr(llama, "is_end", lambda token: False)
-    n_layer = len(llama.kv_layers)
-    llama.prefill(CONTEXT)
-    state = llama.save_state()
-    full = answer(llama, QUESTION, N_ANSWER)
-    n_different = 0
-    for n_kept in ([300] * n_layer, [299] * n_layer, [150] * n_layer, [5] * n_layer):
-        with compressed(llama, state, random_plan(n_kept)) as restore:
-            want = answer(llama, QUESTION, N_ANSWER)
-            restore()
-            reply = answer_again(llama, QUESTION, N_ANSWER, full, restore)
-            restore()
-            logits = llama.eval_logits(QUESTION + full.choices[:-1])[len(QUESTION) - 1 :]
-        assert reply.choices == want.choices
-        assert reply.text == want.text
-        assert reply.logits.shape == full.logits.shape
-        assert np.abs(reply.logits - logits).max() < 1e-4
-        n_different += reply.choices != full.choices
-    assert n_different > 0, "no cache answered differently: nothing was tested"
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_earlier_answers_change_how_often_an_answer_is_evaluated_and_not_what_it_says(make_llama, monkeypatch, name):
-    llama = make_llama(tiny.ARCHITECTURES[name])
-    monkeypatch.setattr(llama, "is_end", lambda token: False)
-    llama.prefill(CONTEXT)
-    state = llama.save_state()
-    full = answer(llama, QUESTION, N_ANSWER)
-    n_calls, eval_logits = [0], llama.eval_logits
-
-    def counted(tokens):
-        n_calls[0] += 1
-        return eval_logits(tokens)
-
-    monkeypatch.setattr(llama, "eval_logits", counted)
-    with compressed(llama, state, random_plan([5] * len(llama.kv_layers))) as restore:
-        replies, calls, ends = [], [], []
-        own = answer(llama, QUESTION, N_ANSWER).choices
-        wrong = [*own[:6], own[6] ^ 1, *own[7:]]
-        for earlier in ([], [own], [wrong], [[token ^ 1 for token in own], own[:7]]):
-            drafts = Drafts()
-            for choices in earlier:
-                drafts.add(choices)
-            restore()
-            n_calls[0] = 0
-            replies.append(answer_again(llama, QUESTION, N_ANSWER, full, restore, drafts if earlier else None))
-            calls.append(n_calls[0])
-            ends.append(llama.n_tokens)
-    assert own != full.choices
-    assert all(reply.choices == own for reply in replies)
-    assert all((reply.logits == replies[0].logits).all() for reply in replies)
-    if llama.can_truncate:
-        assert len(set(ends)) == 1, "what was only tried is forgotten"
-        assert calls[1] < calls[2] < calls[0]
-        assert calls[1] <= calls[0] - (N_ANSWER - 2) * N_DRAFT // (N_DRAFT + 1) + 1
-    else:
-        assert len(set(calls)) == 1
-
-
-def test_what_followed_the_same_tokens_before_is_tried():
-    drafts = Drafts()
-    assert drafts.after([1, 2], 8) == []
-    drafts.add([5, 6, 7, 8, 9])
-    drafts.add([5, 6, 1, 2])
-    assert drafts.after([5, 6, 7], 8) == [8, 9], "the answer with the same beginning"
-    assert drafts.after([5, 6], 8) == [1, 2], "the latest of them"
-    assert drafts.after([5, 6], 1) == [1]
-    assert drafts.after([5, 6], -1) == []
-    assert drafts.after([0, 7, 8], 8) == [9], "the same last tokens"
-    assert drafts.after([3, 4, 0, 3, 4], 8) == [0, 3], "said before in this answer"
-    assert drafts.after([5, 6, 1, 2], 8) == [], "where one ended"
-    assert drafts.after([9, ord(BETWEEN) - 1], 8) == []
-
-
-def test_an_answer_ends_with_its_end_token(make_llama, monkeypatch):
-    llama = make_llama()
-    llama.prefill(CONTEXT)
-    state = llama.save_state()
-    monkeypatch.setattr(llama, "is_end", lambda token: False)
-    free = answer(llama, QUESTION, N_ANSWER)
-    assert len(free.choices) == 12
-    llama.load_state(state)
-    monkeypatch.setattr(llama, "is_end", lambda token: token == free.choices[3])
-    ended = answer(llama, QUESTION, N_ANSWER)
-    n = free.choices.index(free.choices[3]) + 1
-    assert ended.choices == free.choices[:n]
-    assert ended.text == llama.detokenize(free.choices[: n - 1]).decode(errors="replace")
-
-
-def test_logits_of_several_tokens_are_those_of_one_after_the_other(make_llama):
-    llama = make_llama(n_batch=8)
-    llama.prefill(CONTEXT)
-    at_once = llama.eval_logits(QUESTION)
-    llama.truncate(N)
-    one_by_one = np.concatenate([llama.eval_logits([token]) for token in QUESTION])
-    assert at_once.shape == (len(QUESTION), tiny.GQA.n_vocab)
-    assert np.abs(at_once - one_by_one).max() < 1e-4
-    assert llama.n_tokens == N + len(QUESTION)
-
-
-def test_a_mask_shows_what_it_says(make_llama):
-    llama = make_llama()
-    llama.prefill(CONTEXT)
-    state = llama.save_state()
-    plan = random_plan([100, 100, 100])
-    visible = tuple(np.zeros((2, N), dtype=bool) for _ in range(3))
-    for l in range(3):
-        np.put_along_axis(visible[l], plan.cells[l].astype(np.int64), True, axis=1)
-    with compressed(llama, state, plan):
-        want = llama.eval_logits(QUESTION)
-    with compressed(llama, state, TokenMask(N, visible)):
-        got = llama.eval_logits(QUESTION)
-    assert np.abs(got - want).max() < 1e-3
-    with compressed(llama, state, CompositionPlan.keep_all(N, [2] * 3)):
-        assert np.abs(llama.eval_logits(QUESTION) - want).max() > 0.1
-
-
-#
-# prompts
-#
-
-
-def sample(context: str = "It is here.", question: str = "\nWhere is it?", prefix: str = " It is ") -> Sample:
-    return Sample(
-        task="t", index=0, context=context, question=question, answer_prefix=prefix, references=("here",), max_tokens=4,
-        metric="string_match_all", n_tokens=9,
-    )  # fmt: skip
-
-
-def text_of(llama, tokens: list[int]) -> str:
-    return llama.detokenize(tokens).decode().replace("\u2581", " ")
-
-
-def test_a_prompt_without_a_template_is_context_and_question(make_llama):
-    llama = make_llama()
-    assert prompts.chat_frame(llama) == ("", "")
-    context, question = prompts.prompt_tokens(llama, sample(), ("", ""))
-    assert context == llama.tokenize(b"It is here.", add_bos=True)
-    assert text_of(llama, question) == "\nWhere is it? It is"  # no space at the end
-
-
-def test_a_template_goes_around_both(make_llama):
-    llama = make_llama()
-    llama.metadata["tokenizer.chat_template"] = (
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    frame = prompts.chat_frame(llama)
-    assert frame == ("<s>[user]", "[end][assistant]")
-    context, question = prompts.prompt_tokens(llama, sample(), frame)
-    assert context.count(llama.token_bos()) == 1
-    assert text_of(llama, context) == "[user]It is here."
-    assert text_of(llama, question) == "\nWhere is it?[end][assistant] It is"
-
-
-#
-# runs
-#
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +129,7 @@ def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):
 
 def test_the_unstructured_upper_bound_keeps_the_largest_scores_of_all_heads_and_has_no_plan():
     from kvcompose_gguf.plan.geometry import LayerGeometry
-    from kvcompose_gguf.scoring.requests import Evidence
+    from kvcompose_gguf.scoring.evidence import Evidence
 
     rng = np.random.default_rng(0)
     layers = [LayerGeometry(l, 4, 2, 16, 16, 1, 1, False, 64) for l in range(3)]
@@ -374,8 +179,6 @@ def test_labels_of_requests_are_all_different():
     requests = {(method.attention_request, method.state_request) for method in methods}
     labels = {runner._label(*request) for request in requests if any(request)}
     assert len(labels) == len([request for request in requests if any(request)])
-
-
 
 
 def test_a_missing_calibration_is_found_before_a_folder_is_made(model_path, tmp_path):

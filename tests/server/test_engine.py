@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import greedy, last_logits
 from support import tiny
+from support.llamas import greedy, last_logits
 from support.serving import TIMEOUT, Gate, gate_before, until
 
 from kvcompose_gguf import ConfigError, KVCompose
@@ -44,7 +44,7 @@ def read(tokens: list[int], method: Any = None, reuse: bool = True) -> Job:
     """A job that reads a prompt: (slot, cached tokens, logits)."""
 
     def work(slot: Slot) -> tuple[int, int, np.ndarray]:
-        n_cached = slot.llama.read(tokens, method, reuse)
+        n_cached = slot.llama.read(slot.llama.continuation(tokens, method, reuse), method)
         return slot.id, n_cached, last_logits(slot.llama)
 
     return Job(work, tokens)
@@ -70,7 +70,7 @@ class Blocker:
 
 def test_slots_share_the_weights_and_not_the_cache(make_engine, make_llama):
     engine = make_engine(3)
-    models = {slot.llama._model.model for slot in engine.slots}
+    models = {slot.llama.model for slot in engine.slots}
     contexts = {id(slot.llama.ctx) for slot in engine.slots}
     assert (len(models), len(contexts)) == (1, 3)
     alone = make_llama(CONFIG, n_threads=1, n_threads_batch=1, n_batch=64)
@@ -161,7 +161,7 @@ def test_a_cancelled_job_ends_before_its_next_decode_and_the_slot_goes_on(make_e
 
     def work(slot: Slot) -> Any:
         slot.on_decode = lambda n: (seen.append(n), len(seen) == 3 and job.cancel())
-        return slot.llama.read(tokens, None)
+        return slot.llama.read(slot.llama.continuation(tokens, None), None)
 
     job.work = work
     engine.submit(job)
@@ -289,7 +289,8 @@ def test_closing_ends_what_runs_and_what_waits(make_engine):
     def work(slot: Slot) -> None:
         begun.set()
         while True:
-            slot.llama.read(tiny.tokens(CONFIG, 300, seed=time.perf_counter_ns()), None)
+            tokens = tiny.tokens(CONFIG, 300, seed=time.perf_counter_ns())
+            slot.llama.read(slot.llama.continuation(tokens, None), None)
 
     running, waiting = Job(work), Job(lambda slot: slot.id)
     engine.submit(running)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import time
@@ -13,11 +12,11 @@ from typing import Any
 
 import pytest
 from support import tiny
+from support.processes import environment
 
 pexpect = pytest.importorskip("pexpect", reason="needs a terminal: pip install pexpect")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals for pexpect")
 
-HERE = Path(__file__).parents[1]
 TEXT = " ".join(f"Room {i} is painted in colour {i * 37 % 101}." for i in range(24))
 TIMEOUT = 60  # seconds until a test gives up: nothing waits for so long unless it is broken
 PROMPT = "Ask a question"
@@ -30,13 +29,14 @@ class Terminal:
     def __init__(self, folder: Path, options: dict[str, Any], shell: str = "") -> None:
         self.folder = folder
         (folder / "rooms.txt").write_text(TEXT)
-        command = [sys.executable, str(HERE / "support" / "chatting.py"), json.dumps(options)]
+        command = [sys.executable, "-m", "support.chatting", json.dumps(options)]
         if shell:  # e.g. a pipe before it
             command = ["sh", "-c", f'{shell} "$@"', "sh", *command]
-        env = {
-            **os.environ, "PYTHONPATH": str(HERE.parent), "XDG_DATA_HOME": str(folder / "data"), "TERM": "xterm-256color",
-            "PROMPT_TOOLKIT_NO_CPR": "1",  # nobody answers questions about the cursor here
-        }  # fmt: skip
+        env = environment(
+            XDG_DATA_HOME=str(folder / "data"),
+            TERM="xterm-256color",
+            PROMPT_TOOLKIT_NO_CPR="1",  # nobody answers questions about the cursor here
+        )
         self._process = pexpect.spawn(
             command[0], command[1:], cwd=str(folder), env=env, encoding="utf-8", timeout=TIMEOUT, dimensions=(24, 120)
         )

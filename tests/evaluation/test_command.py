@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import tiny
-from test_cli import failure
+from support.commands import failure
 from typer.testing import CliRunner
 
 from kvcompose_gguf.cli.app import app
@@ -206,7 +206,7 @@ def test_quick_is_a_few_samples_of_small_tasks_and_leaves_the_rest_as_asked_for(
 
 def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli import app; "
+        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli.app import app; "
         "result = CliRunner().invoke(app, ['eval', '--help'], env={'COLUMNS': '200', 'TERM': 'dumb'}); "
         "assert result.exit_code == 0; print(result.output); "
         "print([name for name in ('llama_cpp', 'numba', 'psutil') if name in sys.modules])"

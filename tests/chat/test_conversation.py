@@ -1,88 +1,20 @@
-"""A conversation: what is read, compressed, continued, kept and saved. Seeded tiny models, no terminal."""
+"""A conversation: what is read, compressed, kept and saved. Seeded tiny models, no terminal."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import tiny
+from support.conversations import DOCUMENT, GEMMA, METHOD, OTHER, TEXT, Counted, ask, byte_tokens, prompt_of
 
-from kvcompose_gguf import KVCompose
-from kvcompose_gguf.chat.conversation import Answer, Conversation
-from kvcompose_gguf.chat.documents import Document
+from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, StateError
 from kvcompose_gguf.models.templates import CHATML
 from kvcompose_gguf.support.progress import Progress
-
-METHOD = KVCompose(compression_ratio=0.5, min_tokens=64, keep_last=8)
-GEMMA = tiny.ARCHITECTURES["gemma3"]  # sliding windows of 64
-TEXT = " ".join(f"Room {i} of the tower is painted in colour {i * 37 % 101}." for i in range(12))
-DOCUMENT = Document("tower.txt", TEXT, "text")
-OTHER = Document("cellar.md", TEXT.replace("tower", "cellar"), "text")
-
-
-def byte_tokens(raw: bytes, add_bos: bool = True) -> list[int]:
-    """A token a byte. The tiny vocabulary has no token for a space, so that llama.cpp's tokens have another text."""
-    return [1] * add_bos + [3 + byte for byte in raw]
-
-
-class Counted:
-    """Counts the tokens that a Llama evaluates."""
-
-    def __init__(self, llm: Any) -> None:
-        self.n = 0
-        evaluate = llm.eval
-
-        def count(tokens: Any) -> None:
-            self.n += len(tokens)
-            evaluate(tokens)
-
-        llm.eval = count
-
-    def during(self, work: Callable[[], Any]) -> int:
-        """Tokens that ``work`` evaluates."""
-        before = self.n
-        work()
-        return self.n - before
-
-
-@pytest.fixture
-def talk(make_llama: Any) -> Callable[..., Conversation]:
-    """Makes a conversation on a tiny model; ``template``: its chat template, or None."""
-
-    def make(
-        config: tiny.TinyConfig = tiny.GQA,
-        template: str | None = CHATML,
-        method: KVCompose = METHOD,
-        n_ctx: int = 4096,
-        **options: Any,
-    ) -> Conversation:
-        llm = make_llama(config, method, n_ctx=n_ctx, n_threads=1, n_threads_batch=1)
-        llm.tokenize = lambda raw, add_bos, special: byte_tokens(raw, add_bos)
-        llm.is_end = lambda token: False  # so that answers have a length
-        if template is not None:
-            llm.metadata["tokenizer.chat_template"] = template
-        return Conversation(llm, **{"max_tokens": 8, **options})
-
-    return make
-
-
-def ask(conversation: Conversation, question: str, n_pieces: int | None = None, **options: Any) -> Answer:
-    """The answer, or its first pieces."""
-    answer, pieces = conversation.ask(question, **options)
-    for _ in itertools.islice(pieces, n_pieces):
-        pass
-    pieces.close()
-    return answer
-
-
-def prompt_of(conversation: Conversation) -> bytes:
-    """The text in the cache."""
-    return b"".join(conversation.llm.piece(token) for token in conversation.llm.eval_tokens)
-
 
 #
 # reading and asking
@@ -316,109 +248,6 @@ def test_what_a_template_refuses_is_an_error_of_ours(talk: Callable[..., Convers
     conversation = talk(template="{{ raise_exception('no system please') }}")
     with pytest.raises(ConfigError, match=r"chat template refuses .*no system please"):
         ask(conversation, "Why?")
-
-
-#
-# stopping
-#
-
-
-def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(talk: Callable[..., Conversation]) -> None:
-    conversation = talk(max_tokens=100)
-    conversation.read([DOCUMENT])
-    answer = ask(conversation, "Which colour?", n_pieces=3)
-    assert answer.end == "stopped"
-    assert 3 <= answer.n_tokens < 20
-    assert conversation.turns[0].answer == answer.text
-    counted = Counted(conversation.llm)
-    assert counted.during(lambda: ask(conversation, "Why?", n_pieces=1)) < 80
-    assert f"{answer.text}<|im_end|>" in prompt_of(conversation).decode("utf-8", "replace")
-
-
-def test_a_question_that_is_stopped_before_a_word_was_said_was_never_asked(talk: Callable[..., Conversation]) -> None:
-    conversation = talk()
-    conversation.read([DOCUMENT])
-    ask(conversation, "Which colour?", n_pieces=0)
-    assert conversation.turns == []
-    ask(conversation, "Why?")
-    text = prompt_of(conversation)
-    assert b"Which colour?" not in text
-    assert TEXT.encode() in text
-
-
-@pytest.mark.parametrize("step", ["reading", "scoring"])
-@pytest.mark.parametrize("config", [tiny.GQA, GEMMA], ids=["full", "sliding-window"])
-def test_reading_that_is_stopped_leaves_the_conversation_as_it_was(
-    talk: Callable[..., Conversation], config: tiny.TinyConfig, step: str
-) -> None:
-    def stop(progress: Progress) -> None:
-        if progress.step == step and progress.n_done:
-            raise KeyboardInterrupt
-
-    conversation, other = talk(config), talk(config)
-    for each in (conversation, other):
-        each.read([DOCUMENT])
-        ask(each, "Which colour?")
-    with pytest.raises(KeyboardInterrupt):
-        conversation.read([OTHER], stop)
-    assert conversation.documents == ["tower.txt"]
-    seen: list[Progress] = []
-    ask(conversation, "Why?", on_progress=seen.append)
-    assert seen, "the cache lost the document: it has to be read again before the answer"
-    other.compress(0.5)  # the same point of the conversation
-    ask(other, "Why?")
-    assert conversation.turns == other.turns
-
-
-#
-# what the model writes
-#
-
-
-def says(conversation: Conversation, monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
-    """The model says exactly this; a byte is a token."""
-
-    def generate(prompt: Any, **sampling: Any) -> Iterator[int]:
-        yield from byte_tokens(raw, add_bos=False)
-
-    monkeypatch.setattr(conversation.llm, "generate", generate)
-
-
-def test_an_answer_may_be_empty(talk: Callable[..., Conversation], monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation = talk()
-    monkeypatch.setattr(conversation.llm, "is_end", lambda token: True)
-    answer = ask(conversation, "Anything?")
-    assert (answer.text, answer.n_tokens, answer.end) == ("", 0, "finished")
-    assert [turn.question for turn in conversation.turns] == ["Anything?"]
-
-
-def test_the_next_question_ends_an_answer_of_a_model_without_a_template(
-    talk: Callable[..., Conversation], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    conversation = talk(template=None, max_tokens=99)
-    says(conversation, monkeypatch, b" Blue.\nQuestion: And now?")
-    answer = ask(conversation, "Which colour?")
-    assert (answer.text, answer.end) == (" Blue.", "finished")
-    assert conversation.turns[0].answer == " Blue."
-
-
-def test_thoughts_are_no_part_of_the_answer(talk: Callable[..., Conversation], monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation = talk(max_tokens=99)
-    says(conversation, monkeypatch, b"<think>Hm, red?</think>\n\nBlue.")
-    answer, pieces = conversation.ask("Which colour?")
-    shown = list(pieces)
-    assert "".join(piece.text for piece in shown if piece.is_thought) == answer.thoughts == "Hm, red?"
-    assert "".join(piece.text for piece in shown if not piece.is_thought) == answer.text == "Blue."
-    assert conversation.turns[0].answer == "Blue."
-
-
-def test_characters_are_shown_when_they_are_whole(
-    talk: Callable[..., Conversation], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    conversation = talk(max_tokens=99)
-    says(conversation, monkeypatch, "zwölf €".encode())
-    _, pieces = conversation.ask("How many?")
-    assert [piece.text for piece in pieces] == ["z", "w", "ö", "l", "f", " ", "€"]
 
 
 #
