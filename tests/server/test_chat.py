@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.models.templates import ChatTemplate, TemplateError
+from kvcompose_gguf.server.chat.bodies import chat_prompt
 from kvcompose_gguf.server.chat.templates import BuiltinTemplate, check_messages
+from kvcompose_gguf.server.errors import ApiError
+from kvcompose_gguf.server.schemas import ChatRequest
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -28,6 +33,13 @@ def test_templates_may_not_reach_out_and_say_what_they_refuse():
             ChatTemplate(source).render(messages)
     with pytest.raises(ConfigError, match="cannot be read"):
         ChatTemplate("{% if %}")
+
+
+def test_a_chat_that_a_template_refuses_is_an_error_of_the_server():
+    server = SimpleNamespace(template=ChatTemplate("{{ raise_exception('no system') }}"), options=SimpleNamespace(reasoning=True))
+    with pytest.raises(ApiError, match=r"^Failed to apply the chat template: no system$") as refused:
+        chat_prompt(server, ChatRequest(messages=[{"role": "user", "content": "Hi"}]))
+    assert refused.value.code == 500
 
 
 def test_templates_have_the_fields_extensions():
