@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.cli.demo import document
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.cli.demo.questions import document
+from kvcompose_gguf.models.resolve import resolve_model
 
 RATIOS = (0.5, 0.75, 0.9)
 MODES: dict[str, dict[str, Any]] = {
@@ -46,9 +46,9 @@ def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, st
     place, number = PLACES[seed % len(PLACES)], str(rng.integers(1000, 10000))
     question = f"The secret number of the {place} is"
     text, used = [], 0
-    budget = n_tokens - len(llama._tokens(f"{question} {number}."))
+    budget = n_tokens - len(llama.context.vocabulary.tokens(f"{question} {number}."))
     for sentence in sentences:
-        used += len(llama._tokens(" " + sentence))
+        used += len(llama.context.vocabulary.tokens(" " + sentence))
         if used > budget:
             break
         text.append(sentence)
@@ -62,7 +62,7 @@ def answer(llama: Llama, prompt: list[int], n: int = 16) -> str:
         out.append(token)
         if len(out) == n:
             break
-    return llama.detokenize(out).decode(errors="replace")
+    return str(llama.detokenize(out), errors="replace")
 
 
 def main() -> None:
@@ -76,21 +76,21 @@ def main() -> None:
     args = parser.parse_args()
     modes = {name: MODES[name] for name in args.modes.split(",")}
 
-    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    path = str(resolve_model(args.model))
     plain = KVCompose(compression_ratio=0.5, keep_last=0, scoring="repeat")
     llama = Llama(
         path, n_ctx=args.n_tokens + 640, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
         kv_compressor=plain, type_k=args.type_kv, type_v=args.type_kv, verbose=False,
     )  # fmt: skip
     right = dict.fromkeys(["full", *(f"{mode} {ratio:g}" for mode in modes for ratio in RATIOS)], 0)
-    seconds = {mode: [] for mode in modes}
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     n_bytes: dict[str, int] = {}
     start = time.perf_counter()
     for seed in range(args.samples):
         context, question, number = haystack(llama, args.n_tokens, seed)
-        prompt = context + llama._tokens("\n\n" + question)
+        prompt = context + llama.context.vocabulary.tokens("\n\n" + question)
         llama.reset()
-        llama._prefill(context)
+        llama.context.prefill(context)
         state = llama.save_state()
         n_bytes["full"] = llama.kv_bytes
         marks = {"full": number in answer(llama, prompt)}

@@ -35,7 +35,7 @@ import httpx2
 import psutil
 from bench_speed import cpu_name
 
-from kvcompose_gguf.load import resolve_model
+from kvcompose_gguf.models.resolve import resolve_model
 from kvcompose_gguf.tasks.texts import load_texts
 
 #: the mix of requests under load: tokens of the prompt, tokens of the answer

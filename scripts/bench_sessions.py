@@ -26,7 +26,7 @@ from typing import Any
 from bench_speed import context_tokens, cpu_name
 
 from kvcompose_gguf import KVCompose, Llama, StateError, sessions
-from kvcompose_gguf.load import resolve_model
+from kvcompose_gguf.models.resolve import resolve_model
 
 WRITER = """
 import sys

@@ -22,8 +22,9 @@ from typing import Any
 from bench_speed import context_tokens, cpu_name
 
 from kvcompose_gguf import Llama
-from kvcompose_gguf.load import n_ctx_trained, open_vocabulary, resolve_model
 from kvcompose_gguf.methods import make_method
+from kvcompose_gguf.models.resolve import resolve_model
+from kvcompose_gguf.native.vocab_only import n_ctx_trained, open_vocabulary
 
 
 def first_token_seconds(llama: Llama, tokens: list[int]) -> float:
@@ -65,8 +66,10 @@ def main() -> None:
             for name, side in sides.items():
                 llama.kv_compressor = side
                 seconds[name].append(first_token_seconds(llama, tokens))
-            seconds["scoring"].append(llama.kv_report.score_seconds)
-            seconds["plan_and_compose"].append(llama.kv_report.plan_seconds + llama.kv_report.compose_seconds)
+            report = llama.kv_report
+            assert report is not None, "the last side compresses"
+            seconds["scoring"].append(report.score_seconds)
+            seconds["plan_and_compose"].append(report.plan_seconds + report.compose_seconds)
         row: dict[str, Any] = {f"{name}_seconds": statistics.median(samples) for name, samples in seconds.items()}
         for above, below in itertools.product(("compressed", "scoring"), ("plain", "read")):
             ratios = sorted(a / b for a, b in zip(seconds[above], seconds[below], strict=True))

@@ -16,7 +16,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from kvcompose_gguf.load import resolve_model
+from kvcompose_gguf.models.resolve import resolve_model
 
 F32, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.BF16
 

@@ -73,7 +73,7 @@ def run_llama_server(program: str) -> None:
 def main() -> None:
     if program := os.environ.get("KVC_TEST_SERVER"):
         run_llama_server(program)
-    from kvcompose_gguf.load import resolve_model
+    from kvcompose_gguf.models.resolve import resolve_model
     from kvcompose_gguf.server.command import read_keys, serve
     from kvcompose_gguf.server.options import ServeOptions
     from kvcompose_gguf.server.slots.sampling import Sampling

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="folder for the bodies of our server; must be empty")
     parser.add_argument("--checkout", type=Path, default=SCRIPTS.parent, help="checkout of our server; default: this")
     args = parser.parse_args()
-    from kvcompose_gguf.load import resolve_model
+    from kvcompose_gguf.models.resolve import resolve_model
 
     tests, names = args.llama_cpp / "tools" / "server" / "tests", args.files.split(",")
     model = str(Path(resolve_model(args.model)).resolve())

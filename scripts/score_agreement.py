@@ -17,8 +17,9 @@ import time
 import numpy as np
 
 from kvcompose_gguf.learning.quality import rank_correlation
-from kvcompose_gguf.load import load_model, resolve_model
+from kvcompose_gguf.load import load_model
 from kvcompose_gguf.methods import make_method
+from kvcompose_gguf.models.resolve import resolve_model
 from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens
 from kvcompose_gguf.tasks.ruler import make_sample
 from kvcompose_gguf.tasks.texts import load_texts
@@ -34,8 +35,8 @@ METHODS = (
 
 def overlap(a: np.ndarray, b: np.ndarray, ratio: float) -> float:
     n_kept = max(1, round(len(a) * (1 - ratio)))
-    best = [np.argsort(-values, kind="stable")[:n_kept] for values in (a, b)]
-    return len(np.intersect1d(*best, assume_unique=True)) / n_kept
+    first, second = (np.argsort(-values, kind="stable")[:n_kept] for values in (a, b))
+    return len(np.intersect1d(first, second, assume_unique=True)) / n_kept
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
 
     path, texts = resolve_model(args.model), load_texts("auto")
     methods = {spec: make_method(spec, compression_ratio=0.5).for_model(path) for spec in (REPEAT, *METHODS)}
-    llama = load_model(path, 2 * args.n_tokens + 512, methods[REPEAT], threads=args.threads)
+    llama = load_model(path, 2 * args.n_tokens + 512, fast_attention=True, threads=args.threads)
     figures: dict[str, list[list[float]]] = {spec: [] for spec in METHODS}
     seconds: dict[str, list[float]] = {spec: [] for spec in methods}
     for number in range(args.samples):
@@ -69,7 +70,7 @@ def main() -> None:
             rows = []
             for mine, wanted in zip(scores[spec], scores[REPEAT], strict=True):
                 for a, b in zip(mine, wanted, strict=True):
-                    a = np.nan_to_num(a, posinf=np.finfo(np.float32).max)
+                    a = np.nan_to_num(a, posinf=float(np.finfo(np.float32).max))
                     rows.append([rank_correlation(a, b), *(overlap(a, b, ratio) for ratio in RATIOS)])
             figures[spec].append(np.mean(rows, axis=0).tolist())
         print(f"{number + 1} of {args.samples}: {sample.task}, {len(context)} tokens", flush=True)

@@ -139,10 +139,11 @@ def slots(address: str) -> list[Any]:
 def test_langchains_chat_model(address):
     from langchain_openai import ChatOpenAI
 
-    chat = ChatOpenAI(base_url=f"{address}/v1", api_key=KEY, model="smollm2", max_tokens=24, temperature=0)
+    options: dict[str, Any] = {"api_key": KEY, "model": "smollm2", "max_tokens": 24, "temperature": 0}
+    chat = ChatOpenAI(base_url=f"{address}/v1", **options)
     whole = chat.invoke(ITALY[0]["content"]).content
     assert "Rome" in whole
-    assert "".join(chunk.content for chunk in chat.stream(ITALY[0]["content"])) == whole
+    assert "".join(str(chunk.content) for chunk in chat.stream(ITALY[0]["content"])) == whole
 
 
 def recipes() -> list[str]:

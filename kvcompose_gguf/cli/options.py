@@ -116,7 +116,7 @@ KvTypes = Annotated[
 
 
 def model_name(model: str | None, hf_repo: str | None, default: str | None = None) -> str:
-    """The name of the model that MODEL or -hf means, as ``run.resolve_model`` takes it.
+    """The name of the model that MODEL or -hf means, as ``resolve_model`` takes it.
 
     Args:
         default: if neither is given.

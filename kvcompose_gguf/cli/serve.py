@@ -204,7 +204,7 @@ def serve(
         from ..server.slots.sampling import RANDOM_SEED, Sampling
     except ImportError as error:
         raise ConfigError(f"{error}: pip install 'kvcompose-gguf[serve]'") from error
-    from ..load import resolve_model
+    from ..models.resolve import resolve_model
 
     name = shared.model_name(model, hf_repo)
     spec = shared.renamed("--kv-method", kv_method, "--method", method) or "kvcompose"
@@ -263,8 +263,8 @@ def _size(name: str, text: str | None, least: int = 1) -> int | None:
 
 
 def _kv_type(name: str) -> int:
-    from ..bench.runner import KV_TYPES
     from ..native import library
+    from ..native.kv_types import KV_TYPES
 
     if name not in KV_TYPES:
         raise ConfigError(f"{name!r} is not a type of a KV cache, use one of {', '.join(KV_TYPES)}")

@@ -1,1 +1,1 @@
-"""Evaluation: RULER's tasks, the texts they are built from, answers from a compressed cache, and their scores."""
+"""Evaluates methods: answers to long-context tasks from compressed caches, their scores, and reports."""

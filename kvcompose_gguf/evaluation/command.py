@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from ..tasks.ruler import RULER_TASKS
+from .options import EvalOptions
+from .options import quick as quick_options
 from .records import RunFolder
 from .report import write_report
-from .runner import EvalOptions
 from .runner import evaluate as run
-from .runner import quick as quick_options
 from .suites import expand
 
 

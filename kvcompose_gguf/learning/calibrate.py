@@ -18,12 +18,13 @@ from rich.table import Table
 
 from .. import __version__
 from ..errors import ConfigError
-from ..load import load_model, resolve_model
-from ..measurements.calibration import Calibration, calibrations_dir, model_sha256, save_calibration
-from ..methods.kvcompose import KVCompose
+from ..load import load_model
+from ..measurements.calibration import Calibration, calibrations_dir, save_calibration
+from ..models.hashes import model_sha256
+from ..models.resolve import resolve_model
 from ..support.files import append_file, write_file
 from ..tasks.texts import load_texts
-from . import trials as trials
+from . import trials
 from .trials import CalibrateOptions
 
 if TYPE_CHECKING:
@@ -44,9 +45,8 @@ def calibrate(model: str, options: CalibrateOptions, threads: int | None = None)
     sha256 = model_sha256(model_path)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     journal = Journal(calibrations_dir() / f"{sha256}.{digest}.trials.jsonl", settings)
-    # any method will do: it only switches flash attention on
     n_ctx = -(-options.n_tokens // 256) * 256
-    llama = load_model(model_path, n_ctx, KVCompose(compression_ratio=0.0), threads=threads)
+    llama = load_model(model_path, n_ctx, fast_attention=True, threads=threads)
     try:
         if options.n_tokens > llama.n_ctx_train:
             raise ConfigError(f"trials of {options.n_tokens} tokens are longer than the context of {model_path}")

@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zipfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
@@ -20,26 +16,24 @@ from .. import __version__
 from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..load import load_model, n_ctx_trained, open_vocabulary, resolve_model
-from ..measurements.calibration import calibrations_dir, model_sha256
-from ..measurements.surrogate import EPS, VERSION, Surrogate, features, save_surrogate, target_of
-from ..methods.base import map_layers
+from ..load import load_model
+from ..measurements.calibration import calibrations_dir
+from ..measurements.surrogate import EPS, VERSION, Surrogate, save_surrogate
 from ..methods.kvcompose import KVCompose
-from ..scoring.requests import Evidence
+from ..models.hashes import model_sha256
+from ..models.resolve import resolve_model
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
+from ..scoring.evidence import Evidence
 from ..support.checks import check_positive
-from ..support.files import replaced
 from .passages import MIN_TOKENS, Passage, passage
 from .quality import compare, quality_tables, summary
+from .sums import RIDGE, Sums
 
 if TYPE_CHECKING:
     from ..llama import Llama
 
-Float64Array = npt.NDArray[np.float64]
-
 #: one passage in this many is held out for validation
 HOLD_OUT = 5
-#: ridge penalty per token, for features with variance 1
-RIDGE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +83,8 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
         ConfigError: the model does not exist, its context is shorter than the passages, or a text cannot be used.
     """
     model_path = resolve_model(model)
-    with open_vocabulary(model_path) as vocabulary:
-        n_ctx_train = n_ctx_trained(vocabulary)
-    if n_ctx_train and options.longest > n_ctx_train:
-        raise ConfigError(f"passages of {options.longest} tokens are longer than {model_path} can read, {n_ctx_train}")
-    constants = {"features": VERSION, "eps": EPS, "ridge": RIDGE, "package": __version__}
-    settings = {**asdict(options), "files": [_digest(Path(name)) for name in options.files], **constants}
+    _check_length(model_path, options)
+    settings = _settings(options)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     sha256 = model_sha256(model_path)
     journal = calibrations_dir() / f"{sha256}.{digest}.sums.npz"
@@ -104,7 +94,7 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
     method = KVCompose(compression_ratio=0.0, scoring="repeat", scoring_chunk=options.scoring_chunk)
     n_repeated = min(options.longest, options.scoring_chunk or options.longest)
     n_ctx = -(-(options.longest + n_repeated + 1) // 256) * 256
-    reader = _Reader(load_model(model_path, n_ctx, method, threads=threads), method, options)
+    reader = _Reader(load_model(model_path, n_ctx, fast_attention=True, threads=threads), method, options)
     console = Console(stderr=True)
     with (
         contextlib.closing(reader.llama),
@@ -133,6 +123,19 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
     return file
 
 
+def _check_length(model_path: Path, options: FitOptions) -> None:
+    with open_vocabulary(model_path) as vocabulary:
+        n_ctx_train = n_ctx_trained(vocabulary)
+    if n_ctx_train and options.longest > n_ctx_train:
+        raise ConfigError(f"passages of {options.longest} tokens are longer than {model_path} can read, {n_ctx_train}")
+
+
+def _settings(options: FitOptions) -> dict[str, Any]:
+    """Returns what decides the result, for the file and the journal's name."""
+    constants = {"features": VERSION, "eps": EPS, "ridge": RIDGE, "package": __version__}
+    return {**asdict(options), "files": [_digest(Path(name)) for name in options.files], **constants}
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Reads passages with the model."""
@@ -158,92 +161,3 @@ def _digest(file: Path) -> str:
         return f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
-
-
-#
-# regression
-#
-
-
-class Sums:
-    """Sufficient statistics of a ridge regression for every layer and KV head; the size does not depend on the text.
-
-    Features are shifted and scaled by their mean and deviation in the first passage, so that their products keep their
-    precision. The last feature is the constant.
-    """
-
-    LISTS = ("shifts", "scales", "grams", "moments")
-
-    def __init__(self) -> None:
-        self.n_passages = 0
-        self.n_tokens = 0
-        self.shifts: list[FloatArray] = []  # (n_head_kv, n_features), and so are the scales
-        self.scales: list[FloatArray] = []
-        self.grams: list[Float64Array] = []  # (n_head_kv, n_features, n_features)
-        self.moments: list[Float64Array] = []  # (n_head_kv, n_features)
-
-    def add(self, evidence: Evidence, repeated: Sequence[FloatArray]) -> None:
-        """Adds a passage's tokens and its repeat's attention to them, for each layer float32 ``(n_head_kv, N)``."""
-        layers = range(len(evidence.layers))
-        tables = [np.concatenate([*features(evidence, l)], axis=1) for l in layers] if not self.shifts else None
-        if tables is not None:
-            for table in tables:
-                # the mean and deviation of a constant are not exact; the intercept covers it
-                shift, constant = table.mean(axis=1, dtype=np.float64).astype(np.float32), np.ptp(table, axis=1) == 0
-                shift[:, -1] = 0
-                self.shifts.append(shift)
-                self.scales.append(np.where(constant, 1, table.std(axis=1)).astype(np.float32))
-                self.grams.append(np.zeros((*shift.shape, shift.shape[1])))
-                self.moments.append(np.zeros(shift.shape))
-
-        def add(l: int) -> None:
-            targets = target_of(repeated[l])
-            first = 0
-            for part in features(evidence, l):
-                part = (part - self.shifts[l][:, None]) / self.scales[l][:, None]
-                target = targets[:, first : first + part.shape[1]]
-                self.grams[l] += part.transpose(0, 2, 1) @ part
-                self.moments[l] += (part.transpose(0, 2, 1) @ target[:, :, None])[:, :, 0]
-                first += part.shape[1]
-
-        map_layers(add, len(evidence.layers))
-        self.n_tokens += evidence.n_tokens
-        self.n_passages += 1
-
-    def solve(self) -> tuple[FloatArray, ...]:
-        """Returns for each layer the weights of unscaled features, float32 ``(n_head_kv, n_features)``."""
-        return tuple(map_layers(self._solve, len(self.grams)))
-
-    def _solve(self, l: int) -> FloatArray:
-        means = self.grams[l][:, :, -1] / self.n_tokens
-        variances = np.einsum("hff->hf", self.grams[l]) / self.n_tokens - means**2
-        penalty = RIDGE * self.n_tokens * np.maximum(variances, 1e-6)
-        penalty[:, -1] = 0
-        regular = self.grams[l] + penalty[:, :, None] * np.eye(penalty.shape[1])
-        weights = np.linalg.solve(regular, self.moments[l][:, :, None])[:, :, 0] / self.scales[l]
-        weights[:, -1] -= (weights * self.shifts[l]).sum(axis=1)
-        return weights.astype(np.float32)
-
-    def write(self, file: Path) -> None:
-        """Saves the sums; raises ConfigError if the folder, which the result needs too, is not writable."""
-        arrays = {f"{name}{l}": array for name in self.LISTS for l, array in enumerate(getattr(self, name))}
-        try:
-            with replaced(file) as unfinished:
-                np.savez(unfinished, counts=[self.n_passages, self.n_tokens, len(self.grams)], **arrays)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {file.parent}, the folder of the calibrations: {error}") from error
-
-    @classmethod
-    def read(cls, file: Path) -> Sums:
-        """Returns the sums saved in ``file``, or empty ones."""
-        sums = cls()
-        damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-        with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as arrays:
-            n_passages, n_tokens, n_layer = map(int, arrays["counts"])
-            lists = {
-                name: [arrays[f"{name}{l}"] for l in range(n_layer)]
-                for name in ("shifts", "scales", "grams", "moments")
-            }
-            sums.n_passages, sums.n_tokens = n_passages, n_tokens
-            sums.shifts, sums.scales, sums.grams, sums.moments = (lists[name] for name in lists)
-        return sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import platformdirs
 
 from ..errors import ConfigError
-from ..models import known as models
+from ..models.hashes import model_sha256
 from ..support.files import write_file
 
 VERSION = 1  # version of the file format
@@ -138,28 +137,6 @@ def save_calibration(calibration: Calibration) -> Path:
 def calibrations_dir() -> Path:
     """Returns the folder of the user's calibrations."""
     return Path(platformdirs.user_cache_dir("kvcompose-gguf")) / "calibrations"
-
-
-def model_sha256(model_path: Path) -> str:
-    """Returns the sha256 of a file; hashes it again only if its path, size or modification time changed.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    try:
-        status = model_path.stat()
-        key = f"{model_path.resolve()} {status.st_size} {status.st_mtime_ns}"
-        memory = calibrations_dir() / "sha256.json"
-        known: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = dict(json.loads(memory.read_text("utf-8")))
-        if key not in known:
-            known[key] = models.sha256(model_path)
-            with contextlib.suppress(OSError):  # the folder is not writable: the next call hashes again
-                write_file(memory, json.dumps(known, indent=1))
-        return known[key]
-    except OSError as error:
-        raise ConfigError(f"{model_path} cannot be read: {error}") from error
 
 
 def _are_lists(values: Any) -> bool:

@@ -31,7 +31,7 @@ METHODS: dict[str, str | Callable[..., Method]] = {
     "expected-attention": "kvcompose_gguf.methods.expected_attention:ExpectedAttention",
     "kvzip": "kvcompose_gguf.methods.kvzip:KVzip",
     "unstructured": "kvcompose_gguf.methods.unstructured:Unstructured",
-    "variant": "kvcompose_gguf.evaluation.variants:Variant",
+    "variant": "kvcompose_gguf.methods.variant:Variant",
     "random": "kvcompose_gguf.methods.random_tokens:RandomTokens",
     "compresskv": "kvcompose_gguf.methods.compresskv:CompressKV",
 }

@@ -6,8 +6,7 @@ divides the budget among the layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -16,15 +15,17 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..plan import budget
 from ..plan.composition import CompositionPlan
 from ..plan.geometry import LayerGeometry
-from ..scoring.requests import AttentionRequest, Evidence, StateRequest, check_layers
-from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive, parse_bytes  # noqa: F401 (methods take them from here)
+from ..plan.trial import Trial
+from ..scoring.evidence import Evidence, check_layers
+from ..scoring.requests import AttentionRequest, StateRequest
+from ..support.checks import check_choice, check_integer, check_number, check_positive, parse_bytes
 from .allocation import ALLOCATIONS, Allocation, Ranked, Uniform
 
-T = TypeVar("T")
 M = TypeVar("M", bound="Method")
 
 
@@ -115,6 +116,10 @@ class Method:
         """
         return self
 
+    def fingerprint(self) -> bytes:
+        """Returns the measurements of the model that decide which tokens the method keeps; empty: it uses none."""
+        return b""
+
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Returns the importance of every token for every KV head: for each layer float32 ``(n_head_kv, N)``.
 
@@ -183,6 +188,14 @@ class Method:
         cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
         return CompositionPlan(n_tokens, tuple(cells))
 
+    def trial(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> Trial:
+        """Returns what ``kvcompose eval`` makes of a full cache: the plan, unless the method is only simulated.
+
+        Args:
+            scores: as for ``plan``.
+        """
+        return Trial(self.plan(evidence, scores))
+
 
 def with_forced(scores: FloatArray, n_sink: int, n_recent: int) -> FloatArray:
     """Returns ``scores`` ``(n_head_kv, N)`` with infinity for only the first and last tokens that every head keeps."""
@@ -205,9 +218,3 @@ def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
     So every token of a growing conversation is read three times at most, and at most about half is not compressed.
     """
     return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
-
-
-def map_layers(function: Callable[[int], T], n_layer: int, n_threads: int | None = None) -> list[T]:
-    """Calls ``function`` for every layer, in at most ``n_threads`` threads at a time; the kernels release the GIL."""
-    with ThreadPoolExecutor(n_threads) as pool:
-        return list(pool.map(function, range(n_layer)))

@@ -11,12 +11,14 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..measurements.calibration import Calibration, load_calibration
-from ..scoring.requests import AttentionRequest, Evidence, Window
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Window
 from ..support.checks import check_flag, check_integer, check_odd, check_positive
 from .allocation import Allocation, ByEvictionError
-from .base import Method, map_layers
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,10 @@ class CompressKV(Method):
     def for_model(self, model_path: Path) -> CompressKV:
         """Returns the method with the model's calibration, unless it already has one."""
         return self if self.calibration else dataclasses.replace(self, calibration=load_calibration(model_path))
+
+    def fingerprint(self) -> bytes:
+        """Returns the calibration as in its file."""
+        return self.calibration.to_json().encode() if self.calibration else b""
 
     def default_allocation(self) -> Allocation:
         return ByEvictionError(self._calibration().errors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import NoneType
@@ -12,18 +12,45 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..measurements.surrogate import Surrogate, find_surrogate, load_surrogate
-from ..scoring.requests import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Prefill, Prompts, Queries, Repeat, Window
+from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .allocation import Allocation, GlobalRanking
-from .base import Method, check_choice, check_flag, check_integer, check_number, check_positive, map_layers
-
-SCORING = ("auto", "repeat", "prompts", "window", "prefill", "surrogate")
+from .base import Method
 
 K = TypeVar("K", bound="KVCompose")
 
 #: the agg_task and agg_group that surrogates are fitted to
 PREDICTED = ("max", "mean")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One value of the option ``scoring``.
+
+    Attributes:
+        reads: the options that it reads; it ignores the others, or refuses them if they are not the defaults.
+        queries: returns the tokens whose attention it collects; None: it collects no attention.
+    """
+
+    reads: tuple[str, ...]
+    queries: Callable[[KVCompose], Queries | None]
+
+
+_REPEATED = ("scoring_fraction", "instruction", "scoring_chunk")
+
+#: the values of the option ``scoring``
+MODES = {
+    "auto": Mode((*_REPEATED, "surrogate"), lambda method: method.repeat()),  # until ``for_model`` decides
+    "repeat": Mode(_REPEATED, lambda method: method.repeat()),
+    "prompts": Mode(("prompts", "scoring_chunk"), lambda method: Prompts(tuple(method.prompts), method.scoring_chunk)),
+    "window": Mode(("window",), lambda method: Window(method.window)),
+    "prefill": Mode((), lambda method: Prefill()),
+    "surrogate": Mode(("surrogate",), lambda method: None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +120,20 @@ class KVCompose(Method):
             check_choice(name, getattr(self, name), ("max", "mean"))
         for name in ("add_v_norm", "add_mean_across_heads", "first_layer_rule"):
             check_flag(name, getattr(self, name))
-        check_choice("scoring", self.scoring, SCORING)
+        self._check_scoring()
+
+    def _check_scoring(self) -> None:
+        check_choice("scoring", self.scoring, tuple(MODES))
         if not 0 < self.scoring_fraction <= 1:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} is not in (0, 1]")
-        if self.scoring_fraction != 1 and not self._may_repeat:
+        if self.scoring_fraction != 1 and not self.reads("scoring_fraction"):
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} needs scoring='repeat'")
-        if not isinstance(self.instruction, str) or (self.instruction and not self._may_repeat):
+        if not isinstance(self.instruction, str) or (self.instruction and not self.reads("instruction")):
             raise ConfigError(f"instruction={self.instruction!r} must be a text, and needs scoring='repeat'")
         is_list = isinstance(self.prompts, (list, tuple))
         if not is_list or not all(isinstance(text, str) and text for text in self.prompts):
             raise ConfigError(f"prompts={self.prompts!r} must be a list of texts that are not empty")
-        if (self.scoring == "prompts") != bool(self.prompts):
+        if self.reads("prompts") != bool(self.prompts):
             raise ConfigError(f"prompts={self.prompts!r}: scoring='prompts' needs at least one text, others none")
         if not isinstance(self.surrogate, (Surrogate, NoneType)):
             raise ConfigError(f"surrogate={self.surrogate!r} is not a Surrogate")
@@ -135,29 +165,23 @@ class KVCompose(Method):
     def _aggregations(self) -> tuple[str, str]:
         return self.agg_task, self.agg_group
 
+    def reads(self, option: str) -> bool:
+        """Returns whether the chosen ``scoring`` reads ``option``."""
+        return option in MODES[self.scoring].reads
+
+    def repeat(self) -> Repeat:
+        """Returns the repeat that the options describe."""
+        return Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction)
+
     @property
-    def _can_be_predicted(self) -> bool:
+    def can_be_predicted(self) -> bool:
         """Returns whether the options ask for the same repeat that surrogates are fitted to."""
         return (self.scoring_fraction, self.instruction, *self._aggregations) == (1, "", *PREDICTED)
 
     @property
-    def _may_repeat(self) -> bool:
-        return self.scoring in ("auto", "repeat")
-
-    @property
     def attention_request(self) -> AttentionRequest | None:
-        if self.scoring == "surrogate":
-            return None
-        queries: Repeat | Prompts | Window | Prefill
-        if self._may_repeat:
-            queries = Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction)
-        elif self.scoring == "prompts":
-            queries = Prompts(tuple(self.prompts), self.scoring_chunk)
-        elif self.scoring == "window":
-            queries = Window(self.window)
-        else:
-            queries = Prefill()
-        return AttentionRequest(queries, self.agg_task)  # type: ignore[arg-type]
+        queries = MODES[self.scoring].queries(self)
+        return None if queries is None else AttentionRequest(queries, self.agg_task)  # type: ignore[arg-type]
 
     def for_model(self: K, model_path: Path) -> K:
         """Returns the method with ``"auto"`` resolved, and with the model's surrogate if it needs one and has none."""
@@ -165,8 +189,12 @@ class KVCompose(Method):
             return replace(self, surrogate=load_surrogate(model_path))
         if self.scoring != "auto":
             return self
-        surrogate = (self.surrogate or find_surrogate(model_path)) if self._can_be_predicted else None
+        surrogate = (self.surrogate or find_surrogate(model_path)) if self.can_be_predicted else None
         return replace(self, scoring="surrogate" if surrogate else "repeat", surrogate=surrogate)
+
+    def fingerprint(self) -> bytes:
+        """Returns the weights of the surrogate."""
+        return b"".join(weights.tobytes() for weights in self.surrogate.weights) if self.surrogate else b""
 
     def rule(self) -> Allocation:
         """Same as ``Method.rule``, but ``"global"`` is the method's own rule, with its options."""
@@ -180,7 +208,7 @@ class KVCompose(Method):
 
         layers = range(len(evidence.layers) if self.add_v_norm else 0)
         # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
-        norms = [np.linalg.norm(evidence.read("values", l), axis=2) for l in layers]  # one layer in memory at a time
+        norms = [np.linalg.norm(evidence.values(l), axis=2) for l in layers]  # one layer in memory at a time
 
         predicted = self._predicted(evidence) if self.scoring == "surrogate" else []
 

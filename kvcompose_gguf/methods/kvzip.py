@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Repeat
-from .base import Method, check_integer, check_positive, map_layers
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Repeat
+from ..support.checks import check_integer, check_positive
+from .base import Method
 
 #: before the first chunk, and before the others, which quote 8 tokens (kvpress, kvzip_press.py)
 INSTRUCTION = "\n\nRepeat the previous context exactly."

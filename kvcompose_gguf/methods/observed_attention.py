@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Prefill
-from .base import Method, map_layers
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Prefill
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..support.checks import check_number
 from .allocation import Allocation, Pyramid
-from .base import check_number
 from .snapkv import SnapKV
 
 

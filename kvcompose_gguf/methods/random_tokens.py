@@ -8,8 +8,9 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from ..scoring.requests import Evidence
-from .base import Method, check_integer
+from ..scoring.evidence import Evidence
+from ..support.checks import check_integer
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

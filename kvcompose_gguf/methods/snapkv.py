@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Window
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Window
 from ..support.checks import check_choice, check_integer, check_odd, check_positive
-from .base import Method, map_layers
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

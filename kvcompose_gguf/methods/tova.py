@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels import aggregate
+from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Window
-from .base import Method, map_layers
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Window
+from .base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

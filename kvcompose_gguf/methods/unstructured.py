@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import UnsupportedError
 from ..kernels.types import FloatArray
-from ..plan.composition import TokenMask
-from ..scoring.requests import Evidence
+from ..plan.trial import Trial
+from ..scoring.evidence import Evidence
 from .base import with_forced
 from .kvcompose import KVCompose
 
@@ -27,8 +28,13 @@ class Unstructured(KVCompose):
     def simulated(self) -> bool:
         return True
 
-    def mask(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> TokenMask:
-        """Returns the mask of the largest scores of all heads; ties go to the lowest layer, head and index."""
+    def mask(
+        self, evidence: Evidence, scores: Sequence[FloatArray] | None = None
+    ) -> list[npt.NDArray[np.bool_]]:
+        """Returns which tokens every head keeps, for each layer ``(n_head_kv, N)``: the largest scores of all heads.
+
+        Ties go to the lowest layer, head and index.
+        """
         scores = self.scores(evidence) if scores is None else scores
         n_tokens = evidence.n_tokens
         n_rows = self.n_composites(evidence.layers, n_tokens)
@@ -39,8 +45,12 @@ class Unstructured(KVCompose):
         visible = np.zeros(everything.size, dtype=bool)
         visible[np.argsort(-everything, kind="stable")[: n_rows * n_head_kv]] = True
         ends = np.cumsum([s.size for s in forced])[:-1]
-        masks = [part.reshape(s.shape) for part, s in zip(np.split(visible, ends), forced, strict=True)]
-        return TokenMask(n_tokens, tuple(masks))
+        return [part.reshape(s.shape) for part, s in zip(np.split(visible, ends), forced, strict=True)]
+
+    def trial(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> Trial:
+        """Returns a full cache in which biases hide the tokens that a head does not keep."""
+        shown, hidden = np.float32(0), np.float32(-np.inf)
+        return Trial(None, biases=[np.where(visible, shown, hidden) for visible in self.mask(evidence, scores)])
 
     def plan(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> NoReturn:
         raise UnsupportedError("the unstructured upper bound is only simulated: kvcompose eval --method unstructured")

@@ -21,6 +21,7 @@ from pathlib import Path
 import platformdirs
 
 from ..errors import ConfigError, DownloadError
+from .hashes import sha256
 
 _BLOCK = 1 << 20  # bytes hashed and written at a time
 _GGUF = re.compile(r"\.gguf(\.part\d+)?$")
@@ -172,15 +173,6 @@ def _model(name: str) -> Model:
     if name not in MODELS:
         raise ConfigError(f"model={name!r} is not one of {', '.join(names())}")
     return MODELS[name]
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file's contents."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _last_error(output: str) -> str:

@@ -14,28 +14,6 @@ IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, eq=False)
-class TokenMask:
-    """The tokens of a full cache that every KV head may see; simulates an unstructured compression.
-
-    Attributes:
-        n_tokens: context tokens N.
-        visible: for each layer bool ``(n_head_kv, N)``.
-    """
-
-    n_tokens: int
-    visible: tuple[npt.NDArray[np.bool_], ...]
-
-    @property
-    def n_kept(self) -> npt.NDArray[np.float64]:
-        """Returns the visible tokens of every layer, mean over its heads, float64 ``(n_layer,)``."""
-        return np.array([visible.sum(axis=1).mean() for visible in self.visible])
-
-    def biases(self) -> list[npt.NDArray[np.float32]]:
-        """Returns the mask as biases for ``KVSession.biased``."""
-        return [np.where(visible, np.float32(0), np.float32(-np.inf)) for visible in self.visible]
-
-
-@dataclass(frozen=True, eq=False)
 class CompositionPlan:
     """The tokens that every KV head of every layer keeps.
 

@@ -11,7 +11,7 @@ import uvicorn
 from rich.console import Console
 
 from ..errors import ConfigError
-from ..load import n_ctx_trained, open_vocabulary
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from .app import create_app
 from .options import ServeOptions
 from .slots.engine import Engine

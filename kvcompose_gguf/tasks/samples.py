@@ -42,3 +42,8 @@ class Sample:
     def prompt(self) -> str:
         """Returns the whole text that the model reads."""
         return self.context + self.question + self.answer_prefix
+
+    @property
+    def any_of(self) -> bool:
+        """Returns whether the references are alternatives."""
+        return self.metric == "string_match_part"

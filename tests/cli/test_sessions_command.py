@@ -9,8 +9,7 @@ import pytest
 from support import tiny
 from typer.testing import CliRunner
 
-from kvcompose_gguf import sessions
-from kvcompose_gguf.cli import sessions as sessions_command
+from kvcompose_gguf.cli import saved as sessions_command
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.sessions import describe
 
@@ -21,7 +20,7 @@ WIDE = {"COLUMNS": "200", "TERM": "dumb"}
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder of saved sessions."""
     found = tmp_path / "sessions"
-    monkeypatch.setattr(sessions, "sessions_dir", lambda: found)
+    monkeypatch.setattr("kvcompose_gguf.sessions.info.sessions_dir", lambda: found)
     monkeypatch.setattr(sessions_command, "sessions_dir", lambda: found)
     return found
 

@@ -84,7 +84,7 @@ def test_uniform_gives_the_remainder_to_the_first_layers(n_total: int, budgets: 
 def test_the_global_ranking_is_the_specified_one(kind: str, agg_head: str, first_layer_rule: bool) -> None:
     rng = np.random.default_rng(5165)
     n_heads, n_tokens = (4, 2, 1), 13
-    scores = [rng.random((n, n_tokens), dtype=np.float32) ** (l + 1) for l, n in enumerate(n_heads)]
+    scores: list[np.ndarray] = [rng.random((n, n_tokens), dtype=np.float32) ** (l + 1) for l, n in enumerate(n_heads)]
     if kind == "ties":
         scores = [rng.integers(0, 4, (n, n_tokens)).astype(np.float32) / 4 for n in n_heads]
     if kind == "all equal":

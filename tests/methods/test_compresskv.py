@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +19,10 @@ from kvcompose_gguf.measurements.calibration import Calibration, save_calibratio
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.allocation import ByEvictionError, Ranked, Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
+from kvcompose_gguf.models.hashes import model_sha256
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import AttentionRequest, Evidence, Window
+from kvcompose_gguf.scoring.evidence import Evidence
+from kvcompose_gguf.scoring.requests import AttentionRequest, Window
 
 #: query heads and KV heads of every layer
 MODELS = {
@@ -35,19 +39,20 @@ def make_evidence(model: str, n_tokens: int, n_window: int, values: int = 0) -> 
     rng = np.random.default_rng((len(model), n_tokens))
     layers = [LayerGeometry(il, *heads, 4, 4, 1, 1, False, 64) for il, heads in enumerate(MODELS[model])]
     shapes = [(layer.n_head, n_tokens) for layer in layers]
-    arrays = [rng.integers(0, values, shape) / 4 if values else rng.random(shape) for shape in shapes]
+    arrays: list[np.ndarray] = [rng.integers(0, values, shape) / 4 if values else rng.random(shape) for shape in shapes]
     return Evidence(n_tokens, layers, [array.astype(np.float32) for array in arrays], n_window)
 
 
 def make_calibration(model: str, kind: str = "random") -> Calibration:
     rng = np.random.default_rng(len(kind))
-    heads = [rng.random(n_head) if kind == "random" else np.zeros(n_head) for n_head, _ in MODELS[model]]
+    heads: list[np.ndarray] = [rng.random(n_head) if kind == "random" else np.zeros(n_head) for n_head, _ in MODELS[model]]
     if kind == "ties":
         heads = [np.arange(len(scores)) // 2 % 2 * 1.0 for scores in heads]
     return Calibration("tiny", "0", tuple(map(tuple, heads)), (1 / len(heads),) * len(heads))
 
 
 def specified_scores(evidence: Evidence, method: CompressKV, l: int) -> list[list[float]]:
+    assert method.calibration is not None
     layer, attention, heads = evidence.layers[l], evidence.attention[l], method.calibration.heads[l]
     n_group, n_before = layer.n_head // layer.n_head_kv, evidence.n_tokens - evidence.n_window
     out = []
@@ -72,7 +77,8 @@ def specified_scores(evidence: Evidence, method: CompressKV, l: int) -> list[lis
 @pytest.mark.parametrize("model", MODELS)
 def test_scores_are_the_papers(model, n_tokens, n_window, kind, per_head):
     evidence = make_evidence(model, n_tokens, n_window)
-    for options in ({}, {"n_heads": 1, "kernel": 1}, {"n_heads": 99, "kernel": 7}):
+    choices: list[dict[str, Any]] = [{}, {"n_heads": 1, "kernel": 1}, {"n_heads": 99, "kernel": 7}]
+    for options in choices:
         method = CompressKV(n_kept=5, per_head=per_head, calibration=make_calibration(model, kind), **options)
         for l, scores in enumerate(method.scores(evidence)):
             want = np.array(specified_scores(evidence, method, l))
@@ -195,9 +201,10 @@ def test_defaults_are_the_papers():
     assert isinstance(method, CompressKV)
     assert (method.window, method.n_heads, method.kernel, method.per_head) == (8, 4, 5, False)
     assert method.attention_request == AttentionRequest(Window(8), "mean")
-    given = CompressKV(n_kept=3, calibration=make_calibration("GQA"))
-    assert given.default_allocation() == ByEvictionError(given.calibration.errors)
-    assert CompressKV(n_kept=9, calibration=given.calibration, allocation=Uniform()).plan(
+    measured = make_calibration("GQA")
+    given = CompressKV(n_kept=3, calibration=measured)
+    assert given.default_allocation() == ByEvictionError(measured.errors)
+    assert CompressKV(n_kept=9, calibration=measured, allocation=Uniform()).plan(
         make_evidence("GQA", 40, 8)
     ).n_kept.tolist() == [9, 9, 9]
     assert "calibration" not in repr(given)
@@ -217,7 +224,7 @@ def test_wrong_options_are_refused(options, words):
 
 
 def test_without_a_calibration_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     method = CompressKV(n_kept=9)
@@ -227,7 +234,7 @@ def test_without_a_calibration_the_command_is_named(tmp_path: Path, monkeypatch:
         with pytest.raises(ConfigError, match="kvcompose calibrate MODEL"):
             call()
     made = make_calibration("GQA")
-    made = Calibration("model", calibration.model_sha256(model), made.heads, made.errors)
+    made = Calibration("model", model_sha256(model), made.heads, made.errors)
     save_calibration(made)
     assert method.for_model(model).calibration == made
     given = CompressKV(n_kept=9, calibration=make_calibration("MHA"))
@@ -248,3 +255,10 @@ def test_llama_compresses_with_it(make_llama):
     method = CompressKV(n_kept=50, min_tokens=100, calibration=Calibration("", "", heads, (0.5, 0.3, 0.2)))
     report = make_llama(method=method).compress(tiny.tokens(tiny.GQA, 300))
     assert report.n_kept.tolist() == [59, 48, 43]
+
+
+def test_a_calibration_is_the_methods_fingerprint():
+    first, second = (CompressKV(n_kept=3, calibration=make_calibration(name)) for name in ("GQA", "layers that differ"))
+    assert first.fingerprint() == make_calibration("GQA").to_json().encode()
+    assert first.fingerprint() != second.fingerprint()
+    assert CompressKV(n_kept=3).fingerprint() == b""

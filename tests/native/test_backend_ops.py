@@ -54,14 +54,18 @@ def source(path: str) -> str:
     """Returns a file of the pinned llama.cpp's ggml/src."""
     with tarfile.open(llama_source.archive_path(llama_source.read_pin())) as archive:
         member = next(name for name in archive.getnames() if name.endswith(f"vendor/llama.cpp/ggml/src/{path}"))
-        return archive.extractfile(member).read().decode()
+        file = archive.extractfile(member)
+        assert file is not None, member
+        return file.read().decode()
 
 
 @cache
 def function(path: str, name: str) -> str:
     """Returns the body of a C function, found by its braces."""
     text = source(path)
-    start = re.search(rf"^(static )?bool {name}\([^;{{]*\{{", text, re.MULTILINE).end()
+    found = re.search(rf"^(static )?bool {name}\([^;{{]*\{{", text, re.MULTILINE)
+    assert found, name
+    start = found.end()
     depth = 1
     for end in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)

@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import F16, Q8_0, greedy, last_logits
 from support import tiny
+from support.llamas import F16, Q8_0, greedy, last_logits
 
 from kvcompose_gguf import ConfigError, KVCompose
-from kvcompose_gguf.llama import llama_cpp
+from kvcompose_gguf.llama_base import llama_cpp
 
 CONTEXT = tiny.tokens(tiny.GQA, 900)
 CACHES = [
@@ -26,7 +26,7 @@ def rows(llama) -> list[int]:
 
 def test_a_large_context_starts_small(make_llama):
     llama = make_llama(n_ctx=32768)
-    row = llama._session.layers[0].n_bytes_row
+    row = llama.session.layers[0].n_bytes_row
     assert rows(llama) == [256] * 3
     assert llama.kv_bytes == 3 * 256 * row
     assert make_llama(n_ctx=32768, elastic=False).kv_bytes == 3 * 32768 * row
@@ -65,7 +65,7 @@ def test_it_shrinks_when_composed_and_grows_again_while_decoding(make_llama):
     llama = make_llama(n_ctx=2048, method=method, elastic=True)
     llama.compress(CONTEXT)
     composed = llama.kv_bytes
-    assert composed < 0.3 * 3 * 900 * llama._session.layers[0].n_bytes_row
+    assert composed < 0.3 * 3 * 900 * llama.session.layers[0].n_bytes_row
     kept = llama.kv_report.n_kept
     n_decoded = 0
     for token in tiny.tokens(tiny.GQA, 400, seed=9):
@@ -93,7 +93,7 @@ def test_the_whole_context_can_be_filled(make_llama):
 def test_more_room_than_the_context_has_is_refused(make_llama):
     llama = make_llama(n_ctx=512)
     with pytest.raises(ConfigError, match="n_cells = 513"):
-        llama._session.reserve(513)
+        llama.session.reserve(513)
     assert rows(llama) == [256] * 3
 
 
@@ -108,7 +108,7 @@ def test_a_position_shift_moves_the_existing_cells(make_llama, flash_attn):
         llama.n_tokens = 250
         llama.eval(CONTEXT[300:310])
         logits.append(last_logits(llama))
-    assert np.array_equal(*logits)
+    assert np.array_equal(logits[0], logits[1])
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
@@ -147,7 +147,7 @@ def test_models_that_cannot_be_compressed_grow_as_well(make_llama):
         llama = make_llama(config, n_ctx=2048, elastic=elastic)
         llama.eval(prompt)
         logits.append(last_logits(llama))
-    assert np.array_equal(*logits)
+    assert np.array_equal(logits[0], logits[1])
 
 
 def test_embedding_contexts_do_not_shrink_and_grow_with_every_text(make_llama):

@@ -1,6 +1,6 @@
 """Runs ``kvcompose chat`` in a process of its own, in which the test may decide what the model says and when.
 
-    python chatting.py '{"model": "tiny.gguf", "files": ["rooms.txt"], "says": "Blue.", "held": "file"}'
+    python -m support.chatting '{"model": "tiny.gguf", "files": ["rooms.txt"], "says": "Blue.", "held": "file"}'
 
 ``says``: the answer, a byte a token. ``held``: a file that is made when the model has said half of it; the model then
 waits until the file is removed or Ctrl-C is pressed. Everything else is ``ChatOptions``.
@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcompose_gguf.chat.command import ChatOptions, chat
+from kvcompose_gguf.chat.command import chat
 from kvcompose_gguf.chat.interrupts import Interrupts
+from kvcompose_gguf.chat.options import ChatOptions
 from kvcompose_gguf.errors import KVComposeError
 
 
@@ -41,7 +42,7 @@ def speak(text: str, held: str | None) -> None:
             yield 3 + byte
         yield 2  # the end of the text
 
-    Interrupts._note = noted  # type: ignore[method-assign]
+    Interrupts._note = noted  # type: ignore[method-assign, assignment]
     Llama.generate = generate  # type: ignore[method-assign, assignment]
 
 
@@ -51,7 +52,8 @@ def main() -> int:
     if says is not None:
         speak(says, held)
     try:
-        return chat(ChatOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in request.items()}))
+        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in request.items()}
+        return chat(ChatOptions(**options))
     except KVComposeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

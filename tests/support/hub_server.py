@@ -40,16 +40,21 @@ class Hub:
 @contextlib.contextmanager
 def running(repos: dict[str, Repo]) -> Iterator[Hub]:
     """Serve ``repos`` on loopback."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.hub = Hub(f"http://127.0.0.1:{server.server_address[1]}", repos)  # type: ignore[attr-defined]
+    server = _Server(repos)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield server.hub  # type: ignore[attr-defined]
+        yield server.hub
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def __init__(self, repos: dict[str, Repo]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = Hub(f"http://127.0.0.1:{self.server_address[1]}", repos)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -60,7 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def hub(self) -> Hub:
-        return self.server.hub  # type: ignore[attr-defined]
+        assert isinstance(self.server, _Server)
+        return self.server.hub
 
     def do_HEAD(self) -> None:
         self._answer()

