@@ -32,13 +32,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("door",),
 )
-#: the rooms of the files at the top; other files there have a room of their own name. The door hands on public names
-AT_TOP = dict.fromkeys(("context", "access", "sessions", "llama", "load"), "cache") | dict.fromkeys(
-    ("", "__main__", "moved"), "door"
-)
+#: the rooms of what lies at the top; all else there is a room of its own. The door hands on public names
+AT_TOP = dict.fromkeys(
+    ("access", "compression", "context", "llama", "llama_base", "load", "sessions"), "cache"
+) | dict.fromkeys(("", "__main__", "moved"), "door")
 
 #: longest file, in lines. Exceptions must shrink: lower the number here with the file, and delete it at the limit
-MAX_LINES, LONGER = 300, {"tasks/ruler.py": 417}
+MAX_LINES, LONGER = 300, dict[str, int]()
 MAX_TEST_LINES = 400
 
 #: names that begin with an underscore and are public, of named tuples and os
@@ -46,9 +46,10 @@ PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 #: private members of llama-cpp-python and of ctypes' libraries, and the only modules that may use them
 BINDINGS = {
     "_LlamaModel", "_batch", "_candidates", "_ctx", "_exit_stack", "_create_completion", "_input_ids", "_internals",
-    "_lib", "_logits_all", "_model", "_n_ctx", "_name", "_scores", "_seed", "_stack",
+    "_is_hybrid", "_is_recurrent", "_lib", "_logits_all", "_model", "_n_ctx", "_n_vocab", "_name", "_scores", "_seed",
+    "_stack",
 }  # fmt: skip
-NEXT_TO_BINDINGS = ("native/", "llama.py")
+NEXT_TO_BINDINGS = ("native/", "llama.py", "llama_base.py")
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,13 @@ def modules() -> tuple[Module, ...]:
 
 
 def room(module: str) -> str:
-    top, dot, _ = module.partition(".")
-    return top if dot else AT_TOP.get(top, top)
+    top = module.partition(".")[0]
+    return AT_TOP.get(top, top)
 
 
 def floor(module: str) -> int:
-    found = [n for n, rooms in enumerate(FLOORS) if room(module) in rooms]
-    assert found, f"{module or NAME} has no room: add {room(module)} to FLOORS or AT_TOP"
-    return found[0]
+    """Returns the number of the module's floor, 0 for a room without one."""
+    return next((n for n, rooms in enumerate(FLOORS, 1) if room(module) in rooms), 0)
 
 
 #
@@ -184,7 +184,8 @@ def private_uses(module: Module) -> Iterator[tuple[str, ast.AST]]:
 
 def arrows_up(every: tuple[Module, ...]) -> list[str]:
     """Imports of a room on the same floor or above. Types count too: a lower room should not even know a higher one."""
-    found = []
+    homeless = {room(module.name) for module in every if not floor(module.name)}
+    found = [f"{name} has no room: add it to FLOORS or AT_TOP" for name in sorted(homeless)]
     for arrow in all_imports(every):
         here, there = room(arrow.source), room(arrow.target)
         if here != there and floor(arrow.source) <= floor(arrow.target):
@@ -357,6 +358,10 @@ def test_imports_downwards_and_of_the_version_are_allowed() -> None:
 
 def test_products_do_not_know_each_other() -> None:
     assert len(arrows_up(house(bench__runner="from ..server import app", server__app=""))) == 1
+
+
+def test_a_new_room_needs_a_floor() -> None:
+    assert len(arrows_up(house(attic__trunk="", plan__a=""))) == 1
 
 
 def test_a_circle_is_found_once_and_types_close_none() -> None:
