@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -134,13 +135,15 @@ def serving(model: str, options: str) -> Iterator[str]:
     command = [sys.executable, "-m", "kvcompose_gguf", *shared.split(), *options.split()]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
+        printed = []
         try:
             for line in server.stderr:
+                printed.append(line)
                 if found := re.search(r"http://[\d.]+:\d+", line):
                     yield found.group()
                     break
             else:
-                raise SystemExit(f"the server with {options} has ended")
+                raise SystemExit("".join([f"the server with {options} has ended\n", *printed]))
         finally:
             server.terminate()
             server.stderr.close()
@@ -158,6 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     model = parser.parse_args().model
+    for folder in ("slots", "idle"):
+        Path(folder).mkdir(exist_ok=True)
     out: dict[str, Any] = {}
     for name, (options, asks, headers) in SERVERS.items():
         with serving(model, options) as address:
