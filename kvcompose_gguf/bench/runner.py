@@ -24,12 +24,10 @@ from ..cli.tables import bench_table
 from ..errors import ConfigError, ContextLengthError
 from ..load import n_ctx_trained, open_vocabulary, resolve_model
 from ..native.environment import system
+from ..native.kv_types import KV_TYPES
 from ..support.plots import check_plot, plot_bench
 from .result import BenchResult, Environment, Measurement, Variant, read_result
 from .worker import Job, Worker
-
-#: llama.cpp's names
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 
 _N_FIRST = 1024  # smallest default size
 _N_ROOM = 512  # cells after the context, if the model has room for them: one scoring chunk
