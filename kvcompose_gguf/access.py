@@ -105,12 +105,12 @@ class Access:
 
 
 def _guard(turn: Callable[[Access, str], contextlib.AbstractContextManager[None]]) -> Callable[[F], F]:
-    """Returns a decorator for methods of an object with ``_access``: the method runs inside of ``turn``."""
+    """Returns a decorator for methods of an object with ``access``: the method runs inside of ``turn``."""
 
     def decorate(method: F) -> F:
         @functools.wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with turn(self._access, method.__name__):
+            with turn(self.access, method.__name__):
                 return method(self, *args, **kwargs)
 
         return call  # type: ignore[return-value]

@@ -1,17 +1,15 @@
-"""Models for the commands: find the file, load it, open its vocabulary, complete a prompt."""
+"""Models for the commands: find the file, load it, open its vocabulary."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
 from .methods import Method
-from .models import hub
-from .models import known as models
+from .models import hub, known
 
 if TYPE_CHECKING:
     from .llama import Llama
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 def load_model(
     model_path: Path,
     n_ctx: int,
-    method: Method,
+    method: Method | None,
     *,
     flash_attn: bool = True,
     threads: int | None = None,
@@ -58,10 +56,10 @@ def resolve_model(model: str) -> Path:
         return hub.fetch_hub(model)
     if Path(model).is_file():
         return Path(model)
-    if model in models.names():
-        return models.fetch(model)
+    if model in known.names():
+        return known.fetch(model)
     raise ConfigError(
-        f"model={model!r} is neither a file nor one of {', '.join(models.names())}: "
+        f"model={model!r} is neither a file nor one of {', '.join(known.names())}: "
         "check the path, or load it from the Hugging Face hub with -hf USER/REPO"
     )
 
@@ -91,10 +89,3 @@ def n_ctx_trained(vocabulary: Any) -> int:
     # n_ctx_train() is 0 without the weights: llama-model.cpp, load_hparams, returns before it
     metadata = vocabulary.metadata()
     return int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 0))
-
-
-def timed_completion(llm: Llama, prompt: str, max_tokens: int) -> tuple[str, float]:
-    """The greedy continuation of ``prompt`` up to the end of the line, and its seconds."""
-    start = time.perf_counter()
-    output = llm.create_completion(prompt, max_tokens=max_tokens, temperature=0, stop=["\n"])
-    return output["choices"][0]["text"], time.perf_counter() - start

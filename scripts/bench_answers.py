@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.cli.demo import document
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.cli.demo.questions import document
+from kvcompose_gguf.models import known
 
 RATIOS = (0.5, 0.75, 0.9)
 MODES: dict[str, dict[str, Any]] = {
@@ -46,9 +46,9 @@ def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, st
     place, number = PLACES[seed % len(PLACES)], str(rng.integers(1000, 10000))
     question = f"The secret number of the {place} is"
     text, used = [], 0
-    budget = n_tokens - len(llama._tokens(f"{question} {number}."))
+    budget = n_tokens - len(llama.context.vocabulary.tokens(f"{question} {number}."))
     for sentence in sentences:
-        used += len(llama._tokens(" " + sentence))
+        used += len(llama.context.vocabulary.tokens(" " + sentence))
         if used > budget:
             break
         text.append(sentence)
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     modes = {name: MODES[name] for name in args.modes.split(",")}
 
-    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    path = args.model if Path(args.model).exists() else str(known.fetch(args.model))
     plain = KVCompose(compression_ratio=0.5, keep_last=0, scoring="repeat")
     llama = Llama(
         path, n_ctx=args.n_tokens + 640, n_threads=args.threads, n_threads_batch=args.threads, flash_attn=True,
@@ -88,9 +88,9 @@ def main() -> None:
     start = time.perf_counter()
     for seed in range(args.samples):
         context, question, number = haystack(llama, args.n_tokens, seed)
-        prompt = context + llama._tokens("\n\n" + question)
+        prompt = context + llama.context.vocabulary.tokens("\n\n" + question)
         llama.reset()
-        llama._prefill(context)
+        llama.context.prefill(context)
         state = llama.save_state()
         n_bytes["full"] = llama.kv_bytes
         marks = {"full": number in answer(llama, prompt)}

@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.llama import _Decoder
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.models import known
 
 CHUNK = 512
 N_DECODE = 64
@@ -65,18 +64,18 @@ def show(title: str, samples: dict[str, list[float]], base: str) -> dict[str, An
 
 def bench_scores(make: Callable[..., Llama], ids: list[int], repeats: int) -> dict[str, Any]:
     llama = make(len(ids) + CHUNK + 256)
-    llama._prefill(ids)
-    session, decoder, n = llama._session, _Decoder(llama), len(ids)
+    llama.context.prefill(ids)
+    session, n = llama.session, len(ids)
     session.reserve(n + CHUNK)
 
     def decode(fast: bool, scored: bool) -> None:
         session.set_fast_attention(fast)
-        with llama._on_top(n):
+        with llama.context.on_top(n):
             if scored:
                 with session.scoring("max", n, 64 << 20):
-                    decoder.decode(ids[:CHUNK], n)
+                    llama.context.decode(ids[:CHUNK], n)
             else:
-                decoder.decode(ids[:CHUNK], n)
+                llama.context.decode(ids[:CHUNK], n)
 
     sides = {
         "llama.cpp's attention": lambda: timed(lambda: decode(False, False)),
@@ -135,10 +134,9 @@ def bench_elastic(make: Callable[..., Llama], ids: list[int], n_ctx: int, repeat
                 llama.eval(ids[first : first + 256])
 
         def decode(llama: Llama = llama) -> None:
-            for token in ids[:N_DECODE]:
-                llama.eval([token])
-            llama._ctx.kv_cache_seq_rm(-1, len(ids), -1)
-            llama.n_tokens = len(ids)
+            with llama.context.undone():
+                for token in ids[:N_DECODE]:
+                    llama.eval([token])
 
         seconds[f"{name} in steps"] = lambda steps=steps: timed(steps)
         seconds[f"{name} prefill"] = lambda prefill=prefill: timed(prefill)
@@ -163,7 +161,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--type-kv", type=int, default=1, help="ggml type: 1 f16, 8 q8_0")
     args = parser.parse_args()
-    path = args.model or str(models.fetch("smollm2"))
+    path = args.model or str(known.fetch("smollm2"))
 
     def make(n_ctx: int, **options: Any) -> Llama:
         gc.collect()

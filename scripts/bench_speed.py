@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.cli.demo import document
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.cli.demo.questions import document
+from kvcompose_gguf.models import known
 from kvcompose_gguf.native import library
 
 
@@ -37,13 +37,12 @@ def context_tokens(llama: Llama, n_tokens: int) -> list[int]:
 
 def decode_seconds(llama: Llama, n_tokens: int, n_decode: int) -> float:
     """Returns the wall time of ``n_decode`` single-token decodes at position ``n_tokens``; removes the tokens again."""
-    start = time.perf_counter()
-    for token in range(1000, 1000 + n_decode):
-        llama.eval([token])
-    seconds = time.perf_counter() - start
-    llama.n_tokens = n_tokens
-    llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1)
-    return seconds
+    assert llama.n_tokens == n_tokens
+    with llama.context.undone():
+        start = time.perf_counter()
+        for token in range(1000, 1000 + n_decode):
+            llama.eval([token])
+        return time.perf_counter() - start
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
 
-    path = args.model if Path(args.model).exists() else str(models.fetch(args.model))
+    path = args.model if Path(args.model).exists() else str(known.fetch(args.model))
     options = {
         "n_ctx": args.n_tokens + 256, "n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": True,
         "verbose": False,
@@ -63,7 +62,7 @@ def main() -> None:
     full = Llama(path, **options)
     tokens = context_tokens(full, args.n_tokens)
     start = time.perf_counter()
-    full._prefill(tokens)
+    full.context.prefill(tokens)
     prefill_seconds = time.perf_counter() - start
 
     small = Llama(path, kv_compressor=KVCompose(compression_ratio=args.ratio, scoring="repeat"), **options)

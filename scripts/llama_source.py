@@ -52,8 +52,8 @@ def patch_files() -> list[Path]:
     return sorted(PATCHES.glob("*.patch"))
 
 
-#: folders of patches/src, and the places of their files in llama.cpp
-OWN_SOURCES = {"llama": "src", "ggml-cpu": "ggml/src/ggml-cpu"}
+#: folders of patches/src, and the pattern of their files in llama.cpp: every file that matches is our own
+OWN_SOURCES = {"llama": "src/llama-kvc*", "ggml-cpu": "ggml/src/ggml-cpu/ggml-cpu-kvc*"}
 
 
 def own_sources() -> list[Path]:
@@ -62,7 +62,7 @@ def own_sources() -> list[Path]:
 
 def place_of(source: Path) -> Path:
     """Returns the path of one of our own files, relative to llama.cpp's root."""
-    return Path(OWN_SOURCES[source.parent.name]) / source.name
+    return Path(OWN_SOURCES[source.parent.name]).parent / source.name
 
 
 def run(command: list[str], cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
@@ -126,6 +126,17 @@ def patched_tree(pin: Pin, folder: Path, n_patches: int | None = None) -> Path:
         for source in own_sources():
             shutil.copy(source, folder / place_of(source))
     return folder
+
+
+def export_sources(tree: Path) -> None:
+    """Makes ``patches/src`` the set of our own files in ``tree``; a file that is a symlink is already in place."""
+    for source in own_sources():
+        if not (tree / place_of(source)).exists():
+            source.unlink()
+    for folder, pattern in OWN_SOURCES.items():
+        for path in tree.glob(pattern):
+            if not path.is_symlink():
+                shutil.copy(path, PATCHES / "src" / folder / path.name)
 
 
 def export_patches(tree: Path, folder: Path) -> list[Path]:

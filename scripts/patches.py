@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from build_native import FLAGS, user_flags
 from llama_source import (
+    OWN_SOURCES,
     PATCHES,
     BuildError,
     export_patches,
-    own_sources,
+    export_sources,
     patch_files,
     patched_tree,
-    place_of,
     read_pin,
     run,
 )
@@ -33,7 +33,7 @@ from llama_source import (
 
 def tree(folder: Path) -> None:
     patched_tree(read_pin(), folder)
-    own = [str(place_of(source)) for source in own_sources()]
+    own = OWN_SOURCES.values()
     (folder / ".git" / "info" / "exclude").write_text("\n".join([*own, ""]))
     print(f"{folder}: {len(patch_files())} commits after `pristine`; our own files are {', '.join(own)}")
 
@@ -43,9 +43,7 @@ def export(folder: Path) -> None:
         path.unlink()
     for path in export_patches(folder, PATCHES):
         print(path.name)
-    for source in own_sources():
-        if not (folder / place_of(source)).is_symlink():
-            shutil.copy(folder / place_of(source), source)
+    export_sources(folder)
 
 
 def check() -> None:

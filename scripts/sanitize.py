@@ -40,7 +40,7 @@ def runtime(name: str) -> str:
 
 def main() -> None:
     target = cached_build(flags=FLAGS)
-    tests = sys.argv[1:] or [f"tests/test_{name}.py" for name in TESTS]
+    tests = sys.argv[1:] or [f"tests/native/test_{name}.py" for name in TESTS]
     env = os.environ | {
         "LLAMA_CPP_LIB_PATH": str(target),
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')} {runtime('libstdc++.so')}",

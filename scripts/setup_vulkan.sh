@@ -27,4 +27,4 @@ sed "s#\"library_path\": \".*\"#\"library_path\": \"$driver\"#" mesa/usr/share/v
 export VK_DRIVER_FILES=$folder/lavapipe.json
 vulkaninfo --summary 2>/dev/null | grep deviceName
 echo "build: CMAKE_ARGS=\"-DGGML_VULKAN=on -DVulkan_INCLUDE_DIR=$folder/headers/usr/include\" python scripts/build_native.py"
-echo "test:  VK_DRIVER_FILES=$VK_DRIVER_FILES python -m pytest tests/test_vulkan.py"
+echo "test:  VK_DRIVER_FILES=$VK_DRIVER_FILES python -m pytest tests/native/test_vulkan.py"

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-from support import tiny, tiny_gguf
+
+pytest.register_assert_rewrite("support")  # before its first import: asserts in helpers show their values
+
+from support import tiny, tiny_gguf  # noqa: E402
+from support.llamas import F32  # noqa: E402
 
 if TYPE_CHECKING:
     from kvcompose_gguf import KVCompose, Llama
-
-F32, F16, Q8_0 = 0, 1, 8
 
 
 def pytest_configure() -> None:
@@ -73,16 +74,10 @@ def smollm2() -> str:
     return str(models.fetch("smollm2"))
 
 
-def last_logits(llama: Llama) -> np.ndarray:
-    """Returns the logits of the latest decode's last token, float32 (n_vocab,)."""
-    return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).copy()
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns an empty folder that stands for the user's calibrations and surrogates."""
+    from kvcompose_gguf.measurements import calibration
 
-
-def greedy(llama: Llama, prompt: list[int], n: int) -> list[int]:
-    """Returns the next ``n`` greedy tokens."""
-    out: list[int] = []
-    for token in llama.generate(prompt, temp=0.0):
-        out.append(token)
-        if len(out) == n:
-            return out
-    return out
+    monkeypatch.setattr(calibration.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    return tmp_path / "kvcompose-gguf" / "calibrations"

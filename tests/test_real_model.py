@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import greedy, last_logits
+from support.llamas import greedy, last_logits
 
 from kvcompose_gguf import CompositionPlan, KVCompose
 
@@ -55,17 +55,17 @@ def test_layer_budgets_are_those_of_the_published_reference(make_smollm2, prose)
 def test_keeping_everything_changes_no_logits(make_smollm2, prose):
     llama = make_smollm2()
     after = prose[400:464]
-    llama._prefill(prose[:400])
+    llama.context.prefill(prose[:400])
     want = []
     for token in after:
         llama.eval([token])
         want.append(last_logits(llama))
-    llama._prefill(prose[:400])
-    llama._session.compose(CompositionPlan.keep_all(400, [3] * 30))
+    llama.context.prefill(prose[:400])
+    llama.session.compose(CompositionPlan.keep_all(400, [3] * 30))
     for token, logits in zip(after, want, strict=True):
         llama.eval([token])
         assert np.abs(last_logits(llama) - logits).max() <= 1e-3
-    assert llama._session.state().n_composed == 400
+    assert llama.session.state().n_composed == 400
 
 
 def test_a_needle_is_found_in_a_quarter_of_the_cache(make_smollm2, prose):
@@ -89,8 +89,8 @@ def test_a_prompt_continues_when_the_tokenizer_merges_across_the_seam(make_smoll
     report = llama.compress(document)
     llama.create_completion(prompt, max_tokens=3, temperature=0.0)
     assert llama.kv_report is report
-    assert llama._session.state().n_composed == len(tokens)
-    assert llama.detokenize(llama._input_ids.tolist()).decode().lstrip().startswith(prompt)
+    assert llama.session.state().n_composed == len(tokens)
+    assert llama.detokenize(llama.context.tokens).decode().lstrip().startswith(prompt)
 
 
 def test_a_chat_is_compressed_and_continued(make_smollm2, prose):
@@ -110,7 +110,7 @@ MEMORY = """
 import gc, json, sys
 import numpy as np
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.queries import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 
 def status(key):
     for line in open("/proc/self/status"):
@@ -123,8 +123,8 @@ def reset_peak():
 n_tokens, ratio = 4000, 0.75
 llama = Llama(sys.argv[1], n_ctx=4096, flash_attn=True, n_threads=2, n_threads_batch=2, verbose=False)
 ids = np.random.default_rng(0).integers(100, 40000, n_tokens).tolist()
-llama._prefill(ids)
-session = llama._session
+llama.context.prefill(ids)
+session = llama.session
 # attention that spreads over layers like a real one's: memory does not depend on which tokens are kept
 rng = np.random.default_rng(1)
 attention = [(rng.random((9, n_tokens)) ** power).astype(np.float32) for power in np.linspace(1, 12, 30)]
@@ -178,7 +178,7 @@ def gemma():
 
 
 def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_them(gemma):
-    from kvcompose_gguf.cli.demo import document
+    from kvcompose_gguf.cli.demo.questions import document
 
     text = document()
     needle = "\nThe password of the boathouse is 7419.\n"
@@ -192,7 +192,7 @@ def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_the
     answers = [gemma.detokenize(greedy(gemma, context + question, 8)) for _ in range(2)]
     assert b"7419" in answers[0]
     assert answers[0] == answers[1]  # the windows were brought back to the end of the context
-    assert gemma._session.state().n_composed == len(context)
+    assert gemma.session.state().n_composed == len(context)
 
 
 def test_keeping_everything_of_a_sliding_window_model_changes_no_logits(gemma, prose):
@@ -201,9 +201,9 @@ def test_keeping_everything_of_a_sliding_window_model_changes_no_logits(gemma, p
     assert len(after) == 24
     want, got = [], []
     for logits, compose in ((want, False), (got, True)):
-        gemma._prefill(context, keep_prefix=False)
+        gemma.context.prefill(context, keep_prefix=False)
         if compose:
-            gemma._session.compose(CompositionPlan.keep_all(1000, [layer.n_head_kv for layer in gemma._session.layers]))
+            gemma.session.compose(CompositionPlan.keep_all(1000, [layer.n_head_kv for layer in gemma.session.layers]))
         for token in after:
             gemma.eval([token])
             logits.append(last_logits(gemma))

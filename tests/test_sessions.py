@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import F16, Q8_0, greedy
 from support import tiny
+from support.llamas import F16, Q8_0, greedy
 
 from kvcompose_gguf import ConfigError, KVCompose, StateError, sessions
 from kvcompose_gguf.methods import SnapKV
+from kvcompose_gguf.models.identity import Identity
+from kvcompose_gguf.plan.composed import Contents
 from kvcompose_gguf.plan.composition import CompositionPlan
 
 CONFIG = tiny.GQA
@@ -56,7 +58,7 @@ def test_a_session_goes_on_in_another_process_where_it_was_saved(make_llama, tmp
     assert greedy(other, [*CONTEXT, *QUESTION], 12) == want
     assert n_before == 292  # the context was continued, not read again
     assert str(other.kv_report) == str(llama.kv_report)
-    plan = CompositionPlan.from_bits(292, [layer.n_head_kv for layer in other.kv_layers], other._composed.kept)
+    plan = CompositionPlan.from_bits(292, [layer.n_head_kv for layer in other.kv_layers], other.context.composed.kept)
     assert plan.n_kept.tolist() == other.kv_report.n_kept.tolist()
 
 
@@ -64,10 +66,10 @@ def test_a_conversation_behind_the_context_is_saved_as_well(make_llama, tmp_path
     llama = compressed(make_llama)
     said = greedy(llama, [*CONTEXT, *QUESTION], 5)
     llama.save_session(tmp_path / "a.kvc")
-    tokens = llama._input_ids.tolist()
+    tokens = llama.context.tokens
     other = make_llama(method=HALF)
     other.load_session(tmp_path / "a.kvc")
-    assert other._input_ids.tolist() == tokens
+    assert other.context.tokens == tokens
     assert other.n_context == 292
     more = [*CONTEXT, *QUESTION, *said, *QUESTION]
     assert greedy(other, more, 8) == greedy(llama, more, 8)
@@ -125,10 +127,10 @@ def test_a_second_question_finds_the_windows_of_a_loaded_session_as_they_were(ma
 def refusing(make_llama: Any, path: Path, match: str, **kwargs: Any) -> None:
     llama = make_llama(**kwargs)
     want = greedy(llama, QUESTION, 4)
-    held = llama._input_ids.tolist()
+    held = llama.context.tokens
     with pytest.raises(StateError, match=match):
         llama.load_session(path)
-    assert llama._input_ids.tolist() == held  # the cache is unchanged
+    assert llama.context.tokens == held  # the cache is unchanged
     assert greedy(llama, QUESTION, 4) == want
 
 
@@ -183,12 +185,12 @@ def test_headers_that_lie_are_refused(make_llama, tmp_path):
     }  # fmt: skip
     other = make_llama(method=HALF)
     greedy(other, QUESTION, 2)
-    held = other._input_ids.tolist()
+    held = other.context.tokens
     for name, changes in lies.items():
         path.write_bytes(rewritten(good, **changes))
         with pytest.raises(StateError, match=r"a\.kvc is damaged"):
             other.load_session(path)
-        assert other._input_ids.tolist() == held, name
+        assert other.context.tokens == held, name
     path.write_bytes(rewritten(good, format=2))
     with pytest.raises(StateError, match="session format 2, this version reads format 1: make a new one"):
         other.load_session(path)
@@ -284,14 +286,15 @@ import sys
 import numpy as np
 from pathlib import Path
 from kvcompose_gguf import sessions
-from kvcompose_gguf.identity import Identity
+from kvcompose_gguf.models.identity import Identity
+from kvcompose_gguf.plan.composed import Contents
 
 file, size = Path(sys.argv[1]), int(sys.argv[2])
 for number in range(1 << 30):
     tokens = np.full(1000, number, dtype=np.int32)
     state = np.full(size, number % 251, dtype=np.uint8)
     identity = Identity("m", "id", {}, {})
-    sessions.save(sessions.Snapshot(identity, tokens, state, None, None, size, {"number": number}), file)
+    sessions.save(sessions.Snapshot(identity, Contents(tokens, state, None, None), size, {"number": number}), file)
     print(number, flush=True)
 """
 
@@ -310,8 +313,8 @@ def killed_while_saving(folder: Path, n_kills: int, n_bytes: int, seed: int) -> 
         writer.stdout.close()
         with sessions.opened(file) as (saved, info):
             number = info.extra["number"]
-            assert (saved.tokens == number).all()
-            assert (saved.state == number % 251).all()
+            assert (saved.contents.tokens == number).all()
+            assert (saved.contents.state == number % 251).all()
             found.append(number)
     return found
 
@@ -326,7 +329,7 @@ def test_what_killed_processes_leave_is_removed_later(tmp_path):
     (left / "a.kvc").write_bytes(b"x")
     sessions_file = tmp_path / "a.kvc"
     snapshot = sessions.Snapshot(
-        sessions.Identity("m", "id", {}, {}), np.zeros(1, np.int32), np.zeros(1, np.uint8), None, None, 0, {}
+        Identity("m", "id", {}, {}), Contents(np.zeros(1, np.int32), np.zeros(1, np.uint8), None, None), 0, {}
     )
     sessions.save(snapshot, sessions_file)
     assert left.exists()  # another process may still be writing it

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import last_logits
 from support import tiny
+from support.llamas import last_logits
 from support.tiny import ARCHITECTURES, REFUSED, NumpyLlama
 
 from kvcompose_gguf import KVCompose, UnsupportedError

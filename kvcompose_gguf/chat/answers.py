@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..server.chat.reasoning import Thoughts
-from ..server.slots.text import TextStream
+from ..support.reasoning import Thoughts
+from ..support.text_stream import TextStream
 
 if TYPE_CHECKING:
     from ..llama import Llama

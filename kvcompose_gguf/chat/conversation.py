@@ -13,7 +13,6 @@ from ..methods.base import has_grown
 from ..plan import seam
 from . import prompts
 from .answers import Answer, Piece, Writer
-from .command import MIN_ROOM
 from .documents import Document, join_documents
 from .prompts import PlainFormat, Turn
 from .tokens import Tokens
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from ..plan.report import KVReport
     from ..sessions import SessionInfo
     from ..support.progress import Progress
+
+#: tokens that a question and its answer need at least
+MIN_ROOM = 64
 
 OnProgress = Callable[["Progress"], None]
 

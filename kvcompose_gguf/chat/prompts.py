@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from ..errors import ConfigError
+from ..models.templates import ChatTemplate, TemplateError
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class TemplateFormat:
     """The chat template of a model.
 
     Args:
-        template: renders messages (``server.chat.ChatTemplate``).
+        template: the model's.
         system: the system message; empty: the template's own, or none.
         began: what the template takes for the present time, so that a conversation reads the same on every day.
     """
@@ -74,7 +75,7 @@ class TemplateFormat:
     name = "template"
     stops: tuple[str, ...] = ()
 
-    def __init__(self, template: Any, system: str, began: datetime) -> None:
+    def __init__(self, template: ChatTemplate, system: str, began: datetime) -> None:
         self._template, self._system = template, system
         self._variables = {"strftime_now": began.strftime}
 
@@ -84,15 +85,13 @@ class TemplateFormat:
         Raises:
             ConfigError: the template refuses the messages.
         """
-        from ..server.errors import ApiError
-
         messages = [{"role": "system", "content": self._system}] if self._system else []
         for turn in turns[:-1]:
             messages += [_question(turn), {"role": "assistant", "content": turn.answer}]
         messages += [_question(turn) for turn in turns[-1:]]
         try:
             text: str = self._template.render(messages, variables=self._variables)
-        except ApiError as error:
+        except TemplateError as error:
             raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
         return text
 
@@ -104,8 +103,6 @@ def _question(turn: Turn) -> dict[str, str]:
 
 def make_format(llm: Any, system: str, began: datetime) -> Format:
     """The format of a model's chat template, or the plain one if its file has no template."""
-    from ..server.chat.templates import ChatTemplate
-
     source = llm.metadata.get("tokenizer.chat_template")
     if not source:
         return PlainFormat(system)

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-from ..cli.tables import layer_bars
+from ..support.printing import layer_bars, megabytes
 from .answers import Answer, Piece
 from .conversation import Memory
 
@@ -83,7 +83,7 @@ class Screen:
     def memory(self, memory: Memory, report: KVReport | None) -> None:
         """Show what every layer keeps, and the figures of the whole cache."""
         if report is not None:
-            self.show(layer_bars(report))
+            self.show(layer_bars(report.n_kept.tolist(), report.n_tokens))
         later = memory.n_tokens - memory.n_context
         self.note(
             f"{memory.n_context:,} tokens are compressed, {later:,} later ones are kept in full. "
@@ -240,7 +240,3 @@ class _LastLines:
         for line in lines[-max(1, console.height - 2) :]:
             yield from line
             yield Segment.line()
-
-
-def megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:.1f} MB"

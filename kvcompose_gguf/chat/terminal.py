@@ -15,7 +15,7 @@ from prompt_toolkit.input import create_input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
-from .commands import COMMANDS, Chat
+from .lines import COMMANDS, Chat
 
 _PLACEHOLDER = "Ask a question. /help lists the commands."
 

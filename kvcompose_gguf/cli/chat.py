@@ -69,8 +69,8 @@ def chat(
     n_bytes = shared.one_budget(compression_ratio, max_kv_bytes)
     if temp is None:
         temp = 0.0 if question or json else CHAT_TEMPERATURE
-    from ..chat.command import ChatOptions
     from ..chat.command import chat as talk
+    from ..chat.options import ChatOptions
 
     options = ChatOptions(
         model=name, files=tuple(documents), questions=tuple(question or ()), session=session, json=json,
@@ -105,8 +105,8 @@ def compress(
     """Read and compress documents, and save them as a session, which `kvcompose chat --session` opens at once."""
     name, documents = shared.model_and_files(model, files, hf_repo)
     n_bytes = shared.one_budget(compression_ratio, max_kv_bytes)
-    from ..chat.command import ChatOptions
-    from .sessions import compress_files
+    from ..chat.options import ChatOptions
+    from .saved import compress_files
 
     options = ChatOptions(
         model=name, files=tuple(documents), compression_ratio=compression_ratio, max_kv_bytes=n_bytes, method=method,

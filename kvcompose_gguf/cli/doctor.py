@@ -6,7 +6,6 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +13,10 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import LibraryError
-from ..models import known as models
-from ..native import bindings, library
-from ..native.devices import Device, find_devices
+from ..models import known
+from ..native import library
+from ..native.about import library_info
+from ..native.devices import Device
 
 _KIND_NAMES = {"IGPU": "integrated GPU", "ACCEL": "accelerator"}
 
@@ -48,27 +48,22 @@ def examine() -> list[Finding]:
         Finding("kvcompose-gguf", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
         *_library_findings(),
         *(Finding(name, _version(name)) for name in ("numba", "numpy")),
-        *(_model_finding(name) for name in models.names()),
+        *(_model_finding(name) for name in known.names()),
     ]
 
 
 def _library_findings() -> list[Finding]:
     try:
-        llama_cpp = library.load()
+        info = library_info()
     except LibraryError as error:
         return [Finding("library folder", str(library.library_dir())), Finding("library", str(error), ok=False)]
-    return _loaded_findings(llama_cpp)
-
-
-def _loaded_findings(llama_cpp: ModuleType) -> list[Finding]:
-    lib = bindings.declare(llama_cpp.llama_cpp._lib)
     return [
-        Finding("library", str(lib._name)),
-        Finding("llama.cpp commit", lib.llama_kvc_commit().decode()),
-        Finding("ABI", f"{lib.llama_kvc_abi()} (this package needs {library.ABI})"),
-        Finding("backends", llama_cpp.llama_print_system_info().decode().strip()),
-        *device_findings(find_devices(lib)),
-        Finding("bindings", f"llama-cpp-python {llama_cpp.__version__} in {llama_cpp.__path__[0]}"),
+        Finding("library", info.path),
+        Finding("llama.cpp commit", info.commit),
+        Finding("ABI", f"{info.abi} (this package needs {library.ABI})"),
+        Finding("backends", info.backends),
+        *device_findings(info.devices),
+        Finding("bindings", f"llama-cpp-python {info.bindings_version} in {info.bindings_dir}"),
     ]
 
 
@@ -89,7 +84,7 @@ def _version(package: str) -> str:
 
 
 def _model_finding(name: str) -> Finding:
-    where = models.path(name)
+    where = known.path(name)
     if not where.exists():
         return Finding(f"model {name}", f"not fetched (kvcompose fetch {name})")
-    return Finding(f"model {name}", f"{where}{'' if models.is_fetched(name) else ', damaged: fetch it again'}")
+    return Finding(f"model {name}", f"{where}{'' if known.is_fetched(name) else ', damaged: fetch it again'}")

@@ -30,7 +30,8 @@ from ..methods.compresskv import CompressKV
 from ..methods.kvcompose import KVCompose
 from ..methods.unstructured import Unstructured
 from ..plan.composition import CompositionPlan, TokenMask
-from ..scoring.requests import AttentionRequest, Evidence, Prefill, StateRequest
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, StateRequest
 from ..tasks.answering import Drafts, Reply, answer, answer_again
 from ..tasks.prompts import chat_frame, prompt_tokens
 from ..tasks.ruler import RULER_TASKS, TASKS, make_sample
@@ -303,7 +304,7 @@ class Worker:
     def _scored_prefills(self) -> list[tuple[AttentionRequest | None, StateRequest | None]]:
         """Returns the requests for attention of a prefill; the first of them also fills the cache with the context."""
         asked = [(methods[0].attention_request, methods[0].state_request) for methods in self._methods.values()]
-        return [request for request in asked if request[0] is not None and isinstance(request[0].queries, Prefill)]
+        return [request for request in asked if request[0] is not None and request[0].queries.scores_while_reading]
 
     def _plans(
         self, llama: Llama, context: list[int], suffix: list[int], seconds: dict[str, float]
@@ -367,11 +368,7 @@ def _answer(text: str, sample: Sample) -> str:
 
 
 def _label(attention: AttentionRequest | None, states: StateRequest | None) -> str:
-    if attention is None:
-        return str(states)
-    options = {k: v for k, v in asdict(attention.queries).items() if v not in ("", None, False)}
-    texts = ", ".join(k if isinstance(v, (str, bool)) else f"{k}={v!r}" for k, v in options.items())
-    return f"{type(attention.queries).__name__.lower()}({texts}) {attention.aggregation}"
+    return str(states) if attention is None else attention.label
 
 
 def _settings(model_path: Path, options: EvalOptions, methods: dict[str, list[Method]]) -> dict[str, Any]:

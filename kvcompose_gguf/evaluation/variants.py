@@ -13,7 +13,8 @@ from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..methods.kvcompose import KVCompose
 from ..plan.composition import CompositionPlan
-from ..scoring.requests import AttentionRequest, Evidence, Repeat
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Repeat
 from ..support.checks import check_choice, check_flag, check_number, check_odd
 
 
@@ -104,7 +105,7 @@ class Variant(KVCompose):
         layer = evidence.layers[l]
         if layer.v_quantized:
             raise UnsupportedError("output_norm=True: quantized values are Hadamard-rotated and cannot be weighed")
-        values = np.repeat(evidence.read("values", l), layer.n_head // layer.n_head_kv, axis=0)
+        values = np.repeat(evidence.values(l), layer.n_head // layer.n_head_kv, axis=0)
         squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
         weighed: FloatArray = (evidence.attention[l] * np.sqrt(np.maximum(squared, 0))).astype(np.float32)
         return weighed
@@ -125,7 +126,7 @@ class Variant(KVCompose):
         return EditedPlan(plan, values, biases)
 
     def _folded(self, evidence: Evidence, scores: FloatArray, cells: np.ndarray, l: int) -> FloatArray:
-        keys, values = evidence.read("keys", l), evidence.read("values", l)
+        keys, values = evidence.keys(l), evidence.values(l)
         keys = keys / np.maximum(np.linalg.norm(keys, axis=2, keepdims=True), 1e-12)
         out = np.empty((len(cells), cells.shape[1], values.shape[2]), dtype=np.float32)
         for h, kept in enumerate(cells):

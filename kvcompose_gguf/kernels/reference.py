@@ -3,9 +3,8 @@ the lowest layer."""
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
+import numpy.typing as npt
 
 from .types import FloatArray, IntArray, LongArray
 
@@ -69,24 +68,22 @@ def weigh_rows(
 
 
 def gather(
-    src: int,
-    dst: int,
+    src: npt.NDArray[np.uint8],
+    dst: npt.NDArray[np.uint8],
     cells: IntArray,
     n_chunk: int,
     n_bytes: int,
     src_strides: tuple[int, int, int],
     dst_strides: tuple[int, int, int],
 ) -> None:
-    """Copies rows between addresses; strides are (cell, head, chunk) in bytes, as in llama-kvc.h."""
+    """Copies rows between flat arrays; strides are (cell, head, chunk) in bytes, as in llama-kvc.h."""
     n_head, n_kept = cells.shape
     for h in range(n_head):
         for c in range(n_chunk):
             for j in range(n_kept):
-                ctypes.memmove(
-                    dst + j * dst_strides[0] + h * dst_strides[1] + c * dst_strides[2],
-                    src + int(cells[h, j]) * src_strides[0] + h * src_strides[1] + c * src_strides[2],
-                    n_bytes,
-                )
+                to = j * dst_strides[0] + h * dst_strides[1] + c * dst_strides[2]
+                from_ = int(cells[h, j]) * src_strides[0] + h * src_strides[1] + c * src_strides[2]
+                dst[to : to + n_bytes] = src[from_ : from_ + n_bytes]
 
 
 def pool_tokens(scores: FloatArray, kernel: int, kind: str) -> FloatArray:

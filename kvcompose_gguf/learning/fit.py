@@ -25,7 +25,7 @@ from ..measurements.calibration import calibrations_dir, model_sha256
 from ..measurements.surrogate import EPS, VERSION, Surrogate, features, save_surrogate, target_of
 from ..methods.base import map_layers
 from ..methods.kvcompose import KVCompose
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from ..support.checks import check_positive
 from ..support.files import replaced
 from .passages import MIN_TOKENS, Passage, passage

@@ -13,7 +13,7 @@ from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..methods.kvcompose import KVCompose
 from ..plan.composition import CompositionPlan
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 
 #: the fractions removed that are compared
 RATIOS = (0.5, 0.75, 0.9)

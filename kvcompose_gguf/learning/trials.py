@@ -173,12 +173,12 @@ def random_trial(llama: Llama, options: CalibrateOptions, number: int) -> dict[s
     n_random, repeat = options.n_random, prompt[last.start - options.n_random : last.start]
     llama.reset()
     llama.prefill(prompt[: last.start])
-    session, decoder = llama.session, llama.decoder()
+    session, cache = llama.session, llama.context
     total = [np.zeros(layer.n_head) for layer in session.layers]
     before = [np.zeros((layer.n_head, last.stop), np.float32) for layer in session.layers]
-    with decoder.on_top(last.start), session.scoring("sum", last.stop, MAX_SCORE_BYTES):
+    with cache.on_top(last.start), session.scoring("sum", last.stop, MAX_SCORE_BYTES):
         for pos, token in zip(last, repeat, strict=True):
-            decoder.decode([token], pos)
+            cache.decode([token], pos)
             columns = [pos - k * n_random + i for k in range(1, N_REPEATS) for i in (0, 1)]
             after = session.scores(last.stop)
             for l, scores in enumerate(after):
@@ -195,18 +195,18 @@ def attention_to(
 
     The first such query is the prompt's last token: it is removed, and evaluated again with the answer.
     """
-    session, decoder, n_before = llama.session, llama.decoder(), len(prompt) - 1
+    session, cache, n_before = llama.session, llama.context, len(prompt) - 1
     queries, pos = [prompt[-1], *answer[:-1]], n_before
     total = [np.zeros(layer.n_head) for layer in session.layers]
     llama.prefill(prompt[:-1])
-    with decoder.on_top(n_before):
+    with cache.on_top(n_before):
         for belong, group in itertools.groupby(zip(belongs, queries, strict=True), key=lambda pair: pair[0]):
             part = [query for _, query in group]
             if not belong:
-                decoder.decode(part, pos)
+                cache.decode(part, pos)
             else:
                 with session.scoring("sum", n_before, MAX_SCORE_BYTES):
-                    decoder.decode(part, pos)
+                    cache.decode(part, pos)
                     for mass, scores in zip(total, session.scores(n_before), strict=True):
                         mass += scores[:, place.start : place.stop].sum(axis=1, dtype=np.float64)
             pos += len(part)
@@ -226,12 +226,12 @@ def eviction_errors(
     method = CompressKV(n_kept=N_KEPT, calibration=even, allocation=Uniform(), max_score_bytes=MAX_SCORE_BYTES)
     llama.reset()
     plan = method.plan(llama.observe(prompt, method))
-    session, decoder = llama.session, llama.decoder()
+    session, cache = llama.session, llama.context
     nothing = [np.zeros((layer.n_head_kv, 1), np.float32) for layer in session.layers]
 
     def outputs(biases: Sequence[FloatArray], layers: Sequence[int]) -> list[FloatArray]:
-        with decoder.on_top(n_tokens), session.biased(biases), session.taps("outputs", len(steps)):
-            decoder.decode(steps, n_tokens)
+        with cache.on_top(n_tokens), session.biased(biases), session.taps("outputs", len(steps)):
+            cache.decode(steps, n_tokens)
             return [session.tapped("outputs", l, len(steps)).reshape(len(steps), -1) for l in layers]
 
     errors = []

@@ -24,7 +24,7 @@ from ..kernels.linear import weigh_rows
 from ..kernels.types import FloatArray
 from ..methods.base import map_layers
 from ..plan.geometry import LayerGeometry
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from ..support.files import write_file
 from .calibration import calibrations_dir, find_measured
 
@@ -178,13 +178,13 @@ class _Part:
 
 def _parts(evidence: Evidence, l: int) -> Iterator[_Part]:
     n_tokens, layer = evidence.n_tokens, evidence.layers[l]
-    keys: FloatArray = evidence.read("keys", l)
-    values = plain_values(evidence.read("values", l), layer)
-    unrotate = evidence.read("unrotate", l)
+    keys = evidence.keys(l)
+    values = plain_values(evidence.values(l), layer)
     for first in range(0, n_tokens, CHUNK):
         cached = np.ascontiguousarray(keys[:, first : first + CHUNK])
         pos = np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
-        plain = unrotate(cached.reshape(-1, layer.n_embd_head_k), np.tile(pos, layer.n_head_kv)).reshape(cached.shape)
+        rows, at = cached.reshape(-1, layer.n_embd_head_k), np.tile(pos, layer.n_head_kv)
+        plain = evidence.unrotate(l, rows, at).reshape(cached.shape)
         places = _position_features(first, len(pos), n_tokens)
         yield _Part(cached, plain, values[:, first : first + CHUNK], places)
 
@@ -193,10 +193,7 @@ def _to_end(evidence: Evidence, l: int) -> FloatArray:
     """Returns the matrix that rotates cached keys back by the whole context length, ``keys @ matrix``."""
     d = evidence.layers[l].n_embd_head_k
     # the rotation is linear, so its matrix is the rotated identity
-    matrix: FloatArray = evidence.read("unrotate", l)(
-        np.eye(d, dtype=np.float32), np.full(d, evidence.n_tokens, dtype=np.int32)
-    )
-    return matrix
+    return evidence.unrotate(l, np.eye(d, dtype=np.float32), np.full(d, evidence.n_tokens, dtype=np.int32))
 
 
 def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:

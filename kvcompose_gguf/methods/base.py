@@ -20,7 +20,8 @@ from ..kernels.types import FloatArray
 from ..plan import budget
 from ..plan.composition import CompositionPlan
 from ..plan.geometry import LayerGeometry
-from ..scoring.requests import AttentionRequest, Evidence, StateRequest, check_layers
+from ..scoring.evidence import Evidence, check_layers
+from ..scoring.requests import AttentionRequest, StateRequest
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive, parse_bytes  # noqa: F401 (methods take them from here)
 from .allocation import ALLOCATIONS, Allocation, Ranked, Uniform
 

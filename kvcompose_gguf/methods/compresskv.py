@@ -13,7 +13,8 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..measurements.calibration import Calibration, load_calibration
-from ..scoring.requests import AttentionRequest, Evidence, Window
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Window
 from ..support.checks import check_flag, check_integer, check_odd, check_positive
 from .allocation import Allocation, ByEvictionError
 from .base import Method, map_layers

@@ -9,7 +9,8 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, StateRequest
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, StateRequest
 from .base import Method
 
 
@@ -19,12 +20,12 @@ class Custom(Method):
 
     >>> import numpy as np
     >>> from kvcompose_gguf.methods.custom import Custom
-    >>> from kvcompose_gguf.queries import AttentionRequest, Window
+    >>> from kvcompose_gguf.scoring.requests import AttentionRequest, Window
     >>> def loud_and_attended(evidence):
     ...     scores = []
     ...     for l, layer in enumerate(evidence.layers):
     ...         groups = evidence.attention[l].reshape(layer.n_head_kv, -1, evidence.n_tokens)
-    ...         norms = np.linalg.norm(evidence.read("values", l), axis=2)
+    ...         norms = np.linalg.norm(evidence.values(l), axis=2)
     ...         scores.append(groups.max(axis=1) * norms)
     ...     return scores
     >>> request = AttentionRequest(Window(32), "mean")

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from ..scoring.requests import Evidence, QueryStates, StateRequest
+from ..scoring.evidence import Evidence, QueryStates
+from ..scoring.requests import StateRequest
 from .base import Method, check_flag, check_integer, check_number, check_positive
 
 #: number of future positions rotated in one call
@@ -65,8 +66,8 @@ class ExpectedAttention(Method):
         out = np.full((n_head_kv, n_tokens), np.inf, dtype=np.float32)
         if n_tokens <= self.n_sink:
             return out
-        states: QueryStates = evidence.read("states", l)
-        keys: FloatArray = evidence.read("keys", l)[:, self.n_sink :]
+        states = evidence.states(l)
+        keys = evidence.keys(l)[:, self.n_sink :]
         # the sinks' queries are outliers; only in a short context are they among the last tokens
         n_skipped = max(0, self.n_sink - (n_tokens - states.queries.shape[1]))
         rotation = mean_rotation(states, n_tokens, self.n_future)
@@ -82,7 +83,7 @@ class ExpectedAttention(Method):
             weights = np.exp(logits - logits.max(), dtype=np.float64)
             expected[head // n_group] += weights / (weights.sum() * n_group)
         if self.use_vnorm:
-            values = evidence.read("values", l)[:, self.n_sink :]
+            values = evidence.values(l)[:, self.n_sink :]
             expected = (expected + self.epsilon) * np.linalg.norm(values, axis=2)
         out[:, self.n_sink :] = expected
         return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.types import FloatArray
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from .base import Method
 
 
@@ -22,7 +22,7 @@ class KeyDiff(Method):
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Returns the scores of each layer, float32 ``(n_head_kv, N)`` in [-1, 1]; reads one layer's keys at a time."""
-        return [_scores(evidence.read("keys", l)) for l in range(len(evidence.layers))]
+        return [_scores(evidence.keys(l)) for l in range(len(evidence.layers))]
 
 
 def _scores(keys: FloatArray) -> FloatArray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.types import FloatArray
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from .base import Method
 
 
@@ -21,4 +21,4 @@ class KNorm(Method):
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Returns the scores of each layer, float32 ``(n_head_kv, N)``, at most 0; reads one layer's keys at a time."""
-        return [-np.linalg.norm(evidence.read("keys", l), axis=2) for l in range(len(evidence.layers))]
+        return [-np.linalg.norm(evidence.keys(l), axis=2) for l in range(len(evidence.layers))]

@@ -14,7 +14,8 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..measurements.surrogate import Surrogate, find_surrogate, load_surrogate
-from ..scoring.requests import AttentionRequest, Evidence, Prefill, Prompts, Repeat, Window
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Prefill, Prompts, Repeat, Window
 from .allocation import Allocation, GlobalRanking
 from .base import Method, check_choice, check_flag, check_integer, check_number, check_positive, map_layers
 
@@ -180,7 +181,7 @@ class KVCompose(Method):
 
         layers = range(len(evidence.layers) if self.add_v_norm else 0)
         # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
-        norms = [np.linalg.norm(evidence.read("values", l), axis=2) for l in layers]  # one layer in memory at a time
+        norms = [np.linalg.norm(evidence.values(l), axis=2) for l in layers]  # one layer in memory at a time
 
         predicted = self._predicted(evidence) if self.scoring == "surrogate" else []
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Repeat
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Repeat
 from .base import Method, check_integer, check_positive, map_layers
 
 #: before the first chunk, and before the others, which quote 8 tokens (kvpress, kvzip_press.py)

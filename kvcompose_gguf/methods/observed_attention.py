@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Prefill
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Prefill
 from .base import Method, map_layers
 
 

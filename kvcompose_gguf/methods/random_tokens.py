@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from .base import Method, check_integer
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Window
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Window
 from ..support.checks import check_choice, check_integer, check_odd, check_positive
 from .base import Method, map_layers
 

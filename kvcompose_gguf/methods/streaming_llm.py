@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.types import FloatArray
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from .base import Method
 
 

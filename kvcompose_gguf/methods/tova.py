@@ -8,7 +8,8 @@ import numpy as np
 
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
-from ..scoring.requests import AttentionRequest, Evidence, Window
+from ..scoring.evidence import Evidence
+from ..scoring.requests import AttentionRequest, Window
 from .base import Method, map_layers
 
 

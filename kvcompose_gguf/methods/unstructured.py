@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from ..kernels.types import FloatArray
 from ..plan.composition import TokenMask
-from ..scoring.requests import Evidence
+from ..scoring.evidence import Evidence
 from .base import with_forced
 from .kvcompose import KVCompose
 

@@ -12,6 +12,33 @@ from ..kernels.types import FloatArray
 from .session import KVSession
 
 
+class ContextRows:
+    """Reads the rows of a context in a full cache (``scoring.evidence.RowReader``).
+
+    Args:
+        n_tokens: number of context tokens N.
+    """
+
+    def __init__(self, session: KVSession, n_tokens: int) -> None:
+        self._session, self._n_tokens = session, n_tokens
+
+    def keys(self, l: int) -> FloatArray:
+        """Returns float32 ``(n_head_kv, N, n_embd_head_k)``; raises StateError if the cache has changed."""
+        return cached_rows(self._session, l, "k", self._n_tokens)
+
+    def values(self, l: int) -> FloatArray:
+        """Returns float32 ``(n_head_kv, N, n_embd_head_v)``; raises StateError if the cache has changed."""
+        return cached_rows(self._session, l, "v", self._n_tokens)
+
+    def rotate(self, l: int, rows: FloatArray, pos: npt.NDArray[np.int32]) -> FloatArray:
+        """Returns ``rows`` with the model's RoPE, as ``KVSession.rope``."""
+        return self._session.rope(l, rows, pos)
+
+    def unrotate(self, l: int, rows: FloatArray, pos: npt.NDArray[np.int32]) -> FloatArray:
+        """Inverts ``rotate``."""
+        return self._session.rope(l, rows, pos, inverse=True)
+
+
 def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens: int) -> FloatArray:
     """Returns keys or values of the first ``n_tokens`` tokens in a full cache, as :func:`read_rows`.
 

@@ -1,4 +1,4 @@
-"""The compressed context at the beginning of a cache, as a value."""
+"""A cache's contents, and the compressed context at its beginning, as values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels.types import FloatArray
+from .report import KVReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,18 +17,36 @@ class Composed:
 
     Attributes:
         tokens: all N tokens of the context, kept or not.
-        choice: the Llama's method at that time (``choice_of``), or the caller's own name for it; a prompt with another
+        choice: the method that compressed it (``choice_of``), or the caller's own name for it; a prompt with another
             choice is read again.
         kept: the tokens that every KV head keeps, as ``CompositionPlan.bits``.
-        windows: state of the sliding-window layers at the end of the context; None: the model has no such layers.
+        partial: state of the layers that cannot go back (sliding windows) at the end of the context; None: the model
+            has no such layers.
     """
 
     tokens: tuple[int, ...]
     choice: str
     kept: npt.NDArray[np.uint8]
-    windows: bytes | None = None
+    partial: bytes | None = None
 
     def shares(self) -> FloatArray:
         """Returns for each token the share of all layers' KV heads that keep it, float32 ``(N,)`` in [0, 1]."""
         shares: FloatArray = np.unpackbits(self.kept, axis=1, count=len(self.tokens)).mean(axis=0, dtype=np.float32)
         return shares
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """Everything that a cache holds.
+
+    Attributes:
+        tokens: int32 ``(n_tokens,)``, all tokens, including those of a compressed context.
+        state: uint8 ``(n_bytes,)`` or bytes, the result of ``native.decoder.Decoder.state``.
+        composed: the compressed context, or None.
+        report: figures of the compression, or None.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    state: npt.NDArray[np.uint8] | bytes
+    composed: Composed | None
+    report: KVReport | None

@@ -14,24 +14,31 @@ from ..errors import ConfigError, ContextLengthError
 from ..kernels.types import FloatArray
 from ..native.session import KVSession
 from ..support.progress import Meter
-from .requests import AttentionRequest, Prefill, Prompts, Queries, StateRequest, Window
 
 #: number of tokens per piece for ``scoring_fraction``; each piece is long enough to be text
 PIECE = 64
 
-#: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
-N_TAIL = 8
 
+class Reader(Protocol):
+    """What scoring needs of a live cache; ``context.Context`` is one."""
 
-class Decoder(Protocol):
-    """The interface through which scoring uses a model."""
+    @property
+    def session(self) -> KVSession:
+        """Scores, taps and rows of the cache."""
 
-    n_batch: int
-    n_ubatch: int
-    #: counts the tokens of ``decode``
-    meter: Meter
+    @property
+    def n_batch(self) -> int:
+        """Largest number of tokens of a ``decode``."""
 
-    def prefill(self, tokens: Sequence[int], keep_prefix: bool) -> int:
+    @property
+    def n_ubatch(self) -> int:
+        """Largest number of tokens that are computed at once."""
+
+    @property
+    def meter(self) -> Meter:
+        """Counts the tokens of ``decode``."""
+
+    def prefill(self, tokens: Sequence[int], keep_prefix: bool = True) -> int:
         """Makes the cache hold exactly ``tokens``; returns how many were evaluated.
 
         Args:
@@ -67,44 +74,20 @@ class Attention:
     n_window: int = 0
 
 
-def collect_attention(
-    session: KVSession,
-    decoder: Decoder,
-    request: AttentionRequest,
-    tokens: Sequence[int],
-    suffix: Sequence[int] = (),
-    tokenize: Callable[[str], Sequence[int]] | None = None,
-    max_bytes: int = 64 << 20,
-) -> Attention:
-    """Prefills ``tokens`` and returns the attention that ``request`` asks for.
-
-    Args:
-        suffix: tokens that follow the context in its prompt; the prompt's last tokens are the queries of ``Window``.
-        tokenize: returns the tokens of a text, for ``Prompts`` and instructions.
-        max_bytes: limit of the working memory, not counting the scores.
-    Raises:
-        ContextLengthError: the context leaves no cell for queries on top of it.
-        ConfigError: there are no queries.
-    """
-    return _Collector(session, decoder, request.aggregation == "max", max_bytes, tokenize).collect(
-        request.queries, tokens, suffix
-    )
-
-
-def collect_queries(
-    session: KVSession, decoder: Decoder, request: StateRequest, tokens: Sequence[int]
-) -> list[FloatArray]:
+def collect_queries(reader: Reader, n_queries: int, tokens: Sequence[int]) -> list[FloatArray]:
     """Evaluates the last context tokens again, and returns their queries as they are before the rotation.
 
+    Args:
+        n_queries: number of tokens; at most the context and ``n_ubatch`` are taken.
     Returns:
         For each layer float32 ``(n_head, n_queries, n_embd_head_k)``, scaled as ``QueryStates`` says.
     """
-    n_tokens = len(tokens)
-    n_queries = min(request.n_queries, n_tokens, decoder.n_ubatch)
+    session, n_tokens = reader.session, len(tokens)
+    n_queries = min(n_queries, n_tokens, reader.n_ubatch)
     first = n_tokens - n_queries
-    decoder.prefill(tokens[:first], True)
+    reader.prefill(tokens[:first], True)
     with session.taps("queries", n_queries):
-        decoder.prefill(tokens, True)
+        reader.prefill(tokens, True)
         tapped = [session.tapped("queries", l, n_queries) for l in range(len(session.layers))]
     queries = []
     for l, rows in enumerate(tapped):
@@ -141,38 +124,30 @@ def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: 
 
 
 @dataclass(frozen=True)
-class _Collector:
-    session: KVSession
-    decoder: Decoder
+class Scorer:
+    """The ways to collect attention from a live cache; each request of ``scoring.requests`` uses one of them.
+
+    Attributes:
+        reader: the cache.
+        use_max: aggregate over the queries by the maximum; False: by the mean over those that can see the token.
+        max_bytes: limit of the working memory, not counting the scores.
+        tokenize: returns the tokens of a text that follows another text.
+    """
+
+    reader: Reader
     use_max: bool
     max_bytes: int
-    tokenize: Callable[[str], Sequence[int]] | None
-
-    def collect(self, queries: Queries, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
-        if isinstance(queries, Window):
-            return self.of_window(queries.size, tokens, suffix)
-        if isinstance(queries, Prefill):
-            return self.of_prefill(tokens)
-        if isinstance(queries, Prompts):
-            return self.on_top([self.tokens_of(text) for text in queries.texts], queries.chunk, tokens)
-        words = self.tokens_of(queries.instruction)
-        later_words = self.tokens_of(queries.continuation)
-        query = spread(tokens, queries.fraction)
-
-        def introduction(first: int) -> list[int]:
-            quoted = first > 0 and bool(later_words)
-            return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
-
-        return self.on_top([query], queries.chunk, tokens, introduction, own=queries.own)
+    tokenize: Callable[[str], Sequence[int]] | None = None
 
     def tokens_of(self, text: str) -> list[int]:
+        """Returns the tokens of a text."""
         if not text:
             return []
         assert self.tokenize is not None
         return list(self.tokenize(text))
 
-    def scoring(self, n_tokens: int) -> AbstractContextManager[None]:
-        return self.session.scoring("max" if self.use_max else "sum", n_tokens, self.max_bytes)
+    def _scoring(self, n_tokens: int) -> AbstractContextManager[None]:
+        return self.reader.session.scoring("max" if self.use_max else "sum", n_tokens, self.max_bytes)
 
     def on_top(
         self,
@@ -196,7 +171,7 @@ class _Collector:
         if n_query == 0:
             raise ConfigError("there is no query token to score with: give a context and prompts that are not empty")
         n_words = max(len(introduction(0)), len(introduction(n_query)))
-        chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.session.state().n_cells)
+        chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.reader.session.state().n_cells)
         chunks = [
             introduction(first) + query[first : first + chunk]
             for query in queries
@@ -204,17 +179,17 @@ class _Collector:
         ]
 
         start = time.perf_counter()
-        n_prefilled = self.decoder.prefill(tokens, True)
+        n_prefilled = self.reader.prefill(tokens, True)
         prefilled = time.perf_counter()
-        self.session.reserve(n_tokens + n_words + chunk)
-        self.decoder.meter.begin("scoring", sum(map(len, chunks)))
+        self.reader.session.reserve(n_tokens + n_words + chunk)
+        self.reader.meter.begin("scoring", sum(map(len, chunks)))
         scores: list[list[FloatArray]] = []
         for judges in [[query] for query in chunks] if own else [chunks]:
-            with self.scoring(n_tokens):
+            with self._scoring(n_tokens):
                 for query in judges:
-                    with self.decoder.on_top(n_tokens):
-                        self.decode(query, n_tokens)
-                new = self.session.scores(n_tokens)
+                    with self.reader.on_top(n_tokens):
+                        self._decode(query, n_tokens)
+                new = self.reader.session.scores(n_tokens)
             if not self.use_max:
                 new = [score / np.float32(sum(map(len, judges))) for score in new]
             scores.append(new)
@@ -229,26 +204,26 @@ class _Collector:
         """Scores with the prompt's last ``size`` tokens; those after the context are removed from the cache again."""
         n_tokens, n_prompt = len(tokens), len(tokens) + len(suffix)
         first = max(0, n_prompt - size)
-        n_cells = self.session.state().n_cells
+        n_cells = self.reader.session.state().n_cells
         if n_prompt > n_cells:
             raise ContextLengthError(f"a prompt of {n_prompt} tokens does not fit into n_ctx={n_cells}: raise n_ctx")
 
         start = time.perf_counter()
-        n_prefilled = self.decoder.prefill(tokens[:first], True)
+        n_prefilled = self.reader.prefill(tokens[:first], True)
         prefilled = time.perf_counter()
         if first < n_tokens:
-            with self.scoring(n_tokens):
-                n_prefilled += self.decoder.prefill(tokens, True)
-                with self.decoder.on_top(n_tokens):
-                    self.decode(suffix, n_tokens)
-                scores = self.session.scores(n_tokens)
+            with self._scoring(n_tokens):
+                n_prefilled += self.reader.prefill(tokens, True)
+                with self.reader.on_top(n_tokens):
+                    self._decode(suffix, n_tokens)
+                scores = self.reader.session.scores(n_tokens)
         else:
-            with self.decoder.on_top(n_tokens):
-                self.decode(suffix[: first - n_tokens], n_tokens)
-                with self.scoring(n_tokens):
-                    self.decode(suffix[first - n_tokens :], first)
-                    scores = self.session.scores(n_tokens)
-        self.divide_by_queries(scores, first, n_prompt)
+            with self.reader.on_top(n_tokens):
+                self._decode(suffix[: first - n_tokens], n_tokens)
+                with self._scoring(n_tokens):
+                    self._decode(suffix[first - n_tokens :], first)
+                    scores = self.reader.session.scores(n_tokens)
+        self._divide_by_queries(scores, first, n_prompt)
         elapsed = time.perf_counter() - prefilled
         return Attention(
             scores, n_prefilled, prefilled - start, elapsed, n_prompt - first, max(0, n_tokens - first)
@@ -257,21 +232,21 @@ class _Collector:
     def of_prefill(self, tokens: Sequence[int]) -> Attention:
         """Scores with the context's own tokens during the prefill, so all of them are evaluated again."""
         start = time.perf_counter()
-        self.decoder.prefill([], False)  # empties the cache: a compressed one cannot be scored
-        with self.scoring(len(tokens)):
-            n_prefilled = self.decoder.prefill(tokens, False)
+        self.reader.prefill([], False)  # empties the cache: a compressed one cannot be scored
+        with self._scoring(len(tokens)):
+            n_prefilled = self.reader.prefill(tokens, False)
             prefilled = time.perf_counter()
-            scores = self.session.scores(len(tokens))
-        self.divide_by_queries(scores, 0, len(tokens))
+            scores = self.reader.session.scores(len(tokens))
+        self._divide_by_queries(scores, 0, len(tokens))
         return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, 0)
 
-    def divide_by_queries(self, scores: list[FloatArray], first: int, end: int) -> None:
+    def _divide_by_queries(self, scores: list[FloatArray], first: int, end: int) -> None:
         """Turns sums into means, in place: the queries at ``[max(first, i), end)`` see token i."""
         if not self.use_max:
             n_queries = end - np.maximum(first, np.arange(scores[0].shape[1]))
             for score in scores:
                 score /= n_queries.astype(np.float32)
 
-    def decode(self, tokens: Sequence[int], pos: int) -> None:
-        for first in range(0, len(tokens), self.decoder.n_batch):
-            self.decoder.decode(tokens[first : first + self.decoder.n_batch], pos + first)
+    def _decode(self, tokens: Sequence[int], pos: int) -> None:
+        for first in range(0, len(tokens), self.reader.n_batch):
+            self.reader.decode(tokens[first : first + self.reader.n_batch], pos + first)

@@ -1,22 +1,45 @@
-"""What a method asks for (the queries that score a context), and the evidence that it receives."""
+"""The requests of a method, as values: which queries score a context, and how each request is collected."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from ..plan.geometry import LayerGeometry
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
+from .collect import Attention, Reader, Scorer, collect_queries, spread
+
+#: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
+N_TAIL = 8
+
+
+class Queries(ABC):
+    """The tokens whose attention scores a context."""
+
+    #: whether the context itself is evaluated while it is scored, so that no earlier prefill can be reused
+    scores_while_reading = False
+
+    @abstractmethod
+    def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """Prefills ``tokens`` and returns the attention that these queries pay to them.
+
+        Args:
+            suffix: tokens that follow the context in its prompt.
+        """
+
+    @property
+    def label(self) -> str:
+        """Returns the queries and their options for reports, without options that are off."""
+        options = {name: value for name, value in asdict(self).items() if value not in ("", None, False)}  # type: ignore[call-overload]
+        texts = (name if isinstance(value, (str, bool)) else f"{name}={value!r}" for name, value in options.items())
+        return f"{type(self).__name__.lower()}({', '.join(texts)})"
 
 
 @dataclass(frozen=True)
-class Repeat:
+class Repeat(Queries):
     """The context itself, evaluated a second time on top of its cache.
 
     Attributes:
@@ -48,9 +71,21 @@ class Repeat:
         if self.own and self.fraction != 1:
             raise ConfigError(f"own=True needs the whole context, fraction=1, not {self.fraction}")
 
+    def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """Evaluates the context again on top of its cache, chunk by chunk."""
+        words = scorer.tokens_of(self.instruction)
+        later_words = scorer.tokens_of(self.continuation)
+        query = spread(tokens, self.fraction)
+
+        def introduction(first: int) -> list[int]:
+            quoted = first > 0 and bool(later_words)
+            return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
+
+        return scorer.on_top([query], self.chunk, tokens, introduction, own=self.own)
+
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(Queries):
     """The user's texts, each evaluated on top of the context, ``chunk`` tokens at a time."""
 
     texts: Sequence[str]
@@ -63,9 +98,13 @@ class Prompts:
         object.__setattr__(self, "texts", tuple(self.texts))  # equal requests must have equal hashes
         _check_chunk(self.chunk)
 
+    def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """Evaluates each text on top of the context."""
+        return scorer.on_top([scorer.tokens_of(text) for text in self.texts], self.chunk, tokens)
+
 
 @dataclass(frozen=True)
-class Window:
+class Window(Queries):
     """The last ``size`` tokens of the prompt; they may lie after the context, in the question."""
 
     size: int
@@ -74,13 +113,20 @@ class Window:
         check_integer("size", self.size)
         check_positive("size", self.size)
 
+    def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """Scores with the prompt's last tokens while they are read."""
+        return scorer.of_window(self.size, tokens, suffix)
+
 
 @dataclass(frozen=True)
-class Prefill:
+class Prefill(Queries):
     """The context's own tokens during the prefill."""
 
+    scores_while_reading = True
 
-Queries = Repeat | Prompts | Window | Prefill
+    def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """Evaluates the whole context, and scores it meanwhile."""
+        return scorer.of_prefill(tokens)
 
 
 @dataclass(frozen=True)
@@ -100,6 +146,31 @@ class AttentionRequest:
             raise ConfigError(f"queries={self.queries!r} is none of Repeat, Prompts, Window and Prefill")
         check_choice("aggregation", self.aggregation, ("max", "mean"))
 
+    @property
+    def label(self) -> str:
+        """Returns the request for reports, e.g. ``"repeat(chunk=512, fraction=1.0) max"``."""
+        return f"{self.queries.label} {self.aggregation}"
+
+    def collect(
+        self,
+        reader: Reader,
+        tokens: Sequence[int],
+        suffix: Sequence[int] = (),
+        tokenize: Callable[[str], Sequence[int]] | None = None,
+        max_bytes: int = 64 << 20,
+    ) -> Attention:
+        """Prefills ``tokens`` and returns the attention that this request asks for.
+
+        Args:
+            suffix: tokens that follow the context in its prompt; the last of them are the queries of ``Window``.
+            tokenize: returns the tokens of a text, for ``Prompts`` and instructions.
+            max_bytes: limit of the working memory, not counting the scores.
+        Raises:
+            ContextLengthError: the context leaves no cell for queries on top of it.
+            ConfigError: there are no queries.
+        """
+        return self.queries.collect(Scorer(reader, self.aggregation == "max", max_bytes, tokenize), tokens, suffix)
+
 
 @dataclass(frozen=True)
 class StateRequest:
@@ -111,81 +182,16 @@ class StateRequest:
         check_integer("n_queries", self.n_queries)
         check_positive("n_queries", self.n_queries)
 
+    @property
+    def label(self) -> str:
+        """Returns the request for reports."""
+        return str(self)
 
-@dataclass(frozen=True, eq=False)
-class QueryStates:
-    """Query vectors of one layer before their rotation.
-
-    Attributes:
-        queries: float32 ``(n_head, n_queries, n_embd_head_k)``, scaled so that the product of a rotated query with a
-            cached key is the attention logit.
-        rotate: applies RoPE to rows float32 ``(n_rows, n_embd_head_k)`` at positions int32 ``(n_rows,)``, with the
-            model's own frequencies and scaling; also Hadamard-rotates them if the cached keys are.
-    """
-
-    queries: FloatArray
-    rotate: Callable[[FloatArray, npt.NDArray[np.int32]], FloatArray]
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """The data a method reads: a context in a full cache, and the attention that the method requested.
-
-    Attributes:
-        n_tokens: context tokens N.
-        layers: the cached layers, in order.
-        attention: for each layer float32 ``(n_head, N)``: attention probabilities on each context token, aggregated
-            over the requested queries and not renormalised. Empty if the method requests no attention.
-        n_window: number of last context tokens that are queries of a ``Window``; later queries cannot see all of them.
-        keys, values: for a layer number return float32 ``(n_head_kv, N, n_embd_head)`` as cached: keys with their
-            rotation, and both Hadamard-rotated if they are quantized. Called only when needed.
-        states: returns a layer's query vectors, for methods with a ``state_request``.
-        unrotate: for a layer number returns a function that undoes the rotation of cached keys float32
-            ``(n_rows, n_embd_head_k)`` at positions int32 ``(n_rows,)``.
-    """
-
-    n_tokens: int
-    layers: Sequence[LayerGeometry]
-    attention: Sequence[FloatArray] = ()
-    n_window: int = 0
-    keys: Callable[[int], FloatArray] | None = None
-    values: Callable[[int], FloatArray] | None = None
-    states: Callable[[int], QueryStates] | None = None
-    unrotate: Callable[[int], Callable[[FloatArray, npt.NDArray[np.int32]], FloatArray]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.attention:
-            check_layers("attention", self.attention, [(layer.n_head, self.n_tokens) for layer in self.layers])
-
-    def read(self, which: Literal["keys", "values", "states", "unrotate"], l: int) -> Any:
-        """Returns ``keys``, ``values``, ``states`` or ``unrotate`` of layer ``l``.
-
-        Raises:
-            ConfigError: this evidence does not include them.
-        """
-        reader = getattr(self, which)
-        if reader is None:
-            raise ConfigError(f"the evidence has no {which}")
-        return reader(l)
+    def collect(self, reader: Reader, tokens: Sequence[int]) -> list[FloatArray]:
+        """Evaluates the last context tokens again; returns ``Evidence.queries``."""
+        return collect_queries(reader, self.n_queries, tokens)
 
 
 def _check_chunk(chunk: int | None) -> None:
     check_integer("chunk", chunk, optional=True)
     check_positive("chunk", chunk)
-
-
-def check_layers(
-    name: str, arrays: Sequence[FloatArray], shapes: Sequence[tuple[int, int]], infinite: bool = False
-) -> None:
-    """Checks for one finite float32 array of the given shape per layer; ``infinite`` also allows +infinity.
-
-    Raises:
-        ConfigError: an array does not fit.
-    """
-    if len(arrays) != len(shapes):
-        raise ConfigError(f"{name} has {len(arrays)} layers; the cache has {len(shapes)}")
-    for l, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
-        if array.shape != shape or array.dtype != np.float32:
-            raise ConfigError(f"{name}[{l}] is {array.dtype} {array.shape}; float32 {shape} is needed")
-        if not (array > -np.inf if infinite else np.isfinite(array)).all():
-            raise ConfigError(f"{name}[{l}] {'has NaN or -infinity' if infinite else 'is not finite'}")

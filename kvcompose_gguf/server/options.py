@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from ..native.embeddings import POOLING
 from ..native.kv_types import ggml_type
+from ..native.pooling import POOLING
 from ..support.arguments import COMPRESSION, MODEL, THREADS, Argument, part, setting, settings
 from ..support.checks import parse_bytes
 from .slots.sampling import SAMPLING, Sampling

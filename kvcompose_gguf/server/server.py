@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from .. import __version__
+from ..models.templates import ChatTemplate
 from ..native.environment import system
 from . import formats
 from .chat import templates as chat
@@ -49,12 +50,12 @@ class Server:
         self.fingerprint = f"b{__version__}-{system()['llama_cpp_commit'][:9]}"
         self.template = self._template()
 
-    def _template(self) -> chat.ChatTemplate | chat.BuiltinTemplate:
+    def _template(self) -> ChatTemplate | chat.BuiltinTemplate:
         source = self.options.chat_template or self.llama.metadata.get("tokenizer.chat_template") or "chatml"
         if source != "chatml" and source in chat.BuiltinTemplate.names():
             return chat.BuiltinTemplate(source)
         bos, eos = (self.text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
-        return chat.ChatTemplate(source, bos, eos, self.llama.adds_bos)
+        return ChatTemplate(source, bos, eos, self.llama.adds_bos)
 
     def text(self, token: int) -> str:
         """Returns the text of a token, also of a control token. Empty if ``token`` is negative: the model has none."""

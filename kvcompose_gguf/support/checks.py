@@ -1,4 +1,4 @@
-"""Checks of arguments; every message names the argument, its value and what is allowed."""
+"""Reads and checks arguments; every message names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 from types import NoneType
+from typing import TypeVar
 
 from ..errors import ConfigError
 
@@ -15,6 +16,8 @@ _UNITS = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
+
+Number = TypeVar("Number", int, float)
 
 
 def parse_bytes(name: str, value: str | int) -> int:
@@ -37,6 +40,21 @@ def parse_bytes(name: str, value: str | int) -> int:
             "kB, MB, GB, TB, KiB, MiB, GiB or TiB, e.g. 512MB or 1.5GiB"
         )
     return int(Fraction(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_numbers(name: str, text: str | None, kind: type[Number]) -> tuple[Number, ...] | None:
+    """Returns the comma-separated numbers in ``text``, the value of option ``name``.
+
+    Raises:
+        ConfigError: an item is not a number of this kind.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(",")) if text.strip() else ()
+    except ValueError as error:
+        what = "integers" if kind is int else "numbers"
+        raise ConfigError(f"{name}={text!r} is not a comma-separated list of {what}") from error
 
 
 def check_number(name: str, value: object, *, optional: bool = False) -> None:

@@ -15,13 +15,16 @@ import pytest
 from support import tiny
 from typer.testing import CliRunner
 
-from kvcompose_gguf.bench import runner as bench_module
+from kvcompose_gguf.bench import measure
+from kvcompose_gguf.bench.measure import context_tokens
+from kvcompose_gguf.bench.measured_cache import VariantRun
+from kvcompose_gguf.bench.options import BenchOptions
+from kvcompose_gguf.bench.plot import plot_bench
+from kvcompose_gguf.bench.process import VariantProcess
 from kvcompose_gguf.bench.result import BenchResult, Environment, Measurement, Variant, read_result
-from kvcompose_gguf.bench.runner import BenchOptions, context_tokens, numbers
-from kvcompose_gguf.bench.worker import Job, Worker
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, NativeError
-from kvcompose_gguf.support.plots import plot_bench
+from kvcompose_gguf.support.checks import parse_numbers
 
 N_TOKENS, N_DECODE, REPEATS = 300, 8, 2
 MEASURED = ["full f16", "full q8_0", "KVCompose 0.5 f16", "KVCompose 0.75 f16", "KVCompose 0.75 q8_0"]
@@ -149,22 +152,22 @@ def test_an_earlier_run_is_shown_and_its_document_is_the_last_line(document: Pat
 
 
 #
-# a worker
+# a process
 #
 
 
-def job(model: Path, variant: Variant) -> Job:
+def run(model: Path, variant: Variant) -> VariantRun:
     tokens = tiny.tokens(tiny.GQA, 40)
-    return Job(model, variant, 256, 2, 2, tokens[:32], tokens[32:])
+    return VariantRun(model, variant, 256, 2, 2, tokens[:32], tokens[32:])
 
 
-def test_a_waiting_worker_takes_no_cpu_time_and_a_dead_one_is_noticed(
+def test_a_waiting_process_takes_no_cpu_time_and_a_dead_one_is_noticed(
     tiny_model: Callable[[tiny.TinyConfig], Path],
 ) -> None:
-    with Worker(job(tiny_model(tiny.GQA), Variant("f16"))) as worker:
-        worker.read()
-        assert worker.decode() > 0
-        process = psutil.Process(worker.pid)
+    with VariantProcess(run(tiny_model(tiny.GQA), Variant("f16"))) as started:
+        started.read()
+        assert started.decode() > 0
+        process = psutil.Process(started.pid)
 
         def seconds_used() -> float:
             before = process.cpu_times()
@@ -176,18 +179,18 @@ def test_a_waiting_worker_takes_no_cpu_time_and_a_dead_one_is_noticed(
         assert any(seconds_used() < 0.05 for _ in range(120))
         process.kill()
         with pytest.raises(NativeError, match=r"full f16 at n_tokens=32: the process ended with exit code"):
-            worker.decode()
+            started.decode()
     assert not psutil.pid_exists(process.pid)
 
 
-def test_a_workers_error_names_its_variant(tmp_path: Path) -> None:
+def test_an_error_of_a_process_names_its_variant(tmp_path: Path) -> None:
     file = tmp_path / "no.gguf"
     file.write_bytes(b"not a model")
     with (
-        Worker(job(file, Variant("q8_0", 0.5))) as worker,
+        VariantProcess(run(file, Variant("q8_0", 0.5))) as started,
         pytest.raises(ConfigError, match=r"KVCompose 0.5 q8_0 at n_tokens=32: .*no.gguf cannot be used"),
     ):
-        worker.read()
+        started.read()
 
 
 #
@@ -221,7 +224,7 @@ def test_the_middle_ratio_is_measured_with_the_other_types_as_well() -> None:
 
 @contextlib.contextmanager
 def vocabulary_of(model: Path) -> Iterator[object]:
-    with bench_module.open_vocabulary(model) as vocabulary:
+    with measure.open_vocabulary(model) as vocabulary:
         yield vocabulary
 
 
@@ -319,7 +322,7 @@ def test_a_wrong_argument_is_named_before_anything_is_run(
 ) -> None:
     if "--plot" in arguments:
         pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
-    monkeypatch.setattr(bench_module, "_measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(measure, "_measure", lambda *_: pytest.fail("measured"))
     monkeypatch.chdir(tmp_path)
     Path("m.gguf").write_bytes(tiny_model(tiny.GQA).read_bytes())
     Path("empty.txt").touch()
@@ -332,8 +335,8 @@ def test_a_wrong_argument_is_named_before_anything_is_run(
 
 
 def test_lists_of_numbers_may_have_blanks() -> None:
-    assert numbers("n_tokens", "1024, 2048", int) == (1024, 2048)
-    assert numbers("n_tokens", None, int) is None
+    assert parse_numbers("n_tokens", "1024, 2048", int) == (1024, 2048)
+    assert parse_numbers("n_tokens", None, int) is None
 
 
 def test_the_command_has_help() -> None:

@@ -5,36 +5,28 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
+from support.commands import failure
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from kvcompose_gguf.bench.runner import BenchOptions
-from kvcompose_gguf.chat.command import ChatOptions
-from kvcompose_gguf.cli import demo as demo_module
+from kvcompose_gguf.bench.options import BenchOptions
+from kvcompose_gguf.chat.options import ChatOptions
 from kvcompose_gguf.cli import doctor as doctor_module
 from kvcompose_gguf.cli.app import app
+from kvcompose_gguf.cli.demo.comparison import Answers, DemoResult
+from kvcompose_gguf.cli.demo.questions import Question
+from kvcompose_gguf.cli.demo.tables import print_demo
 from kvcompose_gguf.errors import LibraryError
 from kvcompose_gguf.evaluation.runner import EvalOptions
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.models import known
 from kvcompose_gguf.plan.report import KVReport
-
-
-def failure(arguments: Sequence[str]) -> str:
-    """The error line of a command that has to end with exit code 1 and nothing but that line."""
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 1, result.output
-    assert isinstance(result.exception, SystemExit)
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ def test_every_command_has_help(command: list[str]) -> None:
 
 def test_help_loads_neither_the_library_nor_the_kernels() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli import app; "
+        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli.app import app; "
         "assert CliRunner().invoke(app, ['--help']).exit_code == 0; "
         "print([name for name in ('llama_cpp', 'numba', 'psutil', 'huggingface_hub') if name in sys.modules])"
     )
@@ -73,7 +65,7 @@ def test_fetch_of_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_fetch_prints_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr(known, "fetch", lambda name: tmp_path / name)
     result = CliRunner().invoke(app, ["fetch", "smollm2"])
     assert (result.exit_code, result.output.strip()) == (0, str(tmp_path / "smollm2"))
 
@@ -134,7 +126,7 @@ def test_the_old_name_of_the_ratios_prints_a_hint(command: str, tmp_path: Path) 
 @pytest.mark.parametrize("command", ["bench", "eval"])
 def test_several_ratios_are_measured(monkeypatch: pytest.MonkeyPatch, command: str, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("kvcompose_gguf.bench.runner.bench", lambda model, options, **_: seen.update(ratios=options.ratios))
+    monkeypatch.setattr("kvcompose_gguf.bench.command.bench", lambda model, options, **_: seen.update(ratios=options.ratios))
     monkeypatch.setattr("kvcompose_gguf.evaluation.command.evaluate", lambda *_, **options: seen.update(options))
     assert CliRunner().invoke(app, [command, "m.gguf", "--compression-ratio", "0.25,0.5"]).exit_code == 0
     assert seen["ratios"] == (0.25, 0.5)
@@ -147,7 +139,7 @@ def test_several_ratios_are_measured(monkeypatch: pytest.MonkeyPatch, command: s
 def test_a_ratio_out_of_range_is_found_before_any_download(
     monkeypatch: pytest.MonkeyPatch, context: Path, command: str, ratio: str
 ) -> None:
-    monkeypatch.setattr(models, "fetch", lambda name: pytest.fail("downloaded"))
+    monkeypatch.setattr(known, "fetch", lambda name: pytest.fail("downloaded"))
     arguments = {
         "chat": ["smollm2", str(context), "-q", "What?"], "compress": ["smollm2", str(context), "-o", "name"], "demo": [],
         "run": ["smollm2", "--context", str(context), "--question", "What?"],
@@ -247,11 +239,11 @@ def test_doctor_is_content_when_every_finding_is_fine(monkeypatch: pytest.Monkey
 
 def test_the_demo_prints_counts_layers_and_bytes() -> None:
     report = KVReport(100, np.array([25, 75]), 4_000_000, 2_000_000, 9_000_000, 3_000_000, 0, 0, 0, 0, 100, 512)
-    questions = (demo_module.Question("The boat is called the", "Marigold"), demo_module.Question("The dog is", "Rex"))
-    full = demo_module.Answers(("Marigold.", "Rex, and"), 2.0, 9_000_000, 300_000_000)
-    compressed = demo_module.Answers(("Marigold.", "a cat"), 1.0, 3_000_000, 250_000_000)
+    questions = (Question("The boat is called the", "Marigold"), Question("The dog is", "Rex"))
+    full = Answers(("Marigold.", "Rex, and"), 2.0, 9_000_000, 300_000_000)
+    compressed = Answers(("Marigold.", "a cat"), 1.0, 3_000_000, 250_000_000)
     console = Console(record=True, width=120, file=io.StringIO())
-    demo_module.print_demo(demo_module.DemoResult(questions, 5.0, full, compressed, report), console)
+    print_demo(DemoResult(questions, 5.0, full, compressed, report), console)
     text = console.export_text()
     assert "2 of 2 right" in text
     assert "1 of 2 right" in text

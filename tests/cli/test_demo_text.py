@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from kvcompose_gguf import KVCompose, KVReport
-from kvcompose_gguf.cli import demo
-from kvcompose_gguf.cli.demo import QUESTIONS, Answers, Question, document
+from kvcompose_gguf.cli.demo import comparison
+from kvcompose_gguf.cli.demo.comparison import Answers
+from kvcompose_gguf.cli.demo.questions import QUESTIONS, Question, document
 
 
 def test_the_document_is_a_few_thousand_tokens_long() -> None:
@@ -93,9 +94,9 @@ class FakeLlama:
 
 def test_the_full_cache_is_asked_before_it_is_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = FakeLlama()
-    monkeypatch.setattr(demo, "load_model", lambda *args, **kwargs: llm)
+    monkeypatch.setattr(comparison, "load_model", lambda *args, **kwargs: llm)
     questions = [Question("The answer is", "42")]
-    result = demo.run_demo(Path("m.gguf"), KVCompose(compression_ratio=0.5), questions=questions, text="Text.")
+    result = comparison.run_demo(Path("m.gguf"), KVCompose(compression_ratio=0.5), questions=questions, text="Text.")
     assert result.full.right(questions) == [True]
     assert result.compressed.right(questions) == [False]
     assert (result.full.n_bytes_kv, result.compressed.n_bytes_kv) == (1000, 100)

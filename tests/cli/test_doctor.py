@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from test_rpc import free_port, wait_for
+from support.processes import free_port, wait_for
 
 from kvcompose_gguf.cli import doctor
-from kvcompose_gguf.native import bindings, library
+from kvcompose_gguf.native import about, bindings, library
 from kvcompose_gguf.native.devices import Device, find_devices
 
 CPU = Device("CPU", "Some Processor", "CPU", 64_000_000_000, 32_500_000_000)
@@ -28,7 +28,7 @@ def printed() -> str:
 def test_a_machine_without_a_gpu_is_said_to_have_none_though_rpc_is_compiled_in(monkeypatch):
     assert library.load().llama_supports_rpc()
     found = find_devices(library.load().llama_cpp._lib)
-    monkeypatch.setattr(doctor, "find_devices", lambda lib: [device for device in found if device.kind == "CPU"])
+    monkeypatch.setattr(about, "find_devices", lambda lib: [device for device in found if device.kind == "CPU"])
     text = printed()
     assert "GPU offload" not in text
     assert [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.startswith("GPU")] == ["none: all layers run on the CPU"]
@@ -47,7 +47,7 @@ def test_the_device_of_an_rpc_server_is_listed_by_name():
     port = free_port()
     command = [sys.executable, "-m", "kvcompose_gguf", "rpc-server", "--threads", "1", "--port", str(port)]
     code = (
-        "from kvcompose_gguf import add_rpc_server, doctor; from rich.console import Console; "
+        "from kvcompose_gguf import add_rpc_server; from kvcompose_gguf.cli import doctor; from rich.console import Console; "
         f"add_rpc_server('127.0.0.1:{port}'); doctor.doctor(Console(width=200))"
     )
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

@@ -10,7 +10,7 @@ from support import tiny
 from typer.testing import CliRunner
 
 from kvcompose_gguf import sessions
-from kvcompose_gguf.cli import sessions as sessions_command
+from kvcompose_gguf.cli import saved as sessions_command
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.sessions import describe
 

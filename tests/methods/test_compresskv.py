@@ -18,7 +18,8 @@ from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.allocation import ByEvictionError, Ranked, Uniform
 from kvcompose_gguf.methods.compresskv import CompressKV
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import AttentionRequest, Evidence, Window
+from kvcompose_gguf.scoring.evidence import Evidence
+from kvcompose_gguf.scoring.requests import AttentionRequest, Window
 
 #: query heads and KV heads of every layer
 MODELS = {

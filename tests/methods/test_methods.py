@@ -1,25 +1,36 @@
-"""Compares every method's scores with its formula, written as plain loops, and checks the guarantees of all plans."""
+"""Compares every method's scores with its formula, and checks what all methods ask for and promise."""
 
 from __future__ import annotations
 
-import doctest
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from support.evidence import MODELS, make_evidence, rotate
+from support.formulas import (
+    Scores,
+    assert_plan,
+    assert_scores,
+    expected_attention,
+    keydiff,
+    knorm,
+    kvzip,
+    observed_attention,
+    snapkv,
+    streaming_llm,
+    tova,
+)
+from support.rows import ArrayRows
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.measurements.calibration import Calibration
-from kvcompose_gguf.methods import METHODS, Method, make_method, register
+from kvcompose_gguf.methods import METHODS, Method, make_method
 from kvcompose_gguf.methods.allocation import GlobalRanking, Pyramid, Uniform
-from kvcompose_gguf.methods.custom import Custom
 from kvcompose_gguf.methods.expected_attention import ExpectedAttention, mean_rotation
 from kvcompose_gguf.methods.keydiff import KeyDiff
 from kvcompose_gguf.methods.knorm import KNorm
-from kvcompose_gguf.methods.kvcompose import KVCompose
 from kvcompose_gguf.methods.kvzip import KVzip
 from kvcompose_gguf.methods.observed_attention import ObservedAttention
 from kvcompose_gguf.methods.pyramidkv import PyramidKV
@@ -27,28 +38,9 @@ from kvcompose_gguf.methods.random_tokens import RandomTokens
 from kvcompose_gguf.methods.snapkv import SnapKV
 from kvcompose_gguf.methods.streaming_llm import StreamingLLM
 from kvcompose_gguf.methods.tova import TOVA
-from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import (
-    AttentionRequest,
-    Evidence,
-    Prefill,
-    Prompts,
-    QueryStates,
-    Repeat,
-    StateRequest,
-    Window,
-)
+from kvcompose_gguf.scoring.evidence import Evidence
+from kvcompose_gguf.scoring.requests import AttentionRequest, Prefill, Repeat, StateRequest, Window
 
-Scores = list[list[list[float]]]  # layer, KV head, token
-N_EMBD_K, N_EMBD_V = 6, 4
-#: query heads and KV heads of every layer
-MODELS = {
-    "one head": [(1, 1)],
-    "MHA": [(4, 4), (4, 4)],
-    "GQA": [(8, 2), (8, 2)],
-    "MQA": [(4, 1), (4, 1)],
-    "layers that differ": [(8, 4), (6, 2), (3, 1)],
-}
 NAMES = {
     "streaming-llm": StreamingLLM,
     "observed-attention": ObservedAttention,
@@ -63,178 +55,6 @@ NAMES = {
 }
 #: taken before any test registers more methods; the unstructured upper bound has no plan
 BUILT_IN = tuple(name for name in METHODS if name != "unstructured")
-
-
-def rotate(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Applies RoPE to the first four elements in pairs (0, 2) and (1, 3), with an attention factor as in YaRN."""
-    assert rows.dtype == np.float32
-    assert rows.shape == (len(positions), N_EMBD_K)
-    angles = positions[:, None] * np.array([1.0, 0.01])
-    cos, sin = np.cos(angles), np.sin(angles)
-    a, b = rows[:, :2], rows[:, 2:4]
-    return 1.1 * np.concatenate([a * cos - b * sin, a * sin + b * cos, rows[:, 4:]], axis=1).astype(np.float32)
-
-
-def make_evidence(
-    model: str = "GQA", n_tokens: int = 23, kind: str = "continuous", n_window: int = 0, n_queries: int = 512
-) -> Evidence:
-    """Returns random evidence; ``"ties"`` has repeated values everywhere, ``"all equal"`` only one value."""
-    rng = np.random.default_rng((len(model), n_tokens))
-    layers = [
-        LayerGeometry(il, n_head, n_head_kv, N_EMBD_K, N_EMBD_V, 1, 1, False, 64)
-        for il, (n_head, n_head_kv) in enumerate(MODELS[model])
-    ]
-
-    def array(*shape: int, negative: bool = True) -> np.ndarray:
-        if kind == "continuous":
-            return (rng.standard_normal(shape) if negative else rng.random(shape)).astype(np.float32)
-        if kind == "ties":
-            return (rng.integers(-2 if negative else 0, 3, shape) / 4).astype(np.float32)
-        return np.full(shape, 0.5, np.float32)
-
-    attention = [array(g.n_head, n_tokens, negative=False) for g in layers]
-    keys = [array(g.n_head_kv, n_tokens, N_EMBD_K) for g in layers]
-    values = [array(g.n_head_kv, n_tokens, N_EMBD_V) for g in layers]
-    queries = [array(g.n_head, min(n_queries, n_tokens), N_EMBD_K) * np.float32(0.4) for g in layers]
-    return Evidence(
-        n_tokens, layers, attention, n_window, keys.__getitem__, values.__getitem__,
-        lambda l: QueryStates(queries[l], rotate),
-    )  # fmt: skip
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def norm(vector: np.ndarray) -> float:
-    return math.sqrt(sum(float(x) ** 2 for x in vector))
-
-
-def dot(a: np.ndarray, b: np.ndarray) -> float:
-    return sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
-
-
-def grouped(evidence: Evidence, l: int, aggregate: Callable[[list[float]], float], attention: Any) -> list[list[float]]:
-    """Returns ``attention[query head][token]`` aggregated over the query heads of every KV head."""
-    layer = evidence.layers[l]
-    n_group = layer.n_head // layer.n_head_kv
-    return [
-        [aggregate([float(attention[h * n_group + g][i]) for g in range(n_group)]) for i in range(len(attention[0]))]
-        for h in range(layer.n_head_kv)
-    ]
-
-
-#
-# the formulas
-#
-
-
-def streaming_llm(evidence: Evidence) -> Scores:
-    return [[[float(i) for i in range(evidence.n_tokens)]] * layer.n_head_kv for layer in evidence.layers]
-
-
-def observed_attention(evidence: Evidence) -> Scores:
-    return [grouped(evidence, l, mean, evidence.attention[l]) for l in range(len(evidence.layers))]
-
-
-def kvzip(evidence: Evidence) -> Scores:
-    return [grouped(evidence, l, max, evidence.attention[l]) for l in range(len(evidence.layers))]
-
-
-def tova(evidence: Evidence) -> Scores:
-    scores: Scores = []
-    for layer, attention in zip(evidence.layers, evidence.attention, strict=True):
-        row = [mean([float(head[i]) for head in attention]) for i in range(evidence.n_tokens)]
-        for i in range(evidence.n_tokens - evidence.n_window, evidence.n_tokens):
-            row[i] = math.inf
-        scores.append([row] * layer.n_head_kv)
-    return scores
-
-
-def snapkv(evidence: Evidence, kernel: int = 5, pooling: str = "mean") -> Scores:
-    n_before = evidence.n_tokens - evidence.n_window
-    scores: Scores = []
-    for l, attention in enumerate(evidence.attention):
-        pooled = []
-        for head in attention:
-            row = []
-            for i in range(n_before):
-                near = [float(head[j]) for j in range(i - kernel // 2, i + kernel // 2 + 1) if 0 <= j < n_before]
-                row.append(max(near) if pooling == "max" else sum(near) / kernel)
-            pooled.append(row)
-        scores.append([row + [math.inf] * evidence.n_window for row in grouped(evidence, l, mean, pooled)])
-    return scores
-
-
-def knorm(evidence: Evidence) -> Scores:
-    return [[[-norm(key) for key in head] for head in evidence.read("keys", l)] for l in range(len(evidence.layers))]
-
-
-def keydiff(evidence: Evidence) -> Scores:
-    scores: Scores = []
-    for l in range(len(evidence.layers)):
-        scores.append([])
-        for head in evidence.read("keys", l).astype(np.float64):
-            directions = [key / max(norm(key), 1e-12) for key in head]
-            anchor = np.mean(directions, axis=0)
-            scores[l].append([-dot(key, anchor) / max(norm(anchor), 1e-8) for key in directions])
-    return scores
-
-
-def expected_attention(
-    evidence: Evidence,
-    n_sink: int = 4,
-    n_future: int = 512,
-    use_covariance: bool = True,
-    use_vnorm: bool = True,
-    epsilon: float = 0.0,
-) -> Scores:
-    """Rotates every query to every future position; the moments are those of its mean over these positions."""
-    n_tokens = evidence.n_tokens
-    scores: Scores = []
-    for l, layer in enumerate(evidence.layers):
-        states, keys, values = (evidence.read(what, l) for what in ("states", "keys", "values"))
-        first = n_tokens - states.queries.shape[1]
-        attention = []
-        for head, queries in enumerate(states.queries):
-            sample = []
-            for i, query in enumerate(queries):
-                if first + i >= n_sink:
-                    positions = np.arange(n_tokens, n_tokens + n_future, dtype=np.int32)
-                    sample.append(rotate(np.tile(query, (n_future, 1)), positions).astype(np.float64).mean(axis=0))
-            logits = []
-            for key in keys[head * layer.n_head_kv // layer.n_head][n_sink:].astype(np.float64):
-                products = [dot(query, key) for query in sample]
-                variance = mean([(x - mean(products)) ** 2 for x in products])
-                logits.append(mean(products) + (variance / 2 if use_covariance else 0))
-            weights = [math.exp(x - max(logits)) for x in logits]
-            attention.append([x / sum(weights) for x in weights])
-        scores.append([])
-        for h, row in enumerate(grouped(evidence, l, mean, attention)):
-            if use_vnorm:
-                row = [(x + epsilon) * norm(value) for x, value in zip(row, values[h][n_sink:], strict=True)]
-            scores[l].append([math.inf] * min(n_sink, n_tokens) + row)
-    return scores
-
-
-def assert_scores(method: Method, evidence: Evidence, expected: Scores) -> list[np.ndarray]:
-    scores = method.scores(evidence)
-    for got, rows in zip(scores, expected, strict=True):
-        assert got.dtype == np.float32
-        assert got.shape == (len(rows), evidence.n_tokens)
-        np.testing.assert_array_equal(np.isinf(got), np.isinf(rows))
-        difference = np.abs(np.nan_to_num(got, posinf=0) - np.nan_to_num(rows, posinf=0))
-        np.testing.assert_allclose(got, rows, 2e-5, 1e-6, err_msg=f"largest difference {difference.max()}")
-    return scores
-
-
-def assert_plan(method: Method, evidence: Evidence, scores: list[np.ndarray], n_kept: list[int]) -> None:
-    """Returns each head's sinks, then its highest scores, lowest index first."""
-    plan = method.plan(evidence)
-    for cells, rows, n in zip(plan.cells, scores, n_kept, strict=True):
-        for kept, row in zip(cells, rows, strict=True):
-            order = sorted(range(evidence.n_tokens), key=lambda i: (i >= method.n_sink, -float(row[i]), i))
-            assert kept.tolist() == sorted(order[:n])
 
 
 FORMULAS: list[tuple[type[Method], dict[str, Any], Callable[..., Scores]]] = [
@@ -321,7 +141,16 @@ def test_methods_read_only_what_they_declare(name: str) -> None:
         "streaming-llm": (), "random": (),
     }.get(name, ("attention",))  # fmt: skip
     method = make_method(name, compression_ratio=0.5)
-    bare = Evidence(full.n_tokens, full.layers, n_window=4, **{what: getattr(full, what) for what in needed})
+    rows = full.rows
+    assert isinstance(rows, ArrayRows)
+    bare = Evidence(
+        full.n_tokens, full.layers, full.attention if "attention" in needed else (), 4,
+        ArrayRows(
+            rows.all_keys if "keys" in needed else (), rows.all_values if "values" in needed else (),
+            rows.turn if "states" in needed else None,
+        ),
+        full.queries if "states" in needed else (),
+    )  # fmt: skip
     for a, b in zip(method.scores(full), method.scores(bare), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -453,14 +282,14 @@ def test_random_tokens_are_other_ones_in_every_head_and_for_every_seed() -> None
 def test_a_key_of_no_length_is_no_error() -> None:
     evidence = make_evidence("GQA", 20, "ties")
     for l in range(2):
-        evidence.read("keys", l)[:, 3:9] = 0
+        evidence.keys(l)[:, 3:9] = 0
     assert_scores(KeyDiff(n_kept=1), evidence, keydiff(evidence))
-    evidence.read("keys", 0)[:] = 0
+    evidence.keys(0)[:] = 0
     assert (KeyDiff(n_kept=1).scores(evidence)[0] == 0).all()
 
 
 def test_the_mean_rotation_is_that_of_the_positions_behind_the_context() -> None:
-    states = make_evidence().read("states", 0)
+    states = make_evidence().states(0)
     rotation = mean_rotation(states, 100, 70)
     query = states.queries[0, :1]
     rotated = [rotate(query, np.array([p])).astype(np.float64) for p in range(100, 170)]
@@ -471,19 +300,19 @@ def test_expected_attention_is_the_expectation_for_gaussian_queries() -> None:
     """Compares with E[exp(q k)] over a large sample, at one future position and without the values' norms."""
     evidence = make_evidence("one head", 200, n_queries=200)
     method = ExpectedAttention(n_kept=1, n_sink=0, n_future=1, use_vnorm=False)
-    states = evidence.read("states", 0)
+    states = evidence.states(0)
     mu, sigma = states.queries[0].mean(axis=0), np.cov(states.queries[0].T, bias=True)
     sample = np.random.default_rng(1).multivariate_normal(mu, sigma, 100_000).astype(np.float32)
     rotated = rotate(sample, np.full(len(sample), 200))
-    expected = np.exp(rotated @ evidence.read("keys", 0)[0].T).mean(axis=0)
+    expected = np.exp(rotated @ evidence.keys(0)[0].T).mean(axis=0)
     expected /= expected.sum()
     np.testing.assert_allclose(method.scores(evidence)[0][0], expected, rtol=0.25)
 
 
 def test_scores_do_not_change_the_evidence() -> None:
     def arrays(evidence: Evidence) -> list[np.ndarray]:
-        reads = [evidence.read(what, l) for what in ("keys", "values") for l in range(3)]
-        return [*evidence.attention, *reads, *(evidence.read("states", l).queries for l in range(3))]
+        reads = [read(l) for read in (evidence.keys, evidence.values) for l in range(3)]
+        return [*evidence.attention, *reads, *(evidence.states(l).queries for l in range(3))]
 
     evidence = make_evidence("layers that differ", 23, n_window=4)
     before = [array.copy() for array in arrays(evidence)]
@@ -493,195 +322,7 @@ def test_scores_do_not_change_the_evidence() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-#
-# names and options
-#
-
-
 def test_every_method_has_its_name() -> None:
     assert set(NAMES) | {"kvcompose"} <= set(METHODS)
     for name, cls in NAMES.items():
         assert type(make_method(name, compression_ratio=0.5)) is cls
-
-
-def test_a_spec_sets_options() -> None:
-    assert make_method("snapkv,window=32,pooling=max", n_kept=9) == SnapKV(n_kept=9, window=32, pooling="max")
-    assert make_method("pyramidkv, beta = 7.5,n_kept=9") == PyramidKV(n_kept=9, beta=7.5)
-    assert make_method("kvzip,scoring_chunk=None,n_sink=0", n_kept=9) == KVzip(n_kept=9, scoring_chunk=None, n_sink=0)
-    assert make_method("random,seed=5", n_kept=9) == RandomTokens(n_kept=9, seed=5)
-    assert make_method("expected-attention,use_vnorm=False", n_kept=9) == ExpectedAttention(n_kept=9, use_vnorm=False)
-    assert make_method("kvcompose_gguf.methods.tova:TOVA", n_kept=9) == TOVA(n_kept=9)
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ('"a, b=c"', "a, b=c"), (' "a" ', "a"), ("'a\\n,'", "a\n,"), ("the last, of=it", None), ("a b", "a b"),
-        ("/a/b'c", "/a/b'c"), ("[x", "[x"), ("", ""), ("f(1)", "f(1)"),
-    ],
-)  # fmt: skip
-def test_texts_of_a_spec_have_commas_if_they_are_quoted(text: str, value: str | None) -> None:
-    if value is None:
-        with pytest.raises(ConfigError, match="unexpected keyword argument 'of'"):
-            make_method(f"kvcompose,instruction={text},n_kept=9")
-        return
-    got = make_method(f"kvcompose,n_sink=1,instruction={text},window=3", n_kept=9)
-    assert got == KVCompose(n_kept=9, n_sink=1, instruction=value, window=3)
-
-
-def test_lists_in_a_spec_have_commas() -> None:
-    method = make_method('kvcompose,prompts=["a, b", "c"],scoring=prompts,scoring_chunk=None', n_kept=9)
-    assert method == KVCompose(n_kept=9, scoring="prompts", prompts=["a, b", "c"], scoring_chunk=None)
-    assert hash(method.attention_request) == hash(AttentionRequest(Prompts(("a, b", "c"), None)))
-
-
-def test_an_error_inside_of_a_method_is_not_taken_for_a_wrong_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**options: Any) -> Method:
-        raise TypeError("a bug")
-
-    monkeypatch.setattr("kvcompose_gguf.methods.METHODS", {"broken": broken})
-    with pytest.raises(TypeError, match="a bug"):
-        make_method("broken,n_kept=3")
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("snap-kv", "method='snap-kv' is none of kvcompose, .*snapkv"),
-        ("snapkv,window", "'window' is not option=value"),
-        ("snapkv,windows=3", "unexpected keyword argument 'windows'; its options are .*n_sink.*, window, kernel"),
-        ("snapkv,window=0", "window=0 is not positive"),
-        ("snapkv,window=1.5", "window=1.5 is not an integer"),
-        ("snapkv,kernel=4", "kernel=4 is not odd"),
-        ("snapkv,kernel=-1", "kernel=-1 is not positive"),
-        ("snapkv,pooling=median", "pooling='median' is none of 'mean', 'max'"),
-        ("pyramidkv,beta=0.5", "beta=0.5 is below 1"),
-        ("pyramidkv,beta=steep", "beta='steep' is not a number"),
-        ("pyramidkv,window=0", "window=0 is not positive"),
-        ("expected-attention,n_queries=0", "n_queries=0 is not positive"),
-        ("expected-attention,n_future=0", "n_future=0 is not positive"),
-        ("expected-attention,epsilon=-1", "epsilon=-1 is negative"),
-        ("expected-attention,epsilon=1e999", "epsilon=inf is negative or not finite"),
-        ("expected-attention,use_vnorm=no", "use_vnorm='no' is neither True nor False"),
-        ("expected-attention,use_covariance=1", "use_covariance=1 is neither"),
-        ("kvzip,scoring_chunk=0", "scoring_chunk=0 is not positive"),
-        ("kvzip,scoring_chunk=1.5", "scoring_chunk=1.5 is not an integer"),
-        ("random,seed=-1", "seed=-1 is negative"),
-        ("random,seed=x", "seed='x' is not an integer"),
-        ("streaming-llm,n_sink=-1", "n_sink=-1 is negative"),
-        ("tova,n_kept=3", "exactly one of .* 2 given"),
-        ("kvcompose_gguf.methods.tova:Tova", "cannot be imported"),
-        ("argparse:Namespace", "is not a Method"),
-        ("builtins:dict", "does not name a Python class or function"),
-        ("math:pi", "does not name a Python class or function"),
-        (":X", "is none of .*, nor module:attribute"),
-        ("math:", "is none of .*, nor module:attribute"),
-        (".math:pi", "is none of .*, nor module:attribute"),
-        ("snapkv,window=3,window=3", "window is given twice"),
-        ("snapkv,compression_ratio=0.5", "compression_ratio is given twice"),
-        ("snapkv,window=3,", "'' is not option=value"),
-    ],
-)
-def test_a_spec_out_of_range_is_refused(spec: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        make_method(spec, compression_ratio=0.5)
-
-
-#
-# one's own
-#
-
-
-def test_the_documented_ten_lines_are_a_method() -> None:
-    [example] = doctest.DocTestFinder(recurse=False).find(Custom, "Custom", globs={})
-    assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
-    method = example.globs["method"]
-    assert method.attention_request == AttentionRequest(Window(32), "mean")
-    assert method.state_request is None
-
-    evidence = make_evidence("layers that differ", 40)
-    expected = kvzip(evidence)
-    for l, scores in enumerate(expected):
-        for row, values in zip(scores, evidence.read("values", l), strict=True):
-            row[:] = [x * norm(value) for x, value in zip(row, values, strict=True)]
-    assert_plan(method, evidence, assert_scores(method, evidence, expected), [10, 10, 10])
-
-
-def test_a_custom_scorer_needs_no_request_and_may_return_any_floats() -> None:
-    evidence = make_evidence("GQA", 12)
-
-    def every_third(evidence: Evidence) -> list[Any]:
-        return [[[float(i % 3 == 0) for i in range(evidence.n_tokens)]] * g.n_head_kv for g in evidence.layers]
-
-    method = Custom(n_kept=4, scorer=every_third)
-    assert (method.attention_request, method.state_request) == (None, None)
-    for cells in method.plan(evidence).cells:
-        assert cells.tolist() == [[0, 3, 6, 9]] * 2
-    assert Custom(n_kept=4, scorer=every_third, states=StateRequest(8)).state_request == StateRequest(8)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scorer": None}, "scorer=None is not a function"),
-        ({"scorer": len, "request": Window(3)}, "request=.* is not of class AttentionRequest"),
-        ({"scorer": len, "states": 3}, "states=3 is not of class StateRequest"),
-        ({"scorer": len, "n_sink": -1}, "n_sink=-1 is negative"),
-    ],
-)
-def test_a_custom_method_out_of_range_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Custom(n_kept=4, **options)
-
-
-@pytest.mark.parametrize(
-    ("request_of", "message"),
-    [
-        (lambda: Repeat(chunk=-1), "chunk=-1 is not positive"), (lambda: Repeat(chunk=0), "chunk=0 is not positive"),
-        (lambda: Repeat(chunk=True), "chunk=True is not an integer"), (lambda: Repeat(fraction=0), "fraction=0 is not in"),
-        (lambda: Repeat(fraction=math.nan), "fraction=nan is not in"), (lambda: Repeat(fraction="1"), "is not a number"),
-        (lambda: Repeat(instruction=None), "instruction=None is not a text"),
-        (lambda: Repeat(continuation=b"x"), "continuation=b'x' is not a text"), (lambda: Repeat(own=1), "own=1 is neither"),
-        (lambda: Repeat(own=True, fraction=0.5), "own=True needs the whole context, fraction=1, not 0.5"),
-        (lambda: Prompts([]), r"texts=\[\] is not a list of texts"), (lambda: Prompts("who?"), "texts='who\\?' is not"),
-        (lambda: Prompts(["", "a"]), "is not a list of texts"), (lambda: Prompts(["a"], 0), "chunk=0 is not positive"),
-        (lambda: Window(0), "size=0 is not positive"), (lambda: Window(1.5), "size=1.5 is not an integer"),
-        (lambda: AttentionRequest(Window(1), "sum"), "aggregation='sum' is none of 'max', 'mean'"),
-        (lambda: AttentionRequest(Window), "queries=.* is none of Repeat, Prompts, Window and Prefill"),
-        (lambda: StateRequest(0), "n_queries=0 is not positive"), (lambda: StateRequest(None), "is not an integer"),
-    ],
-)  # fmt: skip
-def test_a_request_out_of_range_is_refused(request_of: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        request_of()
-
-
-def test_prompts_may_be_a_list() -> None:
-    assert Prompts(["a", "b"]) == Prompts(("a", "b"))
-    assert hash(AttentionRequest(Prompts(["a"]))) == hash(AttentionRequest(Prompts(("a",))))
-
-
-@pytest.mark.parametrize("infinite", [[-np.inf], [-np.inf, np.inf], [np.inf, np.nan]], ids=str)
-def test_scores_of_minus_infinity_are_refused(infinite: list[float]) -> None:
-    scores = np.zeros((2, 12), np.float32)
-    scores[1, : len(infinite)] = infinite
-    with pytest.raises(ConfigError, match=r"scores\[0\] has NaN or -infinity"):
-        Custom(n_kept=4, scorer=lambda e: [scores, scores]).plan(make_evidence("GQA", 12))
-
-
-@pytest.mark.parametrize(
-    "bad", [lambda e: [], lambda e: [np.zeros((2, 3))] * 2, lambda e: [np.full((2, 12), np.nan)] * 2]
-)
-def test_a_custom_scorer_of_another_shape_is_refused(bad: Callable[[Evidence], Any]) -> None:
-    with pytest.raises(ConfigError, match="scores"):
-        Custom(n_kept=4, scorer=bad).plan(make_evidence("GQA", 12))
-
-
-def test_a_scorer_is_registered_like_a_built_in_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcompose_gguf.methods.METHODS", dict(METHODS))
-    register("by-norm", lambda **options: Custom(scorer=lambda e: KNorm(n_kept=1).scores(e), **options))
-    evidence = make_evidence()
-    got = make_method("by-norm,n_kept=5").plan(evidence)
-    assert [c.tolist() for c in got.cells] == [c.tolist() for c in KNorm(n_kept=5).plan(evidence).cells]
-    with pytest.raises(ConfigError, match="'by-norm' is taken"):
-        register("by-norm", KNorm)

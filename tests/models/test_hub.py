@@ -58,7 +58,7 @@ def fetch(client) -> Callable[..., str]:
     code = """
 import sys
 from kvcompose_gguf.errors import KVComposeError
-from kvcompose_gguf.hub import fetch_hub
+from kvcompose_gguf.models.hub import fetch_hub
 try:
     print(fetch_hub(sys.argv[1]))
 except KVComposeError as error:

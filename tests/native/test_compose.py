@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-from conftest import F16, F32, Q8_0, last_logits
 from support import tiny
+from support.llamas import F16, F32, Q8_0, decode_one_by_one, last_logits
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import CompositionPlan, KVCompose
@@ -36,14 +34,6 @@ def masked(config: tiny.TinyConfig, context: list[int], plan: CompositionPlan) -
     return model
 
 
-def decode_one_by_one(llama: Any, ids: list[int]) -> np.ndarray:
-    rows = []
-    for token in ids:
-        llama.eval([token])
-        rows.append(last_logits(llama))
-    return np.stack(rows)
-
-
 @pytest.mark.parametrize("n_kept", [[40, 200, 7], [300, 1, 150], [64, 64, 64], [0, 300, 20]], ids=str)
 @pytest.mark.parametrize(
     ("config", "flash_attn"),
@@ -57,8 +47,8 @@ def test_compacted_equals_masked(make_llama, config, flash_attn, n_kept):
     want = masked(config, context, plan).forward(after)[0]
 
     llama = make_llama(config, flash_attn=flash_attn)
-    llama._prefill(context)
-    llama._session.compose(plan)
+    llama.context.prefill(context)
+    llama.session.compose(plan)
     got = decode_one_by_one(llama, after)
 
     error = np.abs(got - want).max()
@@ -75,8 +65,8 @@ def test_a_batch_after_composing_equals_single_tokens(make_llama):
     context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 50, seed=2)
     plan = random_plan(tiny.GQA, [50, 100, 10])
     llama = make_llama()
-    llama._prefill(context)
-    llama._session.compose(plan)
+    llama.context.prefill(context)
+    llama.session.compose(plan)
     llama.eval(after)
     want = masked(tiny.GQA, context, plan).forward(after)[0][-1]
     assert np.abs(last_logits(llama) - want).max() <= 1e-3
@@ -88,8 +78,8 @@ def test_the_cache_grows_when_its_room_is_used_up(make_llama, flash_attn, n_batc
     context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 600, seed=4)
     plan = random_plan(tiny.GQA, [50, 200, 9])
     llama = make_llama(flash_attn=flash_attn, n_batch=64)
-    llama._prefill(context)
-    llama._session.compose(plan, n_room=16)
+    llama.context.prefill(context)
+    llama.session.compose(plan, n_room=16)
     rows_before = [llama.kv_cells(il).n_rows for il in range(3)]
     for start in range(0, len(after), n_batch):
         llama.eval(after[start : start + n_batch])
@@ -115,11 +105,11 @@ CACHES = [
 def test_keeping_everything_changes_no_logits(make_llama, cache):
     context, after = tiny.tokens(tiny.WIDE, N), tiny.tokens(tiny.WIDE, 64, seed=5)
     llama = make_llama(tiny.WIDE, **cache)
-    llama._prefill(context)
+    llama.context.prefill(context)
     want = decode_one_by_one(llama, after)
-    llama._prefill(context)
-    llama._session.compose(CompositionPlan.keep_all(N, [2, 2, 2]))
-    assert llama._session.state().n_composed == N
+    llama.context.prefill(context)
+    llama.session.compose(CompositionPlan.keep_all(N, [2, 2, 2]))
+    assert llama.session.state().n_composed == N
     error = np.abs(decode_one_by_one(llama, after) - want).max()
     assert error <= 1e-3, f"largest difference {error:.2e}"
 
@@ -128,13 +118,13 @@ def test_keeping_everything_changes_no_logits(make_llama, cache):
 def test_rows_are_moved_byte_by_byte(make_llama, cache):
     config = tiny.WIDE
     llama = make_llama(config, **cache)
-    llama._prefill(tiny.tokens(config, N))
-    layer = llama._session.layers[1]
+    llama.context.prefill(tiny.tokens(config, N))
+    layer = llama.session.layers[1]
     plan = random_plan(config, [30, 77, 120])
 
     def rows(which: str) -> np.ndarray:
         """(row, head, bytes) of layer 1, whatever the layout."""
-        stored = llama._session.stored(1, which)
+        stored = llama.session.stored(1, which)
         n_rows = llama.kv_cells(1).n_rows
         if which == "v" and layer.v_trans:
             return stored.reshape(config.n_head_kv, config.n_embd_head, n_rows, -1).transpose(2, 0, 1, 3).reshape(
@@ -143,7 +133,7 @@ def test_rows_are_moved_byte_by_byte(make_llama, cache):
         return stored.reshape(n_rows, config.n_head_kv, -1)
 
     before = {which: rows(which).copy() for which in "kv"}
-    llama._session.compose(plan)
+    llama.session.compose(plan)
     for which in "kv":
         after = rows(which)
         for h in range(config.n_head_kv):
@@ -153,12 +143,12 @@ def test_rows_are_moved_byte_by_byte(make_llama, cache):
 def test_layers_are_allocated_at_their_own_size(make_llama):
     llama = make_llama(n_ctx=2048, elastic=False)
     full = llama.kv_bytes
-    llama._prefill(tiny.tokens(tiny.GQA, N))
-    llama._session.compose(random_plan(tiny.GQA, [40, 200, 7]), n_room=100)
+    llama.context.prefill(tiny.tokens(tiny.GQA, N))
+    llama.session.compose(random_plan(tiny.GQA, [40, 200, 7]), n_room=100)
     cells = [llama.kv_cells(il) for il in range(3)]
     assert [c.n_rows_used for c in cells] == [40, 200, 7]
     assert [c.n_rows for c in cells] == [40 + 100, 200 + 100, 7 + 100]
-    row = llama._session.layers[0].n_bytes_row
+    row = llama.session.layers[0].n_bytes_row
     assert llama.kv_bytes == sum(c.n_bytes for c in cells)
     assert sum(c.n_rows for c in cells) * row <= llama.kv_bytes <= sum(c.n_rows for c in cells) * row + 3 * 64
     assert full >= 3 * 2048 * row

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import F16, Q8_0, greedy, last_logits
 from support import tiny
+from support.llamas import F16, Q8_0, greedy, last_logits
 
 from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.llama import llama_cpp
@@ -26,7 +26,7 @@ def rows(llama) -> list[int]:
 
 def test_a_large_context_starts_small(make_llama):
     llama = make_llama(n_ctx=32768)
-    row = llama._session.layers[0].n_bytes_row
+    row = llama.session.layers[0].n_bytes_row
     assert rows(llama) == [256] * 3
     assert llama.kv_bytes == 3 * 256 * row
     assert make_llama(n_ctx=32768, elastic=False).kv_bytes == 3 * 32768 * row
@@ -65,7 +65,7 @@ def test_it_shrinks_when_composed_and_grows_again_while_decoding(make_llama):
     llama = make_llama(n_ctx=2048, method=method, elastic=True)
     llama.compress(CONTEXT)
     composed = llama.kv_bytes
-    assert composed < 0.3 * 3 * 900 * llama._session.layers[0].n_bytes_row
+    assert composed < 0.3 * 3 * 900 * llama.session.layers[0].n_bytes_row
     kept = llama.kv_report.n_kept
     n_decoded = 0
     for token in tiny.tokens(tiny.GQA, 400, seed=9):
@@ -93,7 +93,7 @@ def test_the_whole_context_can_be_filled(make_llama):
 def test_more_room_than_the_context_has_is_refused(make_llama):
     llama = make_llama(n_ctx=512)
     with pytest.raises(ConfigError, match="n_cells = 513"):
-        llama._session.reserve(513)
+        llama.session.reserve(513)
     assert rows(llama) == [256] * 3
 
 

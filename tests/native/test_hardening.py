@@ -5,28 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 from support import tiny
+from support.processes import environment
 
 from kvcompose_gguf import KVCompose
 
 OUT_OF_MEMORY = """
 import ctypes, json, resource, sys
 import numpy as np
-sys.path.insert(0, sys.argv[1])
 from support import tiny
 from kvcompose_gguf import CompositionPlan, Llama, kernels
 from kvcompose_gguf.kernels.compose import gather_function
 from kvcompose_gguf.native import session as session_module
 
 N = 3000
-llama = Llama(sys.argv[2], n_ctx=16384, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False, elastic=False)
+llama = Llama(sys.argv[1], n_ctx=16384, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False, elastic=False)
 context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 5, seed=1)
-llama._prefill(context)
+llama.context.prefill(context)
 rng = np.random.default_rng(3)
 cells = [np.stack([np.sort(rng.choice(N, n, replace=False)) for _ in range(2)]) for n in (600, 2500, 90)]
 plan = CompositionPlan(N, tuple(c.astype(np.int32) for c in cells))
@@ -46,7 +45,7 @@ def gather(*args):
     global n_calls
     real(*args)
     n_calls += 1
-    if n_calls == 2 and sys.argv[3] == "short":
+    if n_calls == 2 and sys.argv[2] == "short":
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         limit(size - before // 3 + (1 << 18))  # the old layer will be freed
     if n_calls == 6:
@@ -56,8 +55,8 @@ class Gather:
     address = ctypes.cast(gather, ctypes.c_void_p).value
 
 session_module.gather_function = lambda: Gather
-llama._session.compose(plan, n_room=8000)
-out = {"calls": n_calls, "composed": llama._session.state().n_composed, "bytes": llama.kv_bytes, "before": before,
+llama.session.compose(plan, n_room=8000)
+out = {"calls": n_calls, "composed": llama.session.state().n_composed, "bytes": llama.kv_bytes, "before": before,
        "rows": [llama.kv_cells(il).n_rows for il in range(3)]}
 llama.eval(after)
 out["logits"] = np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).tolist()
@@ -70,8 +69,8 @@ def test_a_compose_without_memory_for_new_layers_loses_nothing(tiny_model):
     path = tiny_model(tiny.GQA)
     runs = {}
     for kind in ("enough", "short"):
-        command = [sys.executable, "-c", OUT_OF_MEMORY, str(Path(__file__).parents[1]), str(path), kind]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        command = [sys.executable, "-c", OUT_OF_MEMORY, str(path), kind]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
         assert result.returncode == 0, result.stderr[-3000:]
         runs[kind] = json.loads(result.stdout.splitlines()[-1])
     enough, short = runs["enough"], runs["short"]
@@ -116,5 +115,5 @@ def test_scores_that_are_not_numbers_change_nothing(make_llama, monkeypatch):
     context = tiny.tokens(tiny.GQA, 200)
     with pytest.raises(ConfigError, match="not finite"):
         llama.compress(context)
-    state = llama._session.state()
+    state = llama.session.state()
     assert (state.n_composed, state.n_cells_used, state.scoring) == (0, 200, False)

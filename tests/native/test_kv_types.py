@@ -6,12 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import last_logits
 from support import tiny
+from support.llamas import TYPES, last_logits, stored_rows
 
 from kvcompose_gguf import CompositionPlan, KVCompose
 
-TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20}
 N = 160
 CONFIG = tiny.WIDE  # heads of 64: quantized rows are Hadamard-rotated
 PLAN = CompositionPlan(N, tuple(np.stack([np.sort(np.random.default_rng(10 * il + h).choice(N, n, replace=False)) for h in range(2)]).astype(np.int32) for il, n in enumerate((90, N, 33))))  # fmt: skip
@@ -25,23 +24,12 @@ def accepted(k: str, v: str, flash_attn: bool) -> bool:
     return flash_attn or v not in QUANTIZED
 
 
-def stored_rows(llama, il: int, which: str) -> np.ndarray:
-    """Returns uint8 (n_head_kv, n_rows, bytes of a head), for plain and transposed tensors."""
-    layer, cells = llama._session.layers[il], llama._session.cells(il)
-    raw = llama._session.stored(il, which)
-    if which == "v" and layer.v_trans:
-        n_el = len(raw) // (layer.n_head_kv * layer.n_embd_head_v * cells.n_rows)
-        raw = raw.reshape(layer.n_head_kv, layer.n_embd_head_v, cells.n_rows, n_el).transpose(0, 2, 1, 3)
-        return raw.reshape(layer.n_head_kv, cells.n_rows, -1)
-    return raw.reshape(cells.n_rows, layer.n_head_kv, -1).transpose(1, 0, 2)
-
-
 @pytest.mark.parametrize(("k", "v", "flash_attn"), [case for case in ALL if accepted(*case)])
 def test_composing_moves_bytes_and_the_model_goes_on(make_llama, k, v, flash_attn):
     llama = make_llama(CONFIG, type_k=TYPES[k], type_v=TYPES[v], flash_attn=flash_attn)
-    llama._prefill(tiny.tokens(CONFIG, N))
+    llama.context.prefill(tiny.tokens(CONFIG, N))
     before = [[stored_rows(llama, il, which).copy() for which in "kv"] for il in range(3)]
-    llama._session.compose(PLAN, n_room=16)
+    llama.session.compose(PLAN, n_room=16)
     for il, cells in enumerate(PLAN.cells):
         for was, which in zip(before[il], "kv", strict=True):
             now = stored_rows(llama, il, which)
@@ -82,8 +70,8 @@ def test_norms_of_stored_values_survive_the_rotation(make_llama, name):
 
     context = tiny.tokens(CONFIG, N)
     llama = make_llama(CONFIG, type_k=TYPES[name], type_v=TYPES[name], flash_attn=True)
-    llama._prefill(context)
-    got = np.linalg.norm(cached_rows(llama._session, 0, "v", N), axis=2)
+    llama.context.prefill(context)
+    got = np.linalg.norm(cached_rows(llama.session, 0, "v", N), axis=2)
     model = tiny.NumpyLlama(CONFIG)
     model.forward(context)
     want = np.linalg.norm(model.v[0], axis=2).T

@@ -6,8 +6,8 @@ import ctypes
 
 import numpy as np
 import pytest
-from conftest import last_logits
 from support import tiny
+from support.llamas import last_logits
 
 from kvcompose_gguf import CompositionPlan, ConfigError, KVCompose, StateError, UnsupportedError
 from kvcompose_gguf.kernels.compose import gather_function
@@ -21,7 +21,7 @@ N = 300
 @pytest.fixture
 def llama(make_llama):
     llama = make_llama()
-    llama._prefill(tiny.tokens(tiny.GQA, N))
+    llama.context.prefill(tiny.tokens(tiny.GQA, N))
     return llama
 
 
@@ -69,10 +69,10 @@ ASCENDING = np.tile(np.arange(4), 6)
     ],
 )
 def test_a_bad_compose_is_refused_and_changes_nothing(lib, llama, arguments, status, words):
-    before = llama._session.state()
+    before = llama.session.state()
     assert compose(lib, llama, **arguments) == status
     assert words in lib.llama_kvc_last_error().decode()
-    assert llama._session.state() == before
+    assert llama.session.state() == before
     llama.eval([7])
     want = tiny.NumpyLlama(tiny.GQA).forward([*tiny.tokens(tiny.GQA, N), 7])[0][-1]
     assert np.abs(last_logits(llama) - want).max() <= 1e-3
@@ -95,7 +95,7 @@ def test_null_and_wrong_sizes_are_arguments_too(lib, llama):
 
 
 def test_scoring_twice_composing_while_scoring_and_composing_twice_are_refused(lib, llama):
-    session = llama._session
+    session = llama.session
     plan = CompositionPlan.keep_all(N, [2, 2, 2])
     with session.scoring("max", N, 1 << 20), pytest.raises(StateError, match="on already"), session.scoring("max", N, 1 << 20):
         pass
@@ -110,37 +110,37 @@ def test_scoring_twice_composing_while_scoring_and_composing_twice_are_refused(l
 
 @pytest.mark.parametrize("n_room", [1, 2**31, 2**32 - 300, 2**32 - 1])
 def test_any_room_fits_the_context(llama, n_room):
-    llama._session.compose(CompositionPlan(N, (np.zeros((2, 1), np.int32),) * 3), n_room)
+    llama.session.compose(CompositionPlan(N, (np.zeros((2, 1), np.int32),) * 3), n_room)
     assert 2 <= llama.kv_cells(0).n_rows <= llama.n_ctx()
     llama.eval([7])
 
 
 def test_a_plan_for_another_model_is_refused(llama):
     with pytest.raises(ConfigError, match="KV heads"):
-        llama._session.compose(CompositionPlan.keep_all(N, [4, 4, 4]))
+        llama.session.compose(CompositionPlan.keep_all(N, [4, 4, 4]))
 
 
 def test_tokens_inside_of_the_compressed_span_cannot_be_removed(llama):
     memory = llama._ctx.memory
-    llama._session.compose(CompositionPlan(N, (np.zeros((2, 1), np.int32),) * 3))
+    llama.session.compose(CompositionPlan(N, (np.zeros((2, 1), np.int32),) * 3))
     llama.eval(tiny.tokens(tiny.GQA, 20, seed=1))
     remove = llama_cpp.llama_memory_seq_rm
     assert not remove(memory, 0, N - 1, -1)
     assert not remove(memory, 0, 10, -1)
     assert not remove(memory, 0, N - 1, N + 5)
-    assert llama._session.state().n_cells_used == 1 + 20
+    assert llama.session.state().n_cells_used == 1 + 20
     assert remove(memory, 0, N + 10, -1)
-    assert llama._session.state().n_cells_used == 1 + 10
+    assert llama.session.state().n_cells_used == 1 + 10
     assert remove(memory, 0, N, -1)
-    assert llama._session.state().n_cells_used == 1
+    assert llama.session.state().n_cells_used == 1
     assert remove(memory, 0, -1, -1)
-    assert llama._session.state().n_cells_used == 0
+    assert llama.session.state().n_cells_used == 0
 
 
 def test_shifting_dividing_and_copying_a_compressed_cache_do_nothing(llama):
     memory = llama._ctx.memory
     assert llama_cpp.llama_memory_can_shift(memory)
-    llama._session.compose(CompositionPlan.keep_all(N, [2, 2, 2]))
+    llama.session.compose(CompositionPlan.keep_all(N, [2, 2, 2]))
     assert not llama_cpp.llama_memory_can_shift(memory)
     llama_cpp.llama_memory_seq_add(memory, 0, 10, -1, -10)
     llama_cpp.llama_memory_seq_div(memory, 0, 10, -1, 2)
@@ -154,12 +154,12 @@ def test_shifting_dividing_and_copying_a_compressed_cache_do_nothing(llama):
 def test_loading_a_full_state_restores_full_layers(llama):
     state = llama.save_state()
     full = llama.kv_bytes
-    llama._session.compose(CompositionPlan(N, (np.zeros((2, 1), np.int32),) * 3))
+    llama.session.compose(CompositionPlan(N, (np.zeros((2, 1), np.int32),) * 3))
     assert llama_cpp.llama_state_seq_get_size(llama.ctx, 0) == 0  # saved as a whole only
     assert llama.kv_bytes < full
     llama.load_state(state)
     assert [llama.kv_cells(il).n_rows for il in range(3)] == [512] * 3  # N tokens, rounded up
-    assert llama._session.state().n_composed == 0
+    assert llama.session.state().n_composed == 0
     llama.eval([7])
     want = tiny.NumpyLlama(tiny.GQA).forward([*tiny.tokens(tiny.GQA, N), 7])[0][-1]
     assert np.abs(last_logits(llama) - want).max() <= 1e-3
@@ -174,8 +174,8 @@ def test_contexts_that_cannot_be_compressed_are_named(make_llama):
 
 
 def test_geometry_is_the_models(llama):
-    layers = llama._session.layers
+    layers = llama.session.layers
     assert [layer.il for layer in layers] == [0, 1, 2]
     assert all((layer.n_head, layer.n_head_kv, layer.n_embd_head_k) == (4, 2, 32) for layer in layers)
     assert all(layer.n_bytes_row == 2 * 2 * 32 * 4 for layer in layers)
-    assert llama._session.state().n_cells == 1024
+    assert llama.session.state().n_cells == 1024

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 from support import chain, tiny
+from support.processes import free_port, wait_for
 
 from kvcompose_gguf import ConfigError, add_rpc_server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +27,6 @@ def servers() -> Iterator[list[str]]:
         for process in processes:
             process.kill()
             process.wait()
-
-
-def wait_for(port: int) -> None:
-    for _ in range(200):
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"no RPC server on port {port}")
 
 
 @pytest.mark.parametrize("n_gpu_layers", [-1, 2], ids=["all-layers", "some-layers"])

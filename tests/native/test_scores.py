@@ -71,7 +71,7 @@ def test_window_scores_are_the_attention_of_the_prompts_last_tokens(make_llama, 
     n_seen = n_window - np.maximum(0, np.arange(300) - (300 + n_suffix - n_window))  # causal: fewer for the last tokens
     want = window.max(axis=2) if agg == "max" else window.sum(axis=2) / n_seen
     check(got, want, flash_attn)
-    assert llama.n_tokens == llama._session.state().n_cells_used == 300
+    assert llama.n_tokens == llama.session.state().n_cells_used == 300
 
 
 @pytest.mark.parametrize("agg", ["max", "mean"])
@@ -80,9 +80,9 @@ def test_prefill_scores_are_the_contexts_own_attention_per_query_that_could_see_
     config = tiny.GQA_QUIET
     context = tiny.tokens(config, 300)
     llama = make_llama(config, flash_attn=flash_attn, n_batch=128)
-    llama._prefill(context[:100])  # what is there already has no scores
+    llama.context.prefill(context[:100])  # what is there already has no scores
     method = KVCompose(compression_ratio=0.5, scoring="prefill", agg_task=agg)
-    attention = llama._attention(context, method.attention_request, [], method)
+    attention = llama.context.attend(context, method.attention_request)
     assert attention.n_prefilled == 300
     _, own = NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context)
     own = np.stack(own)
@@ -168,7 +168,7 @@ def tap(monkeypatch: pytest.MonkeyPatch) -> SoftMaxTap:
 def test_scores_equal_llama_cpps_own_softmax(make_llama, tap, config, chunk):
     context = tiny.tokens(config, 260)
     llama = make_llama(config, flash_attn=False)
-    llama._prefill(context)
+    llama.context.prefill(context)
     tap.on = True
     got = captured(llama, context, chunk)
     want = np.stack([np.concatenate([p[..., :260] for p in tap.seen[il]], axis=1).max(axis=1) for il in range(3)])
@@ -191,6 +191,6 @@ def test_scoring_is_off_and_the_queries_are_gone_afterwards(make_llama):
     context = tiny.tokens(tiny.GQA, 300)
     llama = make_llama()
     captured(llama, context, 128)
-    state = llama._session.state()
+    state = llama.session.state()
     assert not state.scoring
     assert state.n_cells_used == len(context)

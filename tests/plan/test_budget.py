@@ -12,7 +12,7 @@ from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.kernels import aggregate, reference
 from kvcompose_gguf.plan import budget
 from kvcompose_gguf.plan.geometry import LayerGeometry
-from kvcompose_gguf.scoring.requests import Evidence
+from kvcompose_gguf.scoring.evidence import Evidence
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
 

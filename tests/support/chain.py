@@ -1,6 +1,6 @@
 """Runs the whole chain in its own process, for devices; prints scores, bytes and logits as JSON.
 
-    python chain.py MODEL OPTIONS [ENDPOINT …]
+    python -m support.chain MODEL OPTIONS [ENDPOINT …]
 """
 
 from __future__ import annotations
@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
 from support import tiny
+from support.processes import environment
 
 N = 300
 
@@ -25,11 +28,11 @@ CACHES = [
 ]
 
 
-def run(path: Path, options: dict[str, Any], endpoints: list[str] = [], env: dict[str, str] | None = None) -> dict[str, Any]:  # noqa: B006
+def run(path: Path, options: dict[str, Any], endpoints: Sequence[str] = ()) -> dict[str, Any]:
     """Returns what :func:`main` prints for a model with tiny.GQA_QUIET's weights, run in another process, because an added
     device stays and a server's error ends the process."""
-    command = [sys.executable, __file__, str(path), json.dumps(options), *endpoints]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    command = [sys.executable, "-m", "support.chain", str(path), json.dumps(options), *endpoints]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
     assert result.returncode == 0, result.stderr[-3000:]
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
@@ -61,7 +64,7 @@ def main() -> None:
     context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 40, seed=1)
     defaults = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "n_batch": 128}
     llama = Llama(path, **(defaults | options))
-    session = llama._session
+    session = llama.session
 
     def logits() -> list[float]:
         return list(np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).tolist())

@@ -1,6 +1,6 @@
 """Runs ``kvcompose chat`` in a process of its own, in which the test may decide what the model says and when.
 
-    python chatting.py '{"model": "tiny.gguf", "files": ["rooms.txt"], "says": "Blue.", "held": "file"}'
+    python -m support.chatting '{"model": "tiny.gguf", "files": ["rooms.txt"], "says": "Blue.", "held": "file"}'
 
 ``says``: the answer, a byte a token. ``held``: a file that is made when the model has said half of it; the model then
 waits until the file is removed or Ctrl-C is pressed. Everything else is ``ChatOptions``.
@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvcompose_gguf.chat.command import ChatOptions, chat
+from kvcompose_gguf.chat.command import chat
 from kvcompose_gguf.chat.interrupts import Interrupts
+from kvcompose_gguf.chat.options import ChatOptions
 from kvcompose_gguf.errors import KVComposeError
 
 

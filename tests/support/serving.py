@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from support import tiny
 
 from kvcompose_gguf import KVCompose
 from kvcompose_gguf.server.app import create_app
@@ -23,6 +22,7 @@ from kvcompose_gguf.server.command import make_engine
 from kvcompose_gguf.server.options import ServeOptions
 from kvcompose_gguf.server.slots.engine import Job
 from kvcompose_gguf.server.slots.slot import Turns
+from support import tiny
 
 CONFIG = tiny.GQA
 #: seconds after which something hangs; nothing takes nearly as long on a machine that has other work

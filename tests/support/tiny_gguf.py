@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
 from support.tiny import RMS_EPS, TinyConfig, weights
 
 Metadata = dict[str, int | float | list[int]]

@@ -290,7 +290,7 @@ def test_samples_differ_by_index_and_seed_and_else_not_at_all(texts: Texts, task
 
 def test_a_sample_is_the_same_in_another_process(texts: Texts) -> None:
     code = (
-        "from kvcompose_gguf.evaluation import ruler, texts; import hashlib; t = texts.load_texts('generated');"
+        "from kvcompose_gguf.tasks import ruler, texts; import hashlib; t = texts.load_texts('generated');"
         "print(hashlib.sha256(repr([ruler.make_sample(n, 1500, 3, 5, lambda s: len(s) // 4, t) for n in ruler.TASKS])"
         ".encode()).hexdigest())"
     )

@@ -11,16 +11,18 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
+from ...models.templates import CALL_BEGIN, TemplateError
+from ...support import reasoning
 from .. import formats
-from ..errors import invalid
+from ..errors import ApiError, invalid
 from ..formats import About
 from ..options import REASONING_FORMATS
 from ..schemas import ChatRequest
 from ..server import Server
 from ..slots.generation import End, Generation, Progress, Token
 from ..streams import JSONResponse, event_stream, merged, together, while_connected
-from . import reasoning, tools
 from . import templates as chat
+from . import tools
 from .grammars import grammar_of
 from .messages import MessageStream
 
@@ -71,7 +73,10 @@ def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
     if offered:
         variables["tools"] = offered
     last = messages.pop() if is_continued else {}
-    prompt = server.template.render(messages, is_continued or request.add_generation_prompt, variables)
+    try:
+        prompt = server.template.render(messages, is_continued or request.add_generation_prompt, variables)
+    except TemplateError as error:
+        raise ApiError(500, str(error)) from error
     return ChatPrompt(
         text=prompt if thinks else reasoning.closed(prompt), begun=str(last.get("prefill", last.get("content", ""))),
         tools=offered, choice=choice,
@@ -103,7 +108,7 @@ def _asked(server: Server, request: ChatRequest) -> _Asked:
     if asked.choice == "required":
         key = "parameters" if server.template.names_parameters else "arguments"
         grammar = grammar_of(tools.call_schema(asked.tools, key))
-        begun += chat.CALL_BEGIN + "\n" if server.template.tags_calls else ""
+        begun += CALL_BEGIN + "\n" if server.template.tags_calls else ""
     if grammar is not None or request.grammar:
         prompt = reasoning.closed(prompt)  # the grammar does not allow thinking
     calls = asked.tools if asked.choice != "none" else []

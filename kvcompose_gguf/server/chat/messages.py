@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .reasoning import Thoughts
+from ...support.reasoning import Thoughts
 from .tools import BareCalls, CallStream
 
 

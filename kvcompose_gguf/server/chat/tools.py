@@ -7,8 +7,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
+from ...models.templates import CALL_BEGIN, ChatTemplate
 from ..errors import invalid, not_supported
-from .templates import CALL_BEGIN, BuiltinTemplate, ChatTemplate, random_id
+from .templates import BuiltinTemplate, random_id
 
 CALL_END = "</tool_call>"
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from ...errors import StateError
+from ...support.text_stream import TextStream
 from .. import formats
 from ..errors import ApiError, invalid, not_supported
 from ..server import Server, Serving
@@ -18,7 +19,6 @@ from ..service import run
 from ..slots.engine import Job
 from ..slots.saved import n_tokens_of, restore, save
 from ..slots.slot import Slot
-from ..slots.text import TextStream
 from ..streams import while_connected
 
 router = APIRouter()

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from ...errors import ConfigError
 from ...kernels.types import FloatArray
 from ...llama import Llama
-from ...native import library
 from ..errors import ApiError, invalid
 from ..params import PROMPT_KINDS, Reader
 from .slot import Busy, SlotLlama, TimedOut
@@ -101,17 +100,8 @@ class Embedder:
     def _embed(self, tokens: list[int], deadline: float) -> FloatArray:
         if time.monotonic() > deadline:
             raise TimedOut("the text waited longer than the server's --timeout")
-        llama, llama_cpp = self._llama, library.load()
-        llama._ctx.kv_cache_clear()
-        llama._batch.reset()
-        llama._batch.add_sequence(tokens, 0, True)
-        llama._ctx.decode(llama._batch)
+        vectors = self._llama.context.embed(tokens, self._llama.n_embd(), self.is_pooled)
         self.n_decodes += 1
-        if self.is_pooled:
-            n, pointer = 1, llama_cpp.llama_get_embeddings_seq(llama.ctx, 0)
-        else:
-            n, pointer = len(tokens), llama_cpp.llama_get_embeddings(llama.ctx)
-        vectors: FloatArray = np.ctypeslib.as_array(pointer, (n, llama.n_embd())).copy()
         return vectors
 
     def close(self) -> None:

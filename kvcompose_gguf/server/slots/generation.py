@@ -11,9 +11,9 @@ from typing import Literal
 from ...errors import ContextLengthError
 from ...methods import Method
 from ...plan.report import KVReport
+from ...support.text_stream import TextStream
 from .sampling import Chosen, Sampler, Sampling
-from .slot import Slot, Task
-from .text import TextStream
+from .slot import Continuation, Slot, Task
 
 #: tokens that memory is reserved for if the length of an answer is not limited
 N_UNBOUNDED = 1024
@@ -155,7 +155,8 @@ def generate(slot: Slot, what: Generation, emit: Emit) -> End:
         Cancelled: the job was cancelled.
     """
     llama, n_ctx = slot.llama, slot.llama.n_ctx()
-    what = replace(what, tokens=tuple(llama.joined(what.tokens)))
+    start = llama.continuation(what.tokens, what.method, what.reuse)
+    what = replace(what, tokens=start.tokens)
     if len(what.tokens) >= n_ctx:
         raise ContextLengthError(
             f"request ({len(what.tokens)} tokens) exceeds the available context size ({n_ctx} tokens), "
@@ -165,7 +166,7 @@ def generate(slot: Slot, what: Generation, emit: Emit) -> End:
     sampler = Sampler(llama, what.sampling, what.n_probs, what.post_sampling_probs)
     try:
         clock = _Clock()
-        cache_n = _Reading(slot, what, emit, clock, task).read()
+        cache_n = _Reading(slot, start, emit, clock, task).read(what.method)
         sampler.accept(what.tokens)
         return _continue(slot, what, emit, sampler, clock, cache_n, task)
     finally:
@@ -203,26 +204,26 @@ class _Clock:
 class _Reading:
     """Reads a prompt into the cache and emits its progress."""
 
-    def __init__(self, slot: Slot, what: Generation, emit: Emit, clock: _Clock, task: Task) -> None:
-        self._slot, self._what, self._emit, self._clock, self._task = slot, what, emit, clock, task
-        self._processed = self._n_known = slot.llama.n_continued(what.tokens, what.method) if what.reuse else 0
+    def __init__(self, slot: Slot, start: Continuation, emit: Emit, clock: _Clock, task: Task) -> None:
+        self._slot, self._start, self._emit, self._clock, self._task = slot, start, emit, clock, task
+        self._processed = self._n_known = start.n_cached
 
-    def read(self) -> int:
+    def read(self, method: Method | None) -> int:
         """Read the prompt; returns how many of its tokens were in the cache."""
         self._tell()
         self._slot.on_decode = self._decoded
-        cache_n = self._slot.llama.read(self._what.tokens, self._what.method, self._what.reuse)
+        cache_n = self._slot.llama.read(self._start, method)
         self._slot.on_decode = lambda n_tokens: None
         return cache_n
 
     def _decoded(self, n_tokens: int) -> None:
-        processed = min(self._slot.llama.n_tokens + n_tokens, len(self._what.tokens))
+        processed = min(self._slot.llama.n_tokens + n_tokens, len(self._start.tokens))
         if processed > self._processed:  # a scoring pass reads tokens again
             self._processed = processed
             self._tell()
 
     def _tell(self) -> None:
-        total = len(self._what.tokens)
+        total = len(self._start.tokens)
         self._task.n_cached, self._task.n_processed = self._n_known, self._processed - self._n_known
         self._emit(Progress(total, self._n_known, self._processed, self._clock.elapsed_ms))
 

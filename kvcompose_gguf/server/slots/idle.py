@@ -70,7 +70,7 @@ class IdleCaches:
         Args:
             n_most: maximum tokens to restore. None: as many as fit into the slot.
         """
-        n_live = llama.n_continued(asked.tokens, asked.method) if asked.reuse else 0
+        n_live = llama.continuation(asked.tokens, asked.method, asked.reuse).n_cached
         found = self._find(llama, asked, n_most)
         is_better = found is not None and len(found[1].context) > n_live
         if is_better or n_live < llama.n_context:
@@ -87,7 +87,7 @@ class IdleCaches:
         """Save a slot's compressed context if the file is missing or out of date. Failures are logged."""
         if not llama.n_context:
             return
-        context, composed_by = tuple(llama.context_tokens), llama.composed_by
+        context, composed_by = llama.context_tokens, llama.composed_by
         digest = hashlib.sha256(struct.pack(f"<{len(context)}i", *context) + composed_by.encode())
         file = self._folder / f"{digest.hexdigest()[:32]}.kvc"
         with self._lock:

@@ -70,7 +70,7 @@ def describe(llama: SlotLlama, file: Path) -> SlotFile:
     """
     with _told("restore"), sessions.opened(file, file.name) as (saved, info):
         llama.identity.check_loads(saved.identity, file.name)
-        composed = saved.composed
+        composed = saved.contents.composed
         return SlotFile(
             context=() if composed is None else composed.tokens, composed_by=info.method,
             is_document=info.extra.get("is_document") is True, n_tokens=info.n_tokens, n_bytes=info.n_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ... import sessions
+from ...access import changes_cache, reads_cache
+from ...compression import prepare
 from ...errors import KVComposeError, UnsupportedError
 from ...kernels.types import FloatArray
 from ...llama import Llama
 from ...methods import Method
 from ...methods.base import choice_of, has_grown
-from ...native import library
 from ...plan import seam
+from ...plan.composed import Composed
 from ...plan.report import KVReport
-from ...sessions import SessionInfo
+from ...sessions.info import SessionInfo
+from ...sessions.live import load_context, save_context
 
 T = TypeVar("T")
 
@@ -53,137 +55,132 @@ class Turns:
         self._thread.shutdown()
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """How much of a prompt a slot's cache has.
+
+    Attributes:
+        tokens: the prompt, changed at the end of the compressed context if a tokenizer merged text there.
+        n_cached: how many of them ``read`` need not evaluate.
+    """
+
+    tokens: tuple[int, ...]
+    n_cached: int
+
+
 class SlotLlama(Llama):
     """A ``Llama`` that passes its decodes to a function.
 
     Args:
         decode_through: called with every decode and its number of tokens. It has to call the decode.
-        weights_of: the ``Llama`` to share weights with. It has to be closed after this one. None: load the weights.
+        **kwargs: arguments of ``Llama``.
     """
 
     def __init__(
-        self,
-        model_path: str,
-        *,
-        decode_through: Callable[[Callable[[], None], int], None],
-        weights_of: Llama | None = None,
-        **kwargs: Any,
+        self, model_path: str, *, decode_through: Callable[[Callable[[], None], int], None], **kwargs: Any
     ) -> None:
-        with _borrowed_weights(weights_of):
-            super().__init__(model_path, **kwargs)
-        decode = self._ctx.decode
-        self._ctx.decode = lambda batch: decode_through(lambda: decode(batch), batch.n_tokens())
+        super().__init__(model_path, **kwargs)
+        self.context.through = decode_through
         #: /kv/compress made the context: it is never compressed again, however much follows it
         self.is_document = False
 
     @property
-    def context_tokens(self) -> list[int]:
+    def context_tokens(self) -> tuple[int, ...]:
         """Tokens of the compressed context."""
-        return list(self._compressed)
+        composed = self.context.composed
+        return () if composed is None else composed.tokens
 
     @property
     def composed_by(self) -> str:
         """The method of the compressed context, as text (``choice_of``). Empty: nothing is compressed."""
-        return "" if self._composed is None else self._composed.choice
+        composed = self.context.composed
+        return "" if composed is None else composed.choice
 
     @property
     def kept_shares(self) -> FloatArray:
         """For each token of the context the share of all layers' KV heads that keep it, float32; else empty."""
-        return np.zeros(0, dtype=np.float32) if self._composed is None else self._composed.shares()
+        composed = self.context.composed
+        return np.zeros(0, dtype=np.float32) if composed is None else composed.shares()
 
     def reset(self) -> None:
         """As ``Llama.reset``."""
         super().reset()
         self.is_document = False
 
+    @reads_cache
     def save_slot(self, file: Path, max_bytes: int | None = None) -> SessionInfo:
         """As ``save_session``; a file of more than ``max_bytes`` is refused."""
-        with self._access.turn():
-            snapshot = self._snapshot({"is_document": self.is_document}, allow_empty=True)
-            return sessions.save(snapshot, file, max_bytes, file.name)
+        about = {"is_document": self.is_document}
+        return save_context(
+            self.context, self.identity, file, about, allow_empty=True, max_bytes=max_bytes, name=file.name
+        )
 
+    @changes_cache
     def load_slot(self, file: Path) -> SessionInfo:
         """As ``load_session``; the context is continued only under the method that compressed it."""
-        info = self._load_session(file, choice=None, name=file.name)
+        info = load_context(self.context, self.identity, file, name=file.name)
         self.is_document = info.extra.get("is_document") is True
         return info
 
-    def cached_tokens(self) -> list[int]:
-        """Returns the tokens in the cache, including those of a compressed context."""
-        return [int(token) for token in self._input_ids]
-
     def begins(self, tokens: Sequence[int], context: Sequence[int]) -> bool:
         """Returns whether a prompt's text begins with the text of ``context``."""
-        return tuple(tokens[: len(context)]) == tuple(context) or self._at_seam(list(tokens), context) is not None
+        return tuple(tokens[: len(context)]) == tuple(context) or self.context.joined(tokens, context) is not None
 
-    def joined(self, tokens: Sequence[int]) -> list[int]:
-        """Returns a prompt's tokens, changed to begin with the compressed context if the text does."""
-        return (self._at_seam(list(tokens)) if self._composed is not None else None) or list(tokens)
+    def continuation(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> Continuation:
+        """Returns how a prompt can continue from the cache. It cannot if another method compressed the context, or if
+        the conversation ``has_grown``.
 
-    def n_reusable(self, tokens: Sequence[int]) -> int:
+        Args:
+            method: the method that compresses the prompt.
+            reuse: False: nothing in the cache may be used.
+        """
+        cache = self.context
+        composed = cache.composed
+        joined = tuple((cache.joined(tokens) if composed is not None else None) or tokens)
+        if not reuse or (composed is not None and not self._may_continue(composed, len(tokens), method)):
+            return Continuation(joined, 0)
+        return Continuation(joined, self._n_reusable(joined))
+
+    def _may_continue(self, composed: Composed, n_tokens: int, method: Method | None) -> bool:
+        if composed.choice != choice_of(method):
+            return False
+        return self.is_document or not has_grown(n_tokens, len(composed.tokens), method)
+
+    def _n_reusable(self, tokens: Sequence[int]) -> int:
         """Returns how many tokens of a prompt are in the cache, whatever method compressed it."""
-        n_same = min(seam.common_prefix(self.cached_tokens(), self.joined(tokens)), max(0, len(tokens) - 1))
+        n_same = min(seam.common_prefix(self.context.tokens, tokens), max(0, len(tokens) - 1))
         return 0 if n_same < self.n_context else n_same
 
-    def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
-        """Returns how many tokens of a prompt ``read`` will not evaluate."""
-        if self.n_context:
-            if self.composed_by != choice_of(method):
-                return 0
-            if not self.is_document and has_grown(len(tokens), self.n_context, method):
-                return 0
-        return self.n_reusable(tokens)
-
-    def read(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> int:
+    def read(self, what: Continuation, method: Method | None) -> int:
         """Read a prompt into the cache, compressed by ``method``, up to the logits of its last token.
 
-        If another method compressed the context, or the conversation ``has_grown``, the prompt is read again.
-
+        Args:
+            what: the result of ``continuation``. If it continues nothing, the prompt is read from its beginning.
         Returns:
             How many of the prompt's tokens were in the cache.
         """
         if self.kv_compressor != method:
             self.kv_compressor = method
-        n_before = self.n_continued(tokens, method) if reuse else 0
+        tokens, n_before = what.tokens, what.n_cached
         if not n_before:
             self.reset()
         before = self.kv_report
-        self._prepare(list(tokens), method)
+        prepare(self.context, tokens, method)
         if self.kv_report is not before and self.kv_report is not None:
             n_before = self.n_context - self.kv_report.n_prefilled
-        n_same = self.n_reusable(tokens)
-        if self._composed is not None and self._composed.windows is not None and n_same < self.n_tokens:
-            self._back_to_context()  # sliding windows can only go back to the end of the context
-            n_same = self.n_context
-        if not n_same or not self._forget_after(n_same):
-            self.reset()
-            n_same = 0
-        self.eval(list(tokens[n_same:]))
+        n_same = self.context.rewind(self._n_reusable(tokens))
+        self.eval(tokens[n_same:])
         return min(n_before, n_same)
 
     def compress_prompt(self, tokens: Sequence[int], method: Method) -> KVReport:
         """Compress a document, so that prompts that begin with ``tokens`` continue it; returns the report."""
         if self.kv_compressor != method:
             self.kv_compressor = method
-        if self._compressed != list(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
+        if self.context_tokens != tuple(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
             self.compress(tokens)
         self.is_document = True
         assert self.kv_report is not None
         return self.kv_report
-
-    def _forget_after(self, n_tokens: int) -> bool:
-        """Truncate the cache to ``n_tokens``; returns whether that was possible."""
-        if self.n_context and not self.can_truncate:
-            # sliding windows are at the end of the context already, or they still hold everything
-            self._requires_eval = True
-            if n_tokens < self.n_tokens and not self._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
-                return False
-            self.n_tokens = n_tokens
-            return True
-        if n_tokens < self.n_tokens and not self.can_truncate:
-            return False
-        self.truncate(n_tokens)
-        return True
 
 
 @dataclass
@@ -270,7 +267,7 @@ class Slot:
     def n_continued(self, tokens: Sequence[int], method: Method | None) -> int:
         """Returns how many tokens of a prompt an idle slot need not evaluate: 0 while its thread empties the cache."""
         is_forgetting = self.forgets is not None and not self.forgets.done()
-        return 0 if is_forgetting else self.llama.n_continued(tokens, method)
+        return 0 if is_forgetting else self.llama.continuation(tokens, method).n_cached
 
     def look(self) -> None:
         """Set ``kv_bytes``. Call it only while nothing changes the cache. Stays 0 for models without compression."""
@@ -291,25 +288,3 @@ class Slot:
         self.busy_since, self.last_used = None, time.monotonic()
         self.check, self.on_decode = lambda: None, lambda n_tokens: None
         self.look()
-
-
-@contextlib.contextmanager
-def _borrowed_weights(owner: Llama | None) -> Iterator[None]:
-    """Inside of the ``with``, new ``Llama`` objects share ``owner``'s weights and do not free them."""
-    if owner is None:
-        yield
-        return
-    internals = library.load()._internals
-    original = internals.LlamaModel
-
-    def borrow(**kwargs: Any) -> Any:
-        model = original.__new__(original)
-        model.__dict__.update(owner._model.__dict__)
-        model._exit_stack = contextlib.ExitStack()  # close() frees nothing
-        return model
-
-    internals.LlamaModel = borrow
-    try:
-        yield
-    finally:
-        internals.LlamaModel = original

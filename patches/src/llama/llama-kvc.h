@@ -1,10 +1,23 @@
 #pragma once
 
-// C API of the KV compression: attention scores, layer geometry, compose.
+// C API of the KV compression: layer geometry, attention scores, probes, compose.
 //
-// Every function returns a llama_kvc_status and never aborts on an argument; llama_kvc_last_error() has one line
-// about the last failure of the calling thread. Only contexts of one sequence with a plain KV cache (llama_kv_cache), or
-// one with sliding windows beside it, are supported; llama_kvc_supported() says why another one is not.
+// Errors. A function that returns int32_t returns a llama_kvc_status. After a failure, llama_kvc_last_error() returns one
+// sentence about it. No function throws, and none aborts because of an argument.
+//   LLAMA_KVC_ERR_ARGUMENT also if ctx is NULL, and if there is no layer ikv
+//   LLAMA_KVC_ERR_UNSUPPORTED from every function with a ctx if llama_kvc_supported() returns it
+//   LLAMA_KVC_ERR_MEMORY from every function that allocates
+// The comment of each function names only what comes on top of these.
+//
+// Contexts. Supported are contexts of one sequence (n_seq_max = 1) with a plain KV cache (llama_kv_cache), or with one that
+// has sliding windows beside it; then only the layers without a window are seen here. Like the other functions of
+// llama.cpp, these must not run at the same time for one context.
+//
+// Words. ikv counts the layers that have a cache, from 0 to n_layer - 1; il is the layer's index in the model. A cell is an
+// entry of the cache's list of positions, the same for all layers. A row is the stored key and value of one token in one
+// layer. In a composed cache a row is a composite: each of its heads may hold another token.
+//
+// Shapes are in C order: the last index is contiguous.
 
 #include "llama.h"
 
@@ -20,10 +33,10 @@ extern "C" {
 enum llama_kvc_status {
     LLAMA_KVC_OK              =  0,
     LLAMA_KVC_ERR_ARGUMENT    = -1, // an argument is out of range
-    LLAMA_KVC_ERR_UNSUPPORTED = -2, // this model, cache kind or cache type cannot do it
-    LLAMA_KVC_ERR_STATE       = -3, // not now: for example a compose on a cache that is composed already
+    LLAMA_KVC_ERR_UNSUPPORTED = -2, // this model, kind of cache or cache type cannot do it
+    LLAMA_KVC_ERR_STATE       = -3, // not now: for example, the cache is composed already
     LLAMA_KVC_ERR_MEMORY      = -4, // an allocation failed
-    LLAMA_KVC_ERR_INTERNAL    = -5,
+    LLAMA_KVC_ERR_INTERNAL    = -5, // an exception of llama.cpp
 };
 
 enum llama_kvc_agg {
@@ -32,19 +45,19 @@ enum llama_kvc_agg {
 };
 
 enum llama_kvc_tap {
-    LLAMA_KVC_TAP_QUERIES = 1, // rotated, and scaled so that their products with keys are the attention logits
+    LLAMA_KVC_TAP_QUERIES = 1, // with RoPE, and scaled so that their products with the keys are the attention logits
     LLAMA_KVC_TAP_OUTPUTS = 2, // of attention, before the output projection
 };
 
 struct llama_kvc_cache_info {
     uint32_t n_layer;       // layers that have a cache
-    uint32_t n_cells;       // cells of the cell list (n_ctx, padded)
-    uint32_t n_cells_alloc; // cells that every layer has room for, less its own offset
+    uint32_t n_cells;       // cells of the cache: n_ctx, padded
+    uint32_t n_cells_alloc; // cells that every layer has room for
     uint32_t n_cells_used;  // index of the last used cell + 1
-    uint32_t n_composed;    // tokens that were composed, 0: the cache is not composed
+    uint32_t n_composed;    // tokens that were composed; 0: the cache is not composed
     int32_t  scoring;       // 1 between llama_kvc_scores_begin and llama_kvc_scores_end
-    uint32_t n_cells_swa;   // cells of the layers with a sliding window, which are not compressed; 0: there are none
-    uint64_t n_bytes;       // bytes of all K and V buffers, without those of sliding-window layers
+    uint32_t n_cells_swa;   // cells of the layers with a sliding window, which are not compressed; 0: no such layers
+    uint64_t n_bytes;       // bytes of all K and V buffers, without those of the layers with a sliding window
 };
 
 struct llama_kvc_layer_info {
@@ -54,86 +67,153 @@ struct llama_kvc_layer_info {
     int32_t  n_embd_head_k;
     int32_t  n_embd_head_v;
     int32_t  type_k;        // ggml_type
-    int32_t  type_v;
-    int32_t  v_trans;       // 1: V is stored [n_embd_v][row], as without flash attention
+    int32_t  type_v;        // ggml_type
+    int32_t  v_trans;       // 1: V is stored as [n_embd_v][row], as it is without flash attention
     uint32_t n_rows;        // rows allocated
     uint32_t n_rows_used;   // rows that hold a composite or a token
     uint64_t n_bytes;       // bytes of the layer's buffer
     uint64_t n_bytes_row;   // bytes of one row, K and V together
-    void   * k;             // host address of the K tensor, NULL if it is in device memory
-    void   * v;
-    const char * buffer;    // name of the buffer type
+    void   * k;             // address of the K tensor; NULL: it is in device memory
+    void   * v;             // address of the V tensor; NULL: it is in device memory
+    const char * buffer;    // name of the layer's buffer
 };
 
-// Gathers rows: for every head h, chunk c and j < n_kept it copies n_bytes bytes
+// Copies rows. For every head h, chunk c and j < n_kept it copies n_bytes bytes
 //   from src + cells[h*n_kept + j]*src_cell + h*src_head + c*src_chunk
 //   to   dst + j*dst_cell                   + h*dst_head + c*dst_chunk
-// cells is strictly ascending within a head and src may equal dst, so j has to run upwards.
+// cells are strictly ascending within a head. src may equal dst, so j must run upwards.
 typedef void (*llama_kvc_gather_t)(
         const uint8_t * src, uint8_t * dst, const int32_t * cells,
         int64_t n_head, int64_t n_kept, int64_t n_chunk, int64_t n_bytes,
         int64_t src_cell, int64_t src_head, int64_t src_chunk,
         int64_t dst_cell, int64_t dst_head, int64_t dst_chunk);
 
-LLAMA_API uint32_t     llama_kvc_abi(void);
-LLAMA_API const char * llama_kvc_commit(void); // llama.cpp commit this library was built from
+//
+// library
+//
+
+// returns LLAMA_KVC_ABI of the library, which callers compare with the one that they were written for
+LLAMA_API uint32_t llama_kvc_abi(void);
+
+// returns the llama.cpp commit that the library was built from
+LLAMA_API const char * llama_kvc_commit(void);
+
+// Returns the sentence about the calling thread's last failure, or an empty string. Valid until the thread's next failure.
 LLAMA_API const char * llama_kvc_last_error(void);
 
-// Contexts that this thread creates from now on start with n_cells cells a layer (rounded up to 256) instead of n_ctx,
-// and grow and shrink with what they hold. 0: llama.cpp's own way, the default.
-LLAMA_API void llama_kvc_set_start_cells(uint32_t n_cells);
-
+// returns LLAMA_KVC_OK if compression can work on this context
 LLAMA_API int32_t llama_kvc_supported(struct llama_context * ctx);
 
-// size = sizeof(*info) of the caller: a mismatch is an argument error, not a corrupted stack
+//
+// geometry and bytes
+//
+
+// Writes what the whole cache is now to info.
+//   size  sizeof(*info) of the caller, which must be that of the library (ERR_ARGUMENT)
 LLAMA_API int32_t llama_kvc_get_cache(struct llama_context * ctx, struct llama_kvc_cache_info * info, size_t size);
+
+// Writes what layer ikv is now to info; size as above. The addresses in info are valid until the cache next changes.
 LLAMA_API int32_t llama_kvc_get_layer(struct llama_context * ctx, uint32_t ikv, struct llama_kvc_layer_info * info, size_t size);
 
-// copies bytes of a layer's K (is_v = 0) or V tensor to dst, from host or device memory
+// Copies size bytes from offset on of the layer's K (is_v = 0) or V tensor (is_v = 1) to dst, from host or device memory.
+//   ERR_ARGUMENT  dst is NULL, or the tensor ends before offset + size
 LLAMA_API int32_t llama_kvc_get_tensor(struct llama_context * ctx, uint32_t ikv, int32_t is_v, void * dst, size_t offset, size_t size);
 
-// writes bytes of a layer's V tensor (is_v = 1) or K tensor; what the cells mean is not checked
+// Overwrites these bytes with those of src. Does not check what the bytes mean. Errors as above.
 LLAMA_API int32_t llama_kvc_set_tensor(struct llama_context * ctx, uint32_t ikv, int32_t is_v, const void * src, size_t offset, size_t size);
 
-// Makes room for n_cells cells now, so that the cache need not grow in steps; it is kept until the next compose or
-// call. Room that an empty cache has beyond n_cells and its start is given back.
+//
+// room
+//
+
+// Contexts that this thread creates from now on start with n_cells cells a layer, rounded up to 256, instead of n_ctx. They
+// grow with their contents, and shrink when they are empty. 0 is the default: n_ctx cells from the start.
+LLAMA_API void llama_kvc_set_start_cells(uint32_t n_cells);
+
+// Makes room for n_cells cells now, so that the cache need not grow in steps. The room lasts until the next compose or the
+// next call. An empty cache gives back the room beyond n_cells and the cells that it started with.
+//   ERR_ARGUMENT  n_cells is larger than the cache
+//   ERR_MEMORY    the cache still holds what it held
 LLAMA_API int32_t llama_kvc_reserve(struct llama_context * ctx, uint32_t n_cells);
 
-// on = 1: batches of 16 and more tokens use a flash attention kernel of our own on the CPU: the same up to rounding, faster,
-// and for quantized keys and values several times so. 0, the default: llama.cpp's.
+//
+// attention
+//
+
+// on = 1: flash attention of 16 tokens and more uses our own kernel on the CPU. It is the same up to rounding, and faster,
+// most of all with quantized keys and values. 0 is the default: llama.cpp's kernel.
 LLAMA_API int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32_t on);
 
-// From here on decodes collect, for every layer and query head, the attention probabilities of the cells
-// [0, n_cells), reduced over the query tokens of all decodes until llama_kvc_scores_end.
-//   agg        llama_kvc_agg
-//   max_bytes  of working memory beside the scores themselves (float32, n_layer*n_head*n_cells)
+// Starts scoring. Until llama_kvc_scores_end() all decodes collect, for every layer and query head, the attention
+// probabilities of the cells [0, n_cells), reduced over all query tokens.
+//   agg        llama_kvc_agg: how to reduce
+//   max_bytes  limit of the working memory, not counting the scores themselves (float32, n_layer*n_head*n_cells)
+//   ERR_ARGUMENT  agg is unknown, n_cells is 0 or larger than the cache
+//   ERR_STATE     the cache is composed, or scoring is on
 LLAMA_API int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
-// dst: float32 [n_head][n_cells] of layer ikv; n = its number of floats
-LLAMA_API int32_t llama_kvc_scores_get  (struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
-LLAMA_API int32_t llama_kvc_scores_end  (struct llama_context * ctx);
 
-// From here on decodes leave the queries or attention outputs (what: a sum of llama_kvc_tap) of their first n_tokens
-// tokens behind, until the next decode. n_tokens is at most n_ubatch; a longer decode is several of them, and leaves the last.
+// Copies the scores so far of layer ikv.
+//   dst  float32 [n_head][n_cells]
+//   n    number of floats in dst, n_head*n_cells (ERR_ARGUMENT)
+//   ERR_STATE  scoring is off
+LLAMA_API int32_t llama_kvc_scores_get(struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
+
+// Ends scoring and frees the scores. Does nothing if scoring is off.
+LLAMA_API int32_t llama_kvc_scores_end(struct llama_context * ctx);
+
+//
+// probes
+//
+
+// Starts taps. Until llama_kvc_taps_end() every decode copies vectors of its first n_tokens tokens. llama.cpp splits a
+// decode of more than n_ubatch tokens into several; then the vectors are those of the last one.
+//   what      a sum of llama_kvc_tap
+//   n_tokens  1 to n_ubatch
+//   ERR_ARGUMENT  what or n_tokens is out of range
+//   ERR_STATE     taps are on
 LLAMA_API int32_t llama_kvc_taps_begin(struct llama_context * ctx, int32_t what, uint32_t n_tokens);
-// dst: float32 [n_tokens][n_head][n_embd_head] of layer ikv, n = its number of floats; beyond the tokens of the latest
-// decode is what earlier ones left. Vectors of quantized keys (values) are
-// Hadamard-rotated as these are.
-LLAMA_API int32_t llama_kvc_taps_get  (struct llama_context * ctx, uint32_t ikv, int32_t what, float * dst, size_t n);
-LLAMA_API int32_t llama_kvc_taps_end  (struct llama_context * ctx);
 
-// Adds bias, float32 [n_head_kv][n_rows], to the attention logits of a layer's first n_rows rows, from now on; -inf hides a
-// row. Attention is then not fused, which quantized V cannot be. NULL: no bias in any layer.
+// Copies the vectors of the latest decode for layer ikv. Rows beyond that decode's tokens are older. If keys (for outputs:
+// values) are quantized, the vectors are Hadamard-rotated as the cached rows are.
+//   what  one llama_kvc_tap
+//   dst   float32 [n][n_head][n_embd_head]; n_embd_head is n_embd_head_k for queries, n_embd_head_v for outputs
+//   n     number of floats in dst: whole tokens, and at most n_tokens of them (ERR_ARGUMENT)
+//   ERR_STATE  this tap is off
+LLAMA_API int32_t llama_kvc_taps_get(struct llama_context * ctx, uint32_t ikv, int32_t what, float * dst, size_t n);
+
+// Ends all taps and frees their memory. Does nothing if they are off.
+LLAMA_API int32_t llama_kvc_taps_end(struct llama_context * ctx);
+
+// Adds a bias to the attention logits of a layer's first n_rows rows in all later decodes. llama.cpp then does not fuse
+// attention in any layer.
+//   bias    float32 [n_head_kv][n_rows], -inf hides a row; NULL removes the biases of all layers
+//   n_rows  1 to n_cells (ERR_ARGUMENT)
+//   ERR_UNSUPPORTED  V is quantized, which needs fused attention
 LLAMA_API int32_t llama_kvc_set_bias(struct llama_context * ctx, uint32_t ikv, const float * bias, uint32_t n_rows);
 
-// Rotates rows, float32 [n_rows][n_embd_head_k], by the model's RoPE for the positions pos [n_rows], or back (inverse = 1).
-// Rotated rows are as cached keys, Hadamard-rotated if those are quantized.
+// Rotates key vectors in place by the model's RoPE, to positions or back from them. Rotated rows are as cached keys are; if
+// those are quantized, that includes the Hadamard rotation.
+//   rows     float32 [n_rows][n_embd_head_k]
+//   pos      int32 [n_rows]
+//   inverse  1: back
+//   ERR_ARGUMENT     rows or pos is NULL, or n_rows is 0
+//   ERR_UNSUPPORTED  it is not known which layers of this architecture rotate their keys
 LLAMA_API int32_t llama_kvc_rope(struct llama_context * ctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, int32_t inverse);
 
-// Replaces the first n_tokens cells, which have to be the whole cache of sequence 0 at positions [0, n_tokens).
-//   n_kept [n_layer]
-//   cells  concatenation over layers of int32 [n_head_kv][n_kept[l]], strictly ascending within a head; n_cells_total entries
-//   n_room free cells to allocate behind the composites; a decode that needs more makes the cache grow
-// All or nothing: an error leaves the cache as it was.
+//
+// compose
+//
+
+// Replaces the first n_tokens cells by composites: row j of layer ikv gets, for every head, its j-th kept cell. The cells
+// must be the whole cache: sequence 0 at the positions [0, n_tokens). An error leaves the cache as it was.
+//   n_layer  the cache's number of layers
+//   n_kept   [n_layer], at most n_tokens each, and not all 0
+//   cells    int32 [n_head_kv][n_kept[ikv]] for one layer after the other; in [0, n_tokens), strictly ascending within a head
+//   n_cells_total  number of entries in cells
+//   n_room   free cells to allocate behind the composites; the cache grows if a decode needs more
+//   gather   copies the rows
+//   ERR_ARGUMENT  a pointer is NULL, or n_layer, n_kept or cells do not fit this cache
+//   ERR_STATE     the cache holds other tokens, is composed, or scoring is on
 LLAMA_API int32_t llama_kvc_compose(
         struct llama_context * ctx,
         uint32_t               n_tokens,

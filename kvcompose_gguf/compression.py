@@ -1,0 +1,120 @@
+"""The way of a prompt: prefill -> scores -> plan -> compose, and the choice between that and continuing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from .context import Context
+from .errors import ContextLengthError
+from .methods.base import Method, choice_of
+from .plan import seam
+from .plan.report import KVReport
+from .scoring.collect import Attention
+from .scoring.evidence import Evidence
+from .scoring.requests import AttentionRequest
+
+T = TypeVar("T")
+
+
+def observe(context: Context, tokens: Sequence[int], method: Method, suffix: Sequence[int] = ()) -> Evidence:
+    """Prefills ``tokens`` and returns the evidence that ``method.plan`` needs; the cache stays full.
+
+    Args:
+        suffix: tokens that follow the context in its prompt.
+    Raises:
+        ContextLengthError: the tokens do not fit, or leave no cell for the queries on top of them.
+    """
+    attention = _attend(context, tokens, method.attention_request, suffix, method.max_score_bytes)
+    return context.observe(tokens, attention, method.state_request)
+
+
+def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Sequence[int] = ()) -> KVReport:
+    """Prefills and compresses ``tokens``; a context below ``method.min_tokens`` stays full.
+
+    Returns:
+        The figures, also kept as ``context.report``.
+    Raises:
+        ContextLengthError: the tokens and at least one more do not fit.
+    """
+    n_tokens, session = len(tokens), context.session
+    if n_tokens >= context.n_ctx:
+        raise ContextLengthError(f"{n_tokens} tokens and one more do not fit into n_ctx={context.n_ctx}: raise n_ctx")
+
+    compressing = n_tokens >= method.min_tokens
+    request = method.attention_request if compressing else None
+    attention = _attend(context, tokens, request, suffix, method.max_score_bytes)
+    kv_bytes_before = session.state().n_bytes
+    n_kept = np.full(len(session.layers), n_tokens)
+    forced = (0, 0)
+    state_seconds = score_seconds = plan_seconds = compose_seconds = 0.0
+    if compressing:
+        evidence, state_seconds = _timed(lambda: context.observe(tokens, attention, method.state_request))
+        scores, score_seconds = _timed(lambda: method.scores(evidence))
+        plan, plan_seconds = _timed(lambda: method.plan(evidence, scores))
+        _, compose_seconds = _timed(lambda: context.compose(plan, choice_of(method), method.n_room))
+        n_kept, forced = plan.n_kept, method.forced(session.layers, n_tokens)
+
+    context.report = KVReport(
+        n_tokens=n_tokens,
+        n_kept=n_kept,
+        n_sink=forced[0],
+        n_recent=forced[1],
+        kv_bytes_full=n_tokens * sum(layer.n_bytes_row for layer in session.layers),
+        kv_bytes_kept=int(sum(n * layer.n_bytes_row for n, layer in zip(n_kept, session.layers, strict=True))),
+        kv_bytes_before=kv_bytes_before,
+        kv_bytes=session.state().n_bytes,
+        prefill_seconds=attention.prefill_seconds,
+        score_seconds=attention.score_seconds + state_seconds + score_seconds,
+        plan_seconds=plan_seconds,
+        compose_seconds=compose_seconds,
+        n_prefilled=attention.n_prefilled,
+        scoring_chunk=attention.chunk,
+    )
+    return context.report
+
+
+def prepare(context: Context, tokens: Sequence[int], method: Method | None) -> None:
+    """Makes the cache hold the compressed beginning of a prompt, from which a generation continues.
+
+    A context that ``method`` has compressed is continued if the prompt begins with it. Otherwise the prompt's beginning
+    is compressed, if it is long enough.
+    """
+    composed = context.composed
+    if composed is not None:
+        n_context = context.n_context
+        # sampling needs the last token's logits, so at least one token must be left to evaluate
+        continues = len(tokens) > n_context and tuple(tokens[:n_context]) == composed.tokens
+        if continues and composed.choice == choice_of(method):
+            n_same = seam.common_prefix(context.tokens, tokens)
+            if composed.partial is not None and n_same < context.n_tokens:
+                context.rewind(n_same)
+            return
+        context.reset()
+    if context.has_images:
+        return  # part of the prompt is not text, so its tokens cannot be evaluated again
+    context.report = None
+    if method is None:
+        return
+    n_context = len(tokens) - max(1, method.keep_last)
+    if n_context >= method.min_tokens:
+        compress(context, tokens[:n_context], method, tokens[n_context:])
+
+
+def _attend(
+    context: Context, tokens: Sequence[int], request: AttentionRequest | None, suffix: Sequence[int], max_bytes: int
+) -> Attention:
+    """Prefills ``tokens`` and returns the attention that ``request`` asks for, if any."""
+    if request is not None:
+        return context.attend(tokens, request, suffix, max_bytes)
+    n_prefilled, seconds = _timed(lambda: context.prefill(tokens))
+    return Attention([], n_prefilled, seconds, 0.0, 0)
+
+
+def _timed(function: Callable[[], T]) -> tuple[T, float]:
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start

@@ -1,0 +1,218 @@
+"""Reads and writes session files: any later process continues from the saved context without reading its text again.
+
+Layout, little-endian: MAGIC; uint32 format version; uint32 size of the header in bytes; the header (JSON); the
+sections, each at a multiple of ALIGN bytes; the SHA-256 of everything before it. Sections: ``tokens``, int32;
+``kept``, the plan with one bit per token (``CompositionPlan.bits``), zlib-compressed; ``windows``, the state of the
+sliding-window layers; ``state``, llama.cpp's own bytes, loaded straight from the mapped file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError, StateError
+from ..models.identity import Identity
+from ..plan.composed import Composed, Contents
+from ..plan.report import KVReport
+from ..support.files import replaced, write_parts
+from .info import SessionInfo, Snapshot
+
+MAGIC, FORMAT = b"KVCSESS\n", 1
+ALIGN = 64
+
+_PREFIX = struct.Struct("<8sII")
+_DIGEST_BYTES = 32
+#: exceptions that a damaged or foreign header causes in the code below
+_MALFORMED = (
+    struct.error,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+)
+
+
+def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str = "") -> SessionInfo:
+    """Writes a session file that only this user can read; an old file stays until the new one is whole and on disk.
+
+    Raises:
+        ConfigError: ``extra`` is not JSON.
+        StateError: the file cannot be written, or would be larger than ``max_bytes``.
+    """
+    contents = snapshot.contents
+    composed, report = contents.composed, contents.report
+    sections: list[tuple[str, Any]] = [("tokens", contents.tokens.astype("<i4"))]
+    if composed is not None:
+        sections.append(("kept", zlib.compress(composed.kept.tobytes())))
+        if composed.partial is not None:
+            sections.append(("windows", composed.partial))
+    sections.append(("state", contents.state))
+    created = time.time()
+    header: dict[str, Any] = {
+        "created": created,
+        "model": {"name": snapshot.identity.model_name, "id": snapshot.identity.model_id},
+        "settings": snapshot.identity.settings,
+        "versions": snapshot.identity.versions,
+        "n_context": 0 if composed is None else len(composed.tokens),
+        "n_heads": 0 if composed is None else len(composed.kept),
+        "method": "" if composed is None else composed.choice,
+        "report": None if report is None else report.to_json(),
+        "kv_bytes": snapshot.kv_bytes,
+        "extra": snapshot.extra,
+        "sections": [[name, memoryview(data).nbytes] for name, data in sections],
+    }
+    try:
+        head = json.dumps(header).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"extra={snapshot.extra!r} cannot be saved as JSON: {error}") from error
+
+    parts: list[Any] = [_PREFIX.pack(MAGIC, FORMAT, len(head)), head]
+    at = _PREFIX.size + len(head)
+    for _, data in sections:
+        parts += [bytes(-at % ALIGN), data]
+        at += -at % ALIGN + memoryview(data).nbytes
+    n_bytes = at + _DIGEST_BYTES
+    if max_bytes is not None and n_bytes > max_bytes:
+        raise StateError(f"{name or file} is not saved: it needs {n_bytes} bytes, the limit is {max_bytes}")
+
+    def hashed() -> Iterator[Any]:
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+            yield part
+        yield digest.digest()
+
+    try:
+        with replaced(file) as unfinished:
+            write_parts(unfinished, hashed(), mode=0o600)
+    except OSError as error:
+        raise StateError(f"{name or file} cannot be written: {error.strerror or error}") from error
+    return SessionInfo(
+        file, n_bytes, created, len(contents.tokens), header["n_context"], snapshot.identity.model_name,
+        snapshot.identity.model_id, header["method"], report, snapshot.kv_bytes, snapshot.extra,
+        snapshot.identity.versions,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def opened(file: Path, name: str = "") -> Iterator[tuple[Snapshot, SessionInfo]]:
+    """Checks a session file wholly, and yields it; arrays are views of the mapped file, valid in the ``with`` block.
+
+    Args:
+        name: name of the file in messages, by default its path.
+    Raises:
+        StateError: the file does not exist, is damaged, or has another format.
+    """
+    name = name or str(file)
+    raw = _mapped(file, name)
+    header, sections = _header(name, raw)
+    _check_digest(name, raw)
+    try:
+        found = _snapshot(file, header, sections, raw.nbytes)
+    except _MALFORMED as error:
+        raise StateError(f"{name} is damaged: {error}") from error
+    yield found
+
+
+def describe(file: Path, check: bool = True, name: str = "") -> SessionInfo:
+    """Returns the description of a session file.
+
+    Args:
+        name: name of the file in messages, by default its path.
+        check: verify the checksum, which reads the whole file.
+    Raises:
+        StateError: in the same cases as ``opened``.
+    """
+    name = name or str(file)
+    raw = _mapped(file, name)
+    header, sections = _header(name, raw)
+    if check:
+        _check_digest(name, raw)
+    try:
+        return _info(file, header, sections, raw.nbytes)
+    except _MALFORMED as error:
+        raise StateError(f"{name} is damaged: {error}") from error
+
+
+def _mapped(file: Path, name: str) -> npt.NDArray[np.uint8]:
+    try:
+        return np.memmap(file, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise StateError(f"{name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # an empty file cannot be mapped
+        raise StateError(f"{name} is damaged: it is empty") from error
+
+
+def _header(name: str, raw: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, npt.NDArray[np.uint8]]]:
+    """Returns the header and views of the sections; checks only that the sections fit the file."""
+    try:
+        magic, version, n_head = _PREFIX.unpack(raw[: _PREFIX.size].tobytes())
+        if magic != MAGIC:
+            raise StateError(f"{name} is not a session file of kvcompose")
+        if version != FORMAT:
+            raise StateError(f"{name} has session format {version}, this version reads format {FORMAT}: make a new one")
+        header = json.loads(raw[_PREFIX.size : _PREFIX.size + n_head].tobytes())
+        at, sections = _PREFIX.size + n_head, {}
+        for section, n_bytes in header["sections"]:
+            if type(n_bytes) is not int or n_bytes < 0:
+                raise ValueError(f"section {section!r} has {n_bytes!r} bytes")
+            at += -at % ALIGN
+            sections[str(section)] = raw[at : at + n_bytes]
+            at += n_bytes
+    except StateError:
+        raise
+    except _MALFORMED as error:
+        raise StateError(f"{name} is damaged: {error}") from error
+    if at + _DIGEST_BYTES != raw.nbytes:
+        raise StateError(f"{name} is damaged: it has {raw.nbytes} bytes instead of {at + _DIGEST_BYTES}")
+    return header, sections
+
+
+def _check_digest(name: str, raw: npt.NDArray[np.uint8]) -> None:
+    if hashlib.sha256(raw[:-_DIGEST_BYTES].data).digest() != raw[-_DIGEST_BYTES:].tobytes():
+        raise StateError(f"{name} is damaged: its checksum is wrong")
+
+
+def _info(file: Path, header: dict[str, Any], sections: dict[str, npt.NDArray[np.uint8]], n_bytes: int) -> SessionInfo:
+    report, extra = header["report"], header["extra"]
+    report = None if report is None else KVReport.from_json(report)
+    if not isinstance(extra, dict):
+        raise ValueError("extra is not an object")
+    return SessionInfo(
+        file, n_bytes, float(header["created"]), len(sections["tokens"]) // 4, int(header["n_context"]),
+        str(header["model"]["name"]), str(header["model"]["id"]), str(header["method"]),
+        report, int(header["kv_bytes"]), extra, dict(header["versions"]),
+    )  # fmt: skip
+
+
+def _snapshot(
+    file: Path, header: dict[str, Any], sections: dict[str, npt.NDArray[np.uint8]], n_bytes: int
+) -> tuple[Snapshot, SessionInfo]:
+    info = _info(file, header, sections, n_bytes)
+    tokens = sections["tokens"].view("<i4")
+    composed = None
+    if info.n_context:
+        if not 0 < info.n_context <= len(tokens):
+            raise ValueError(f"the context has {info.n_context} tokens, the cache {len(tokens)}")
+        n_heads, n_row = int(header["n_heads"]), -(-info.n_context // 8)
+        bits = zlib.decompressobj().decompress(sections["kept"].tobytes(), n_heads * n_row)
+        kept = np.frombuffer(bits, dtype=np.uint8).reshape(n_heads, n_row)
+        windows = sections["windows"].tobytes() if "windows" in sections else None
+        composed = Composed(tuple(tokens[: info.n_context].tolist()), info.method, kept, windows)
+    identity = Identity(info.model_name, info.model_id, dict(header["settings"]), info.versions)
+    contents = Contents(tokens, sections["state"], composed, info.report)
+    return Snapshot(identity, contents, info.kv_bytes, info.extra), info

@@ -1,0 +1,183 @@
+// The functions of llama-kvc.h that look at attention or change it.
+
+#include "llama-kvc.h"
+
+#include "llama-arch.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+#include "llama-impl.h"
+#include "llama-kvc-cache.h"
+#include "llama-kvc-guard.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+
+using namespace llama_kvc_guard;
+
+int32_t llama_kvc_set_fast_attention(llama_context * ctx, int32_t on) {
+    return with_cache(ctx, [&](const cache & c) { c.kvc().set_fast(on != 0); });
+}
+
+int32_t llama_kvc_scores_begin(llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes) {
+    return with_cache(ctx, [&](const cache & c) {
+        if (agg != LLAMA_KVC_AGG_MAX && agg != LLAMA_KVC_AGG_SUM) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("agg = %d", agg));
+        }
+
+        c.update(); // a composed cache may have been cleared since
+
+        if (c.kvc().composed()) {
+            fail(LLAMA_KVC_ERR_STATE, "the cache is composed, its cells are no single tokens");
+        }
+        if (c.kvc().scoring()) {
+            fail(LLAMA_KVC_ERR_STATE, "scoring is on already");
+        }
+        if (n_cells == 0 || n_cells > c.kv.get_size()) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("n_cells = %u, the cache has %u", n_cells, c.kv.get_size()));
+        }
+
+        c.ctx.synchronize();
+        c.kvc().scores_begin((llama_kvc_agg) agg, n_cells, max_bytes);
+        c.ctx.kvc_reserve(); // graphs become larger
+    });
+}
+
+int32_t llama_kvc_scores_get(llama_context * ctx, uint32_t ikv, float * dst, size_t n) {
+    return with_layer(ctx, ikv, [&](const layer & l) {
+        const auto & kvc = l.kvc();
+        if (!kvc.scoring()) {
+            fail(LLAMA_KVC_ERR_STATE, "scoring is off");
+        }
+
+        const size_t n_want = size_t(l.ctx.get_model().hparams.n_head(l.il))*kvc.scores_n_cells();
+        if (!dst || n != n_want) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u has %zu scores, the caller wants %zu", ikv, n_want, n));
+        }
+
+        l.ctx.synchronize(); // a decode without outputs may still be running on its device
+        kvc.scores_get(ikv, dst);
+    });
+}
+
+int32_t llama_kvc_scores_end(llama_context * ctx) {
+    return with_cache(ctx, [](const cache & c) {
+        if (c.kvc().scoring()) {
+            c.ctx.synchronize();
+            c.kvc().scores_end();
+            c.ctx.kvc_reserve(); // gives the memory of the scoring nodes back
+        }
+    });
+}
+
+//
+// probes
+//
+
+int32_t llama_kvc_taps_begin(llama_context * ctx, int32_t what, uint32_t n_tokens) {
+    return with_cache(ctx, [&](const cache & c) {
+        if (what <= 0 || (what & ~(LLAMA_KVC_TAP_QUERIES | LLAMA_KVC_TAP_OUTPUTS))) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("what = %d", what));
+        }
+        if (n_tokens == 0 || n_tokens > c.ctx.get_cparams().n_ubatch) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("n_tokens = %u, n_ubatch is %u", n_tokens, c.ctx.get_cparams().n_ubatch));
+        }
+        if (c.kvc().tapping()) {
+            fail(LLAMA_KVC_ERR_STATE, "taps are on already");
+        }
+
+        c.ctx.synchronize();
+        c.kvc().taps_begin(what & LLAMA_KVC_TAP_QUERIES, what & LLAMA_KVC_TAP_OUTPUTS, n_tokens);
+        c.ctx.kvc_reserve();
+    });
+}
+
+int32_t llama_kvc_taps_get(llama_context * ctx, uint32_t ikv, int32_t what, float * dst, size_t n) {
+    return with_layer(ctx, ikv, [&](const layer & l) {
+        if (what != LLAMA_KVC_TAP_QUERIES && what != LLAMA_KVC_TAP_OUTPUTS) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("what = %d", what));
+        }
+
+        const ggml_tensor * t = l.kvc().tap(ikv, what == LLAMA_KVC_TAP_OUTPUTS);
+        if (!t) {
+            fail(LLAMA_KVC_ERR_STATE, "this tap is off");
+        }
+        // after a decode of fewer tokens the caller may want the first ones only
+        if (!dst || n == 0 || n > (size_t) ggml_nelements(t) || n % t->ne[0]) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u has %lld floats in rows of %lld, the caller wants %zu", ikv, (long long) ggml_nelements(t), (long long) t->ne[0], n));
+        }
+
+        l.ctx.synchronize();
+        ggml_backend_tensor_get(t, dst, 0, n*sizeof(float));
+    });
+}
+
+int32_t llama_kvc_taps_end(llama_context * ctx) {
+    return with_cache(ctx, [](const cache & c) {
+        if (c.kvc().tapping()) {
+            c.ctx.synchronize();
+            c.kvc().taps_end();
+            c.ctx.kvc_reserve();
+        }
+    });
+}
+
+static void drop_bias(const cache & c) {
+    c.ctx.synchronize();
+    c.kvc().drop_bias();
+    c.ctx.kvc_reserve(); // gives back the memory of attention that was not fused
+}
+
+int32_t llama_kvc_set_bias(llama_context * ctx, uint32_t ikv, const float * bias, uint32_t n_rows) {
+    return with_layer(ctx, ikv, [&](const layer & l) {
+        if (!bias) {
+            drop_bias(l);
+            return;
+        }
+        if (n_rows == 0 || n_rows > l.kv.get_size()) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("n_rows = %u, a layer can have %u", n_rows, l.kv.get_size()));
+        }
+        if (ggml_is_quantized(l.v->type)) {
+            fail(LLAMA_KVC_ERR_UNSUPPORTED, "quantized values need fused attention, which takes no bias");
+        }
+
+        l.ctx.synchronize();
+
+        const uint64_t epoch = l.kvc().epoch();
+        l.kvc().set_bias(ikv, bias, n_rows);
+        if (l.kvc().epoch() != epoch) {
+            l.ctx.kvc_reserve();
+        }
+    });
+}
+
+// Each model's graph decides which of its layers rotate. So this lists only architectures that tests have checked.
+static bool rope_is_known(llm_arch arch) {
+    switch (arch) {
+        case LLM_ARCH_LLAMA:
+        case LLM_ARCH_MISTRAL3:
+        case LLM_ARCH_QWEN2:
+        case LLM_ARCH_QWEN3:
+        case LLM_ARCH_QWEN3MOE:
+        case LLM_ARCH_PHI3:
+        case LLM_ARCH_GEMMA2:
+        case LLM_ARCH_GEMMA3:
+        case LLM_ARCH_OPENAI_MOE:
+            return true;
+        default:
+            return false;
+    }
+}
+
+int32_t llama_kvc_rope(llama_context * ctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, int32_t inverse) {
+    return with_layer(ctx, ikv, [&](const layer & l) {
+        if (!rows || !pos || n_rows == 0) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, "rows or pos is NULL, or n_rows = 0");
+        }
+        const llm_arch arch = l.ctx.get_model().arch;
+        if (!rope_is_known(arch)) {
+            fail(LLAMA_KVC_ERR_UNSUPPORTED, std::string("which layers of architecture ") + llm_arch_name(arch) + " rotate their keys is not known");
+        }
+
+        l.kvc().rope_rows(l.ctx, ikv, rows, n_rows, pos, inverse != 0);
+    });
+}

@@ -1,0 +1,115 @@
+"""OpenAI's routes, on a tiny model of random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.serving import events, post
+
+PROMPT = "The quick brown fox jumps over the lazy dog. "
+
+
+def test_openais_completions(start):
+    client = start()
+    options = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+    body = post(client, "/v1/completions", **options, logprobs=2)
+    assert (body["object"], body["model"], body["id"][:9]) == ("text_completion", "tiny", "chatcmpl-")
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert len(body["choices"][0]["logprobs"]["content"]) == 6
+    usage = body["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] == usage["prompt_tokens"] + 6
+    chunks, done = events(client, "/v1/completions", **options)
+    assert done
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == body["choices"][0]["text"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 6 + ["length"]
+    assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+
+def test_several_choices_differ_by_their_seeds(start):
+    body = post(start(), "/v1/completions", prompt=PROMPT, n=2, max_tokens=12, temperature=1.5, seed=4)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["choices"][0]["text"] != body["choices"][1]["text"]
+
+
+def test_a_chat(start):
+    client = start()
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    options = {"messages": messages, "max_tokens": 8, "temperature": 0}
+    prompt = post(client, "/apply-template", messages=messages)["prompt"]
+    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    body = post(client, "/v1/chat/completions", **options)
+    message = body["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": post(client, "/completion", prompt=prompt, n_predict=8, temperature=0)["content"]}
+    assert body["object"] == "chat.completion"
+    chunks, done = events(client, "/v1/chat/completions", **options, stream_options={"include_usage": True})
+    assert done
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": None}
+    assert "".join(c["choices"][0]["delta"].get("content") or "" for c in chunks[:-1]) == message["content"]
+    assert chunks[-2]["choices"][0]["finish_reason"] == "length"
+    assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 8)
+    assert "timings" in chunks[-1]
+    counted = post(client, "/v1/chat/completions/input_tokens", messages=messages)
+    assert counted["input_tokens"] == body["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None, "text", [123], [{}], [{"role": 123}], [{"role": "system", "content": 123}], [{"role": "user", "content": "x"}, {}],
+        [{"role": "user", "content": [{"type": "sound"}]}], [{"role": "assistant"}], [{"role": "user", "content": None}],
+        [{"role": r, "content": "x"} for r in ("user", "assistant", "assistant")],
+        [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_are_no_messages_is_refused(start, messages):
+    assert post(start(), "/v1/chat/completions", 400, messages=messages)["error"]["message"]
+
+
+def test_images_are_not_supported(start):
+    part = {"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}
+    error = post(start(), "/v1/chat/completions", 500, messages=[{"role": "user", "content": [part]}])["error"]
+    assert "image input is not supported" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("response_format", "check"),
+    [
+        ({"type": "json_object", "schema": {"const": "42"}}, lambda text: text == '"42"'),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": "foo"}}}, lambda text: text == '"foo"'),
+        ({"type": "text"}, lambda text: True),
+    ],
+)
+def test_response_formats(start, response_format, check):
+    messages = [{"role": "user", "content": "Hi"}]
+    body = post(start(), "/v1/chat/completions", messages=messages, response_format=response_format, max_tokens=20)
+    assert check(body["choices"][0]["message"]["content"])
+
+
+TOOLS_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_tool_that_has_to_be_called_is(start):
+    client = start(chat_template=TOOLS_TEMPLATE)
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    options = {
+        "messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "tool_choice": "required", "max_tokens": 80,
+        "temperature": 1.0, "seed": 1,
+    }  # fmt: skip
+    choice = post(client, "/v1/chat/completions", **options)["choices"][0]
+    call = choice["message"]["tool_calls"][0]
+    assert (choice["finish_reason"], call["function"]["name"]) == ("tool_calls", "weather")
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
+    chunks, _ = events(client, "/v1/chat/completions", **options)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    first, *more = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
+    assert len(more) > 1
+    assert json.loads("".join(one["function"]["arguments"] for one in (first, *more))) == {"city": "Rome"}
+    assert not any(delta.get("content") for delta in deltas)
+    assert post(start(), "/v1/chat/completions", 501, messages=options["messages"], tools=[tool])["error"]["message"]
