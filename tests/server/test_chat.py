@@ -6,7 +6,9 @@ import pytest
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.models.templates import ChatTemplate, TemplateError
-from kvcompose_gguf.server.chat.templates import BuiltinTemplate, check_messages
+from kvcompose_gguf.native import chat_formats
+from kvcompose_gguf.server.chat.messages import check_messages
+from kvcompose_gguf.server.chat.templates import BuiltinTemplate
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -63,7 +65,7 @@ def test_what_a_template_is_not_given_is_nothing():
 
 
 def test_llama_cpps_own_formats_have_names():
-    assert {"llama3", "command-r", "chatml"} <= set(BuiltinTemplate.names())
+    assert {"llama3", "command-r", "chatml"} <= set(chat_formats.names())
     messages = [{"role": "system", "content": "Bö"}, {"role": "user", "content": "Hi"}]
     want = "<|start_header_id|>system<|end_header_id|>\n\nBö<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     assert BuiltinTemplate("llama3").render(messages, False) == want

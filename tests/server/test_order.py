@@ -9,7 +9,7 @@ from support import tiny
 from support.serving import CONFIG, METHOD, Asking, decodes, gate_before, n_busy, n_processing, post, until
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.server import service
+from kvcompose_gguf.server import waiting
 from kvcompose_gguf.server.slots.slot import Slot
 
 PROMPT = "The quick brown fox jumps over the lazy dog. "
@@ -72,7 +72,7 @@ def test_each_of_several_streams_ends_when_its_own_slot_is_idle(start):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_an_error_leaves_when_all_slots_of_its_request_are_idle(start, monkeypatch, stream):
-    client, generate = start(), service.generate
+    client, generate = start(), waiting.generate
 
     with decodes() as held:
 
@@ -82,7 +82,7 @@ def test_an_error_leaves_when_all_slots_of_its_request_are_idle(start, monkeypat
             held.wait_held()
             raise ConfigError("made by the test")
 
-        monkeypatch.setattr(service, "generate", fails_beside_another)
+        monkeypatch.setattr(waiting, "generate", fails_beside_another)
         held.let(0)
         asking = Asking(client, "/completion", prompt=[[5, 6, 7], tiny.tokens(CONFIG, 40)], n_predict=9, stream=stream)
         held.wait_held()
