@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
 from ...methods import Method
-from .embeddings import Embedder
+from .embedder import Embedder
 from .idle import IdleCaches
 from .slot import Busy, Cancelled, Slot, TimedOut, Turns
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ..errors import KVComposeError
-from .errors import api_error
+from .api.errors import api_error
 from .slots.engine import Engine, Job
 from .slots.generation import End, Generation, Progress, Token, generate
 from .slots.slot import Busy, Slot
