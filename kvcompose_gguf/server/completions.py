@@ -16,7 +16,7 @@ from .api.parts import About
 from .api.schemas import GenerationRequest
 from .api.streams import JSONResponse, event_stream, merged, together, while_connected
 from .server import Server
-from .slots.generation import End, Token
+from .slots.steps import End, Token
 
 Whole = Callable[..., dict[str, Any]]
 

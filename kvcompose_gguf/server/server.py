@@ -26,8 +26,8 @@ from .metrics import Metrics
 from .options import ServeOptions
 from .prefixes import Prefixes
 from .slots.engine import Engine
-from .slots.generation import N_UNBOUNDED, End, Generation
 from .slots.sampling import RANDOM_SEED
+from .slots.steps import N_UNBOUNDED, End, Generation
 from .waiting import Step, steps
 
 T = TypeVar("T")

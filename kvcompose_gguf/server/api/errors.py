@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError, ContextLengthError, KVComposeError
-from ..slots.slot import Busy, TimedOut
+from ..slots.job import Busy, TimedOut
 
 #: value of ``Retry-After``, seconds, when the queue is full
 RETRY_AFTER = 1

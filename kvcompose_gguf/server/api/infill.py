@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...native.model_info import infill_token
-from ..slots.slot import SlotLlama
+from ..slots.slot_llama import SlotLlama
 from .errors import invalid, not_supported
 from .reader import Reader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..slots.generation import End, Progress, Token
+from ..slots.steps import End, Progress, Token
 from .parts import About, all_probabilities, extras, probabilities_of, prompt_text, timings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..slots.generation import End, Progress, Token
+from ..slots.steps import End, Progress, Token
 from .native import completion
 from .parts import About, all_probabilities, extras, probabilities_of, timings, usage
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...plan.report import KVReport
-from ..slots.generation import End, Generation, Progress, Timings, Token
 from ..slots.sampling import Chosen
-from ..slots.slot import SlotLlama
+from ..slots.slot_llama import SlotLlama
+from ..slots.steps import End, Generation, Progress, Timings, Token
 
 #: stands for minus infinity, which JSON does not have
 SMALLEST = -3.4028234663852886e38

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from ...errors import ConfigError
 from ...methods import METHODS, Method, make_method
 from ..options import ServeOptions
-from ..slots.generation import Generation
 from ..slots.sampling import SAMPLERS, Sampling
-from ..slots.slot import SlotLlama
+from ..slots.slot_llama import SlotLlama
+from ..slots.steps import Generation
 from .errors import invalid
 from .grammars import check_grammar, grammar_of
 from .schemas import GenerationRequest, KVCompress, Mixed, Prompt, PromptObject

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..slots.generation import Generation
 from ..slots.slot import Slot
+from ..slots.steps import Generation
 from .parts import compression
 
 LONG_SETTINGS = frozenset({"dry_sequence_breakers", "stop", "logit_bias", "grammar"})

@@ -21,7 +21,7 @@ from ..api.schemas import ChatRequest
 from ..api.streams import JSONResponse, event_stream, merged, together, while_connected
 from ..options import REASONING_FORMATS
 from ..server import Server
-from ..slots.generation import End, Generation, Progress, Token
+from ..slots.steps import End, Generation, Progress, Token
 from . import tools
 from .message_stream import MessageStream
 from .messages import check_messages

@@ -13,7 +13,7 @@ from ..api.reader import NO_BUDGET
 from ..api.schemas import CompressRequest
 from ..api.streams import while_connected
 from ..server import Serving
-from ..slots.engine import Job
+from ..slots.job import Job
 from ..slots.slot import Slot
 from ..waiting import run
 

@@ -10,7 +10,7 @@ from ...native.model_info import model_info
 from ..api.errors import invalid, not_supported
 from ..api.state import brief_settings
 from ..server import Serving
-from ..slots.generation import Generation
+from ..slots.steps import Generation
 
 router = APIRouter()
 

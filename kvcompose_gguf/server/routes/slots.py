@@ -16,7 +16,7 @@ from ..api.errors import ApiError, invalid, not_supported
 from ..api.state import slot_state
 from ..api.streams import while_connected
 from ..server import Server, Serving
-from ..slots.engine import Job
+from ..slots.job import Job
 from ..slots.saved import n_tokens_of, restore, save
 from ..slots.slot import Slot
 from ..waiting import run

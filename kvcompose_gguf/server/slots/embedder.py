@@ -13,7 +13,8 @@ from ...errors import ConfigError, KVComposeError
 from ...kernels.types import FloatArray
 from ...llama import Llama
 from ...native.pooling import POOLING
-from .slot import Busy, SlotLlama, TimedOut
+from .job import Busy, TimedOut
+from .slot_llama import SlotLlama
 
 
 class TooLong(KVComposeError):
