@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import moved
 from .errors import (
     ConfigError,
     ContextLengthError,
@@ -49,6 +50,8 @@ __all__ = [
     "UnsupportedError",
     "add_rpc_server",
 ]
+
+moved.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,36 @@ import numpy as np
 from .context import Context
 from .errors import ContextLengthError
 from .methods.base import Method, choice_of
+from .native.rows import ContextRows
 from .plan import seam
 from .plan.report import KVReport
 from .scoring.collect import Attention
 from .scoring.evidence import Evidence
-from .scoring.requests import AttentionRequest
+from .scoring.requests import AttentionRequest, StateRequest
 
 T = TypeVar("T")
+
+
+def attend(
+    context: Context,
+    tokens: Sequence[int],
+    request: AttentionRequest | None,
+    suffix: Sequence[int] = (),
+    max_bytes: int = 64 << 20,
+) -> Attention:
+    """Prefills ``tokens`` and returns the attention that ``request`` asks for, if any (``AttentionRequest.collect``).
+
+    Args:
+        suffix: tokens that follow the context in its prompt.
+        max_bytes: limit of the working memory, not counting the scores.
+    """
+    if request is None:
+        n_prefilled, seconds = _timed(lambda: context.prefill(tokens))
+        return Attention([], n_prefilled, seconds, 0.0, 0)
+    try:
+        return request.collect(context, tokens, suffix, context.vocabulary.tokens, max_bytes)
+    finally:
+        context.forget_logits()  # the last logits belong to another decode
 
 
 def observe(context: Context, tokens: Sequence[int], method: Method, suffix: Sequence[int] = ()) -> Evidence:
@@ -28,8 +51,8 @@ def observe(context: Context, tokens: Sequence[int], method: Method, suffix: Seq
     Raises:
         ContextLengthError: the tokens do not fit, or leave no cell for the queries on top of them.
     """
-    attention = _attend(context, tokens, method.attention_request, suffix, method.max_score_bytes)
-    return context.observe(tokens, attention, method.state_request)
+    attention = attend(context, tokens, method.attention_request, suffix, method.max_score_bytes)
+    return _evidence(context, tokens, attention, method.state_request)
 
 
 def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Sequence[int] = ()) -> KVReport:
@@ -46,13 +69,13 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
 
     compressing = n_tokens >= method.min_tokens
     request = method.attention_request if compressing else None
-    attention = _attend(context, tokens, request, suffix, method.max_score_bytes)
+    attention = attend(context, tokens, request, suffix, method.max_score_bytes)
     kv_bytes_before = session.state().n_bytes
     n_kept = np.full(len(session.layers), n_tokens)
     forced = (0, 0)
     state_seconds = score_seconds = plan_seconds = compose_seconds = 0.0
     if compressing:
-        evidence, state_seconds = _timed(lambda: context.observe(tokens, attention, method.state_request))
+        evidence, state_seconds = _timed(lambda: _evidence(context, tokens, attention, method.state_request))
         scores, score_seconds = _timed(lambda: method.scores(evidence))
         plan, plan_seconds = _timed(lambda: method.plan(evidence, scores))
         _, compose_seconds = _timed(lambda: context.compose(plan, choice_of(method), method.n_room))
@@ -104,14 +127,12 @@ def prepare(context: Context, tokens: Sequence[int], method: Method | None) -> N
         compress(context, tokens[:n_context], method, tokens[n_context:])
 
 
-def _attend(
-    context: Context, tokens: Sequence[int], request: AttentionRequest | None, suffix: Sequence[int], max_bytes: int
-) -> Attention:
-    """Prefills ``tokens`` and returns the attention that ``request`` asks for, if any."""
-    if request is not None:
-        return context.attend(tokens, request, suffix, max_bytes)
-    n_prefilled, seconds = _timed(lambda: context.prefill(tokens))
-    return Attention([], n_prefilled, seconds, 0.0, 0)
+def _evidence(
+    context: Context, tokens: Sequence[int], attention: Attention, states: StateRequest | None
+) -> Evidence:
+    queries = [] if states is None else states.collect(context, tokens)
+    rows, layers = ContextRows(context.session, len(tokens)), context.session.layers
+    return Evidence(len(tokens), layers, attention.layers, attention.n_window, rows, queries)
 
 
 def _timed(function: Callable[[], T]) -> tuple[T, float]:

@@ -10,20 +10,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from .access import Access, changes_cache, reads_cache, reads_model
+from .access import Access, changes_cache, reads_cache
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
 from .kernels.types import FloatArray
 from .native.decoder import Decoder
-from .native.rows import ContextRows, write_values
+from .native.rows import write_values
 from .native.session import KVSession
 from .native.vocabulary import Vocabulary
 from .plan import seam
 from .plan.composed import Composed, Contents
 from .plan.composition import CompositionPlan
 from .plan.report import KVReport
-from .scoring.collect import Attention
-from .scoring.evidence import Evidence
-from .scoring.requests import AttentionRequest, StateRequest
 from .support.progress import Meter
 
 #: cells of an empty elastic cache, and free cells that it reserves after a prompt
@@ -142,17 +139,6 @@ class Context:
         """Returns whether ``truncate`` can remove any number of tokens; with sliding windows it cannot."""
         return not self.session.state().n_cells_swa
 
-    @reads_model
-    def joined(self, tokens: Sequence[int], context: Sequence[int] | None = None) -> list[int] | None:
-        """Returns a prompt's tokens, changed to begin with ``context`` (by default the compressed one).
-
-        A tokenizer may merge text across the end of the context (``plan.seam``). None: the texts differ.
-        """
-        words = self.vocabulary
-        if context is None:
-            context = () if self.composed is None else self.composed.tokens
-        return seam.join(context, tokens, words.piece, lambda text: words.tokens(text, special=False))
-
     #
     # reading: the cache stays or becomes full
     #
@@ -222,33 +208,8 @@ class Context:
         return vectors[0]
 
     #
-    # observing: what methods read
+    # trying: the cache ends as it began
     #
-
-    @changes_cache
-    def attend(
-        self, tokens: Sequence[int], request: AttentionRequest, suffix: Sequence[int] = (), max_bytes: int = 64 << 20
-    ) -> Attention:
-        """Prefills ``tokens`` and returns the attention that ``request`` asks for, as ``AttentionRequest.collect``."""
-        try:
-            return request.collect(self, tokens, suffix, self.vocabulary.tokens, max_bytes)
-        finally:
-            self._needs_eval = True  # the last logits belong to another decode
-
-    @changes_cache
-    def observe(
-        self, tokens: Sequence[int], attention: Attention | None = None, states: StateRequest | None = None
-    ) -> Evidence:
-        """Returns the evidence for a method; a full cache must hold ``tokens``.
-
-        Args:
-            attention: the result of ``attend``, if the method needs it.
-            states: the query vectors that the method needs, if any.
-        """
-        rows = ContextRows(self.session, len(tokens))
-        queries = [] if states is None else states.collect(self, tokens)
-        paid, n_window = ([], 0) if attention is None else (attention.layers, attention.n_window)
-        return Evidence(len(tokens), self.session.layers, paid, n_window, rows, queries)
 
     @changes_cache
     def decode(self, tokens: Sequence[int], pos: int) -> None:

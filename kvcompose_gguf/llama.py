@@ -217,9 +217,10 @@ class Llama(LlamaBase):
 
     def _create_completion(self, prompt: Any, suffix: str | None = None, echo: bool = False, **kwargs: Any) -> Any:
         # the caller does not know the tokens yet; later its offsets would no longer agree with new ones
-        if self.context.composed is not None and suffix is None and not (echo and isinstance(prompt, str)):
+        composed = self.context.composed
+        if composed is not None and suffix is None and not (echo and isinstance(prompt, str)):
             tokens = self.prompt_tokens(prompt)
-            joined = self.context.joined(tokens)
+            joined = self.context.vocabulary.joined(tokens, composed.tokens)
             if joined is not None and joined != tokens:
                 prompt = joined
         return self.access.stream(super()._create_completion(prompt=prompt, suffix=suffix, echo=echo, **kwargs))

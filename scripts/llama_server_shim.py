@@ -10,11 +10,9 @@ ignored, so that a test of such an option fails on its own, and not because the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
 #: llama-server's options that name a model, and how many values each takes
 MODEL_OPTIONS = {"--hf-repo": 1, "--hf-file": 1, "--model": 1, "--model-url": 1, "--offline": 0}
@@ -22,35 +20,11 @@ MODEL_OPTIONS = {"--hf-repo": 1, "--hf-file": 1, "--model": 1, "--model-url": 1,
 #: for embeddings if a test names no pooling: the models of those tests define their own
 POOLING = "mean"
 
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--temp", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=-1)
-    parser.add_argument("--ctx-size", type=int, default=0)
-    parser.add_argument("--parallel", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--n-predict", type=int, default=-1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--alias", default="")
-    parser.add_argument("--tags", default="")
-    parser.add_argument("--api-key", default="")
-    parser.add_argument("--pooling")
-    parser.add_argument("--reasoning", default="auto")
-    parser.add_argument("--reasoning-format", default="auto")
-    parser.add_argument("--cors-origins", default="*")
-    parser.add_argument("--slot-save-path", type=Path)
-    parser.add_argument("--chat-template")
-    parser.add_argument("--chat-template-file", type=Path)
-    for name in ("--metrics", "--slots", "--no-slots", "--no-ui", "--verbose", "--embedding"):
-        parser.add_argument(name, action="store_true")
-    args, unknown = parser.parse_known_args()
-    print("not ours:", unknown, flush=True)
-    return args
+#: what llama-server, or its tests, take for granted and ``kvcompose serve`` does not
+DEFAULTS = (
+    "--parallel", "4", "--threads", "2", "--timeout", "0", "--cors-origins", "*", "--pooling", POOLING, "--no-metrics",
+    "--no-slots",
+)  # fmt: skip
 
 
 def run_llama_server(program: str) -> None:
@@ -70,41 +44,35 @@ def run_llama_server(program: str) -> None:
     os.execv(program, arguments)
 
 
+def our_arguments(given: Sequence[str]) -> list[str]:
+    """Returns the options that ``kvcompose serve`` has of llama-server's, after ``DEFAULTS``; prints the others."""
+    from kvcompose_gguf.server.options import ServeOptions
+    from kvcompose_gguf.support.arguments import arguments_of
+
+    ours = {word: argument for argument in arguments_of(ServeOptions) for word in argument.spellings}
+    batch_size = str(ours.pop("--batch-size").default)
+    arguments, unknown, rest = list(DEFAULTS), [], iter(given)
+    embeds = False
+    for word in rest:
+        if word in ("--embedding", "--embeddings"):  # without a number there: texts have to fit into a batch
+            embeds = True
+        elif word == "--batch-size":
+            batch_size = next(rest)
+        elif word in ours:
+            arguments += [word] if ours[word].is_flag else [word, next(rest)]
+        else:
+            unknown.append(word)
+    print("not ours:", unknown, flush=True)
+    return [*arguments, "--batch-size", batch_size, *(["--embeddings", batch_size] if embeds else [])]
+
+
 def main() -> None:
     if program := os.environ.get("KVC_TEST_SERVER"):
         run_llama_server(program)
-    from kvcompose_gguf.models.resolve import resolve_model
-    from kvcompose_gguf.server.command import read_keys, serve
-    from kvcompose_gguf.server.options import ServeOptions
-    from kvcompose_gguf.server.slots.sampling import Sampling
+    from kvcompose_gguf.cli import app
 
-    args = parse()
-    template = args.chat_template_file.read_text("utf-8") if args.chat_template_file else args.chat_template
-    sampling = Sampling(temperature=args.temp)
-    options = ServeOptions(
-        model_path=resolve_model(os.environ["KVC_TEST_MODEL"]),
-        alias=args.alias,
-        tags=args.tags,
-        n_ctx=args.ctx_size,
-        n_parallel=args.parallel,
-        n_predict=args.n_predict,
-        n_batch=args.batch_size,
-        threads=args.threads,
-        sampling=sampling if args.seed < 0 else replace(sampling, seed=args.seed),
-        api_keys=read_keys(args.api_key, None),
-        cors_origins=args.cors_origins,
-        chat_template=template,
-        reasoning=args.reasoning != "off",
-        reasoning_format=args.reasoning_format,
-        endpoint_metrics=args.metrics,
-        endpoint_slots=args.slots and not args.no_slots,
-        slot_save_path=args.slot_save_path,
-        embeddings=args.batch_size if args.embedding else 0,
-        pooling=args.pooling or POOLING,
-        ui=not args.no_ui,
-        verbose=args.verbose,
-    )
-    serve(options, args.host, args.port)
+    sys.argv[1:] = ["serve", "--model", os.environ["KVC_TEST_MODEL"], *our_arguments(sys.argv[1:])]
+    app.main()
 
 
 if __name__ == "__main__":

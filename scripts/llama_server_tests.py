@@ -2,11 +2,16 @@
 """Runs llama.cpp's own server tests against ``kvcompose serve`` and prints the results, next to llama-server's own.
 
     python scripts/llama_server_tests.py LLAMA_CPP [--llama-server BIN] [--model smollm2] [--files basic,security,...]
+    python scripts/llama_server_tests.py LLAMA_CPP --record BODIES [--checkout DIR]
 
 LLAMA_CPP is a checkout of the pinned version (patches/LLAMA_CPP_VERSION), BIN a llama-server built from it. The tests
 ask for small models by name and get ``--model`` instead (scripts/llama_server_shim.py). So tests that expect a certain
 model's tokens or words fail, as llama-server's column shows. Needs the packages in
 tools/server/tests/requirements.txt, and pytest-timeout. The last line is one JSON document.
+
+``--record`` writes the bodies that our server sent into one file for each test (scripts/record_bodies.py), and
+``--checkout`` runs the server of another checkout. So ``diff -r`` compares two checkouts. Run one of them twice to see
+which tests ask for random tokens.
 """
 
 from __future__ import annotations
@@ -34,22 +39,40 @@ def pytest_collection_finish(session):
     utils.ServerPreset.load_all = staticmethod(lambda: None)
 """
 
+SCRIPTS = Path(__file__).resolve().parent
+
 Outcome = tuple[str, str]
 
 
-def run(tests: Path, names: list[str], model: str, server: str | None) -> dict[str, dict[str, Outcome]]:
-    """Runs the tests; returns each test's outcome and reason, by file."""
+def environment(model: str, server: str | None, checkout: Path, record: Path | None) -> dict[str, str]:
+    """Returns the variables that tell the tests and the shim which server to start, and how."""
+    shim = checkout.resolve() / "scripts" / "llama_server_shim.py"
     env = os.environ | {
-        "LLAMA_SERVER_BIN_PATH": str(Path(__file__).parent.resolve() / "llama_server_shim.py"),
+        "LLAMA_SERVER_BIN_PATH": str(shim),
         "KVC_TEST_MODEL": model,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the shim's python is this one
+        "PYTHONPATH": f"{checkout.resolve()}:{os.environ.get('PYTHONPATH', '')}",
     }
     if server is not None:
         env["KVC_TEST_SERVER"] = str(Path(server).resolve())
+    elif record is not None:
+        env |= {"KVC_RECORD_SCRIPT": str(shim), "KVC_RECORD_FOLDER": str(record.resolve())}
+        env["LLAMA_SERVER_BIN_PATH"] = str(SCRIPTS / "record_bodies.py")
+    return env
+
+
+def sort_bodies(record: Path) -> None:
+    """Sorts the lines of each file: tests with several clients have no fixed order."""
+    for file in record.glob("*.jsonl"):
+        file.write_text("".join(sorted(file.read_text("utf-8").splitlines(keepends=True))), "utf-8")
+
+
+def run(tests: Path, names: list[str], env: dict[str, str]) -> dict[str, dict[str, Outcome]]:
+    """Runs the tests; returns each test's outcome and reason, by file."""
     with tempfile.TemporaryDirectory() as folder:
         report, plugin = Path(folder) / "report.xml", Path(folder) / "kvc_no_downloads.py"
         plugin.write_text(PLUGIN)
-        env["PYTHONPATH"] = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+        env = env | {"PYTHONPATH": f"{folder}:{env['PYTHONPATH']}"}
         files = [f"unit/test_{name}.py" for name in names]
         options = ["-m", "not slow", "--timeout", "90", f"--junitxml={report}", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", "-q", "-p", plugin.stem, *files, *options]
@@ -78,16 +101,22 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--files", default=FILES)
     parser.add_argument("--only", choices=("ours", "theirs"))
+    parser.add_argument("--record", type=Path, help="folder for the bodies of our server; must be empty")
+    parser.add_argument("--checkout", type=Path, default=SCRIPTS.parent, help="checkout of our server; default: this")
     args = parser.parse_args()
     from kvcompose_gguf.models.resolve import resolve_model
 
     tests, names = args.llama_cpp / "tools" / "server" / "tests", args.files.split(",")
     model = str(Path(resolve_model(args.model)).resolve())
     nothing: dict[str, dict[str, Outcome]] = {name: {} for name in names}
-    mine = nothing if args.only == "theirs" else run(tests, names, model, None)
+    mine = nothing
+    if args.only != "theirs":
+        mine = run(tests, names, environment(model, None, args.checkout, args.record))
+    if args.record is not None:
+        sort_bodies(args.record)
     theirs = nothing
     if args.llama_server and args.only != "ours":
-        theirs = run(tests, names, model, args.llama_server)
+        theirs = run(tests, names, environment(model, args.llama_server, args.checkout, None))
     print("| file | passed | failed | of these also by llama-server | skipped | llama-server: passed | failed |")
     print("|---|---|---|---|---|---|---|")
     reasons = []

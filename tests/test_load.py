@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from kvcompose_gguf.native.session import KVSession
 TOKENS = tiny.tokens(tiny.GQA, 200)
 
 
-def logits(model_path: Path, **options) -> np.ndarray:
+def logits(model_path: Path, **options: Any) -> np.ndarray:
     llama = load_model(model_path, 512, threads=1, **options)
     try:
         return llama.eval_logits(TOKENS)
@@ -24,10 +25,17 @@ def logits(model_path: Path, **options) -> np.ndarray:
         llama.close()
 
 
-def test_a_model_with_fast_attention_decodes_as_one_that_compresses(tiny_model: Callable[..., Path], monkeypatch):
-    switched = []
+def test_a_model_with_fast_attention_decodes_as_one_that_compresses(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched: list[bool] = []
     switch = KVSession.set_fast_attention
-    monkeypatch.setattr(KVSession, "set_fast_attention", lambda self, on: switched.append(on) or switch(self, on))
+
+    def note(self: KVSession, on: bool) -> None:
+        switched.append(on)
+        switch(self, on)
+
+    monkeypatch.setattr(KVSession, "set_fast_attention", note)
     path = tiny_model(tiny.GQA)
     compressing = logits(path, method=KVCompose(compression_ratio=0.5, scoring="repeat"))
     np.testing.assert_array_equal(logits(path, fast_attention=True), compressing)
@@ -37,7 +45,9 @@ def test_a_model_with_fast_attention_decodes_as_one_that_compresses(tiny_model: 
     assert np.abs(plain - compressing).max() < 1e-2
 
 
-def test_fast_attention_needs_a_cache_that_can_be_compressed(tiny_model, monkeypatch):
+def test_fast_attention_needs_a_cache_that_can_be_compressed(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(self: KVSession, ctx: object) -> None:
         raise UnsupportedError("not this cache")
 
@@ -46,7 +56,7 @@ def test_fast_attention_needs_a_cache_that_can_be_compressed(tiny_model, monkeyp
         load_model(tiny_model(tiny.GQA), 512, fast_attention=True)
 
 
-def test_a_file_that_is_no_model_is_named(tmp_path):
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
     file = tmp_path / "text.gguf"
     file.write_text("text")
     with pytest.raises(ConfigError, match=r"text\.gguf cannot be used"):

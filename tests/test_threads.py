@@ -18,7 +18,6 @@ from kvcompose_gguf.access import Access
 from kvcompose_gguf.methods import KNorm
 
 CONFIG = tiny.GQA
-CONTEXT = tiny.tokens(CONFIG, 292, seed=5)
 QUESTION = tiny.tokens(CONFIG, 9, seed=6)
 HALF = KVCompose(compression_ratio=0.5, scoring="repeat", min_tokens=100, keep_last=0)
 

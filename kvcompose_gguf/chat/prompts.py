@@ -67,7 +67,7 @@ class TemplateFormat:
     """The chat template of a model.
 
     Args:
-        template: the model's.
+        template: writes the messages.
         system: the system message; empty: the template's own, or none.
         began: what the template takes for the present time, so that a conversation reads the same on every day.
     """
@@ -90,10 +90,9 @@ class TemplateFormat:
             messages += [_question(turn), {"role": "assistant", "content": turn.answer}]
         messages += [_question(turn) for turn in turns[-1:]]
         try:
-            text: str = self._template.render(messages, variables=self._variables)
+            return self._template.render(messages, variables=self._variables)
         except TemplateError as error:
             raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
-        return text
 
 
 def _question(turn: Turn) -> dict[str, str]:

@@ -1,1 +1,7 @@
 """The ``kvcompose`` command."""
+
+from __future__ import annotations
+
+from ..moved import from_folder
+
+__getattr__ = from_folder(__name__)

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from enum import Enum
+from inspect import Parameter
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ..errors import ConfigError
+from ..support.arguments import COMPRESSION, MODEL, THREADS, Argument
 from ..support.checks import parse_bytes
 
 T = TypeVar("T")
 
-#: groups of --help
-COMPRESSION, MODEL = "Compression", "Model"
+
+def typer_type(argument: Argument) -> Any:
+    """Returns the annotation of a typer command's parameter for a declared option."""
+    make_enum: Any = Enum  # mypy wants the name of an enum as a literal
+    choices = {word: word for word in argument.choices}
+    kind = make_enum(argument.name, choices, type=str) if choices else argument.kind
+    option = typer.Option(
+        *argument.names, min=argument.min, max=argument.max, metavar=argument.metavar,
+        rich_help_panel=argument.panel, help=argument.help,
+    )  # fmt: skip
+    return Annotated[kind if argument.default is not None else kind | None, option]
+
+
+def parameters(arguments: Iterable[Argument]) -> list[Parameter]:
+    """Returns the parameters of a typer command for declared options."""
+    return [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=typer_type(each))
+        for each in arguments
+    ]
+
 
 Model = Annotated[
     str | None,
@@ -99,16 +121,7 @@ CtxSize = Annotated[
     ),
 ]
 
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        "--threads",
-        "-t",
-        min=1,
-        rich_help_panel=MODEL,
-        help="Number of CPU threads. By default half of the cores.",
-    ),
-]
+Threads = typer_type(THREADS)
 
 KvTypes = Annotated[
     str, typer.Option("--kv-types", help="Comma-separated types of the cached keys and values, e.g. f16,q8_0.")

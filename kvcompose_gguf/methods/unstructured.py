@@ -28,9 +28,7 @@ class Unstructured(KVCompose):
     def simulated(self) -> bool:
         return True
 
-    def mask(
-        self, evidence: Evidence, scores: Sequence[FloatArray] | None = None
-    ) -> list[npt.NDArray[np.bool_]]:
+    def mask(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> list[npt.NDArray[np.bool_]]:
         """Returns which tokens every head keeps, for each layer ``(n_head_kv, N)``: the largest scores of all heads.
 
         Ties go to the lowest layer, head and index.

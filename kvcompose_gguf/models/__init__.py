@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..moved import from_folder
+
 if TYPE_CHECKING:
     from .known import fetch, names
 
@@ -15,4 +17,4 @@ def __getattr__(name: str) -> Any:
         from . import known
 
         return getattr(known, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return from_folder(__name__)(name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
+from ..plan import seam
 from . import library
 
 llama_cpp = library.load()
@@ -40,6 +42,13 @@ class Vocabulary:
         """
         raw = text.encode() if isinstance(text, str) else text
         return list(self._tokenizer.tokenize(raw, False, special))
+
+    def joined(self, tokens: Sequence[int], context: Sequence[int]) -> list[int] | None:
+        """Returns a prompt's tokens, changed to begin with ``context``; None: the texts differ.
+
+        A tokenizer may merge text across the end of the context (``plan.seam``).
+        """
+        return seam.join(context, tokens, self.piece, lambda text: self.tokens(text, special=False))
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """Returns the bytes of a token; a control token has none, but its name with ``special``."""

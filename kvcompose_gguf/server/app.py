@@ -12,14 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from .. import __version__
-from .errors import RETRY_AFTER, ApiError, api_error, invalid, not_supported
+from .api.errors import RETRY_AFTER, ApiError, api_error, invalid, not_supported
+from .api.streams import JSONResponse
 from .gate import Gate
 from .options import ServeOptions
 from .routes import compress, generate, info, slots, tokens
 from .routes.page import page
 from .server import Server
 from .slots.engine import Engine
-from .streams import JSONResponse
 
 #: routes that llama-server has and this server does not, with what they are for
 NOT_OFFERED = {

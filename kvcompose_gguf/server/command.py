@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-from pathlib import Path
 
 import uvicorn
 from rich.console import Console
@@ -41,30 +40,9 @@ def make_engine(options: ServeOptions) -> Engine:
     )  # fmt: skip
 
 
-def read_keys(keys: str, file: Path | None) -> tuple[str, ...]:
-    """Returns API keys from a comma-separated text and from the lines of a file.
-
-    Raises:
-        ConfigError: the file cannot be read, or contains no key.
-    """
-    found = [key.strip() for key in keys.split(",")]
-    if file is not None:
-        try:
-            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_key_file={str(file)!r} cannot be read: {error}") from error
-        if not any(lines):
-            raise ConfigError(f"api_key_file={str(file)!r} has no key")
-        found += lines
-    return tuple(key for key in found if key)
-
-
-def serve(options: ServeOptions, hosts: str, port: int) -> None:
+def serve(options: ServeOptions) -> None:
     """Serve requests until the process gets a signal to stop.
 
-    Args:
-        hosts: comma-separated addresses to listen on.
-        port: the port, 0: any free one.
     Raises:
         ConfigError: an address or the port cannot be used.
         Exception: the model cannot be loaded.
@@ -76,8 +54,8 @@ def serve(options: ServeOptions, hosts: str, port: int) -> None:
         server.should_exit = True
 
     with contextlib.ExitStack() as listening:
-        names = [name.strip() for name in hosts.split(",")]
-        sockets = [listening.enter_context(_listen(name, port)) for name in names]
+        names = [name.strip() for name in options.host.split(",")]
+        sockets = [listening.enter_context(_listen(name, options.port)) for name in names]
         is_local = all(ipaddress.ip_address(listener.getsockname()[0]).is_loopback for listener in sockets)
         app = create_app(options, lambda: make_engine(options), on_failure, is_local)
         # h11 does not change the case of headers

@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from . import formats
-from .formats import About
-from .schemas import GenerationRequest
+from .api.openai import text_completion
+from .api.parts import About
+from .api.schemas import GenerationRequest
+from .api.streams import JSONResponse, event_stream, merged, together, while_connected
 from .server import Server
-from .slots.generation import End, Token
-from .streams import JSONResponse, event_stream, merged, together, while_connected
+from .slots.steps import End, Token
 
 Whole = Callable[..., dict[str, Any]]
 
@@ -53,7 +53,7 @@ async def complete(
 
 def _answer(whole: Whole, placed: Sequence[tuple[About, End]]) -> JSONResponse:
     bodies = [whole(about, end) for about, end in placed]
-    if whole is formats.text_completion:
+    if whole is text_completion:
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
     return JSONResponse(bodies[0] if len(bodies) == 1 else bodies)
 

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from ..plan.report import KVReport
 from .slots.engine import Engine
-from .slots.generation import End
+from .slots.steps import End
 
 SPECULATIVE = ("draft_tokens", "accepted_tokens", "drafts")
 

@@ -1,85 +1,190 @@
-"""Options of the server."""
+"""Options of the server: what they are called on the command line, what they do, and their defaults."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from ..methods import Method
-from .slots.sampling import Sampling
+from ..native.kv_types import ggml_type
+from ..native.pooling import POOLING
+from ..support.arguments import COMPRESSION, MODEL, THREADS, Argument, part, setting, settings
+from ..support.checks import parse_bytes
+from .slots.sampling import SAMPLING, Sampling
+
+if TYPE_CHECKING:
+    from ..methods import Method
 
 REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
+
+#: a group of --help
+SERVER = "Server"
+
+SWITCH = ("on", "off", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """Options of ``kvcompose serve``. Most are llama-server's.
+    """Options of ``kvcompose serve``. Most are llama-server's; ``help`` says what each does.
 
     Attributes:
         model_path: the model file.
-        alias: comma-separated names of the model for clients. Empty: its path.
-        tags: comma-separated tags reported by ``/v1/models``.
         method: the method that compresses prompts, unless a request chooses another. None: no compression.
-        n_ctx: tokens of all slots together. 0: the length that the model was trained for.
-        n_parallel: number of slots.
-        n_queue: maximum number of requests that wait for a slot.
-        kv_budget: maximum bytes of all slots' caches together. None: no limit.
-        n_predict: default for the maximum number of tokens. -1: as many as fit.
-        sampling: default options of the samplers.
-        api_keys: a request needs one of them. Empty: no key is needed.
-        max_body_bytes: maximum bytes of a request's body.
+        kv_budget: bytes. None: no limit.
+        idle_bytes: maximum bytes of the saved contexts of evicted slots, in ``slot_save_path``. 0: none are saved.
         timeout: maximum seconds of a request, including its time in the queue, and between two pieces of its body.
             None: no limit.
-        cors_origins: allowed CORS origins: "*", "localhost" or one origin. Empty: "*" with API keys, else "localhost".
+        max_body_bytes: maximum bytes of a request's body.
+        api_keys: a request needs one of them. Empty: no key is needed.
+        type_k, type_v: ``ggml_type`` of the cached keys and values. None: f16.
         chat_template: a Jinja template or the name of one of llama.cpp's formats. None: the model's own, or ChatML.
-        reasoning: whether models that can think before they answer do so.
         reasoning_format: one of ``REASONING_FORMATS``. "none" leaves thoughts in the content, others separate them.
-        endpoint_metrics, endpoint_slots: whether the server has /metrics and /slots.
-        slot_save_path: folder for saved slots. None: slots cannot be saved.
-        idle_bytes: maximum bytes of the saved contexts of evicted slots, in ``slot_save_path``. 0: none are saved.
-        embeddings: maximum tokens of a text for embeddings. 0: no embeddings.
-        pooling: pooling of the embeddings: "none", "mean", "cls" or "last". None: the model's own.
-        ui: whether the server has a web page at /.
-        verbose: whether answers contain their prompts.
+        sampling: default options of the samplers.
     Raises:
         ConfigError: an option is out of range.
     """
 
+    # fmt: off
     model_path: Path
-    alias: str = ""
-    tags: str = ""
     method: Method | None = None
-    n_ctx: int = 0
-    n_parallel: int = 1
-    n_queue: int = 64
-    kv_budget: int | None = None
-    n_predict: int = -1
-    n_batch: int = 512
-    n_ubatch: int = 512
-    threads: int | None = None
-    threads_batch: int | None = None
-    n_gpu_layers: int = 0
-    flash_attn: bool = True
-    type_k: int | None = None
-    type_v: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    cache_prompt: bool = True
-    api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 16 << 20
-    timeout: float | None = None
-    cors_origins: str = ""
-    chat_template: str | None = None
-    reasoning: bool = True
-    reasoning_format: str = "auto"
-    endpoint_metrics: bool = True
-    endpoint_slots: bool = True
-    slot_save_path: Path | None = None
-    idle_bytes: int = 0
-    embeddings: int = 0
-    pooling: str | None = None
-    ui: bool = True
-    verbose: bool = False
+    kv_budget: int | None = setting(
+        None, "--kv-budget", panel=COMPRESSION, metavar="SIZE", read=lambda text: _size("kv_budget", text),
+        help="Limit the caches of all slots together to this size, e.g. 2GiB. Idle slots are evicted, least recently "
+        "used first. By default there is no limit.",
+    )
+    idle_bytes: int = setting(
+        0, "--kv-save-idle", panel=COMPRESSION, metavar="SIZE", typed="0",
+        read=lambda text: _size("kv_save_idle", text, least=0) or 0,
+        help="Save the compressed contexts of evicted slots in --slot-save-path, up to this size, e.g. 4GB. 0 saves "
+        "none.",
+    )
+    host: str = setting("127.0.0.1", "--host", panel=SERVER, help="Comma-separated addresses to listen on.")
+    port: int = setting(
+        8080, "--port", panel=SERVER, min=0, max=65535, help="Port to listen on. 0 takes a free one."
+    )
+    n_parallel: int = setting(
+        1, "--parallel", "-np", panel=SERVER, min=1, help="Number of slots, which each hold one conversation."
+    )
+    n_queue: int = setting(
+        64, "--queue", panel=SERVER, min=0,
+        help="Number of requests that may wait for a slot. Further requests are answered 503.",
+    )
+    timeout: float | None = setting(
+        None, "--timeout", "-to", panel=SERVER, min=0, typed=3600, kind=float, read=lambda seconds: seconds or None,
+        help="Longest time for a request in seconds. 0 sets no limit.",
+    )
+    max_body_bytes: int = setting(
+        16 << 20, "--max-body", panel=SERVER, min=1, typed=16, read=lambda mib: mib << 20,
+        help="Size of the largest request in MiB.",
+    )
+    alias: str = setting(
+        "", "--alias", "-a", panel=SERVER,
+        help="Comma-separated names of the model for clients. By default the path of the model.",
+    )
+    tags: str = setting(
+        "", "--tags", panel=SERVER, help="Comma-separated tags reported by `/v1/models`. By default none."
+    )
+    api_keys: tuple[str, ...] = settings(
+        (),
+        Argument(
+            ("--api-key",), "Comma-separated API keys. A request needs one of them. By default no key is needed.",
+            SERVER, default="",
+        ),
+        Argument(
+            ("--api-key-file",), "File of further API keys, one per line. By default there is none.", SERVER, kind=Path
+        ),
+        read=lambda keys, file: _keys(keys, file),
+    )
+    cors_origins: str = setting(
+        "", "--cors-origins", panel=SERVER,
+        help="Allowed CORS origins: `*`, `localhost`, or a list of origins. By default `*` if there are API keys, else "
+        "`localhost`.",
+    )
+    slot_save_path: Path | None = setting(  # noqa: RUF009 (a field)
+        None, "--slot-save-path", panel=SERVER, kind=Path,
+        help="Folder to save slots in. By default slots cannot be saved.",
+    )
+    endpoint_metrics: bool = setting(
+        True, "--metrics/--no-metrics", panel=SERVER, help="Answer /metrics with Prometheus metrics."
+    )
+    endpoint_slots: bool = setting(
+        True, "--slots/--no-slots", panel=SERVER, help="Answer /slots with the state of each slot."
+    )
+    ui: bool = setting(True, "--ui/--no-ui", panel=SERVER, help="Serve a chat page at /.")
+    embeddings: int = setting(
+        0, "--embeddings", panel=SERVER, min=0,
+        help="Answer requests for embeddings of texts up to this number of tokens. 0 answers none.",
+    )
+    pooling: str | None = setting(
+        None, "--pooling", panel=SERVER, choices=tuple(POOLING),
+        help="Pooling of the embeddings. By default the model's own.",
+    )
+    verbose: bool = setting(
+        False, "--verbose", "-v", panel=SERVER, help="Include the prompt in each answer. Off by default."
+    )
+    n_ctx: int = setting(
+        0, "--ctx-size", "-c", panel=MODEL, min=0,
+        help="Context size of all slots together in tokens. 0 takes the model's.",
+    )
+    n_batch: int = setting(
+        512, "--batch-size", "-b", panel=MODEL, min=1, help="Largest number of tokens in a decode call."
+    )
+    n_ubatch: int = setting(
+        512, "--ubatch-size", "-ub", panel=MODEL, min=1, help="Largest number of tokens computed at once."
+    )
+    threads: int | None = settings(None, THREADS, read=lambda n: n)
+    threads_batch: int | None = setting(
+        None, "--threads-batch", "-tb", panel=MODEL, min=1, kind=int,
+        help="CPU threads for prompts. By default as --threads, or all cores.",
+    )
+    n_gpu_layers: int = setting(
+        0, "--n-gpu-layers", "-ngl", panel=MODEL, min=-1,
+        help="Number of layers to compute on a GPU. -1 takes all layers.",
+    )
+    flash_attn: bool = setting(
+        True, "--flash-attn", "-fa", panel=MODEL, typed="auto", choices=SWITCH, read=lambda word: word != "off",
+        help="Use flash attention for everything but the scoring. `auto` is `on`.",
+    )
+    type_k: int | None = setting(
+        None, "--cache-type-k", "-ctk", panel=MODEL, typed="f16", read=ggml_type,
+        help="Type of the cached keys, e.g. f16 or q8_0.",
+    )
+    type_v: int | None = setting(
+        None, "--cache-type-v", "-ctv", panel=MODEL, typed="f16", read=ggml_type,
+        help="Type of the cached values, e.g. f16 or q8_0.",
+    )
+    chat_template: str | None = settings(
+        None,
+        Argument(
+            ("--chat-template",), "Chat template: Jinja text, or `chatml`. By default the model's own, or ChatML.",
+            MODEL,
+        ),
+        Argument(
+            ("--chat-template-file",),
+            "File of a chat template, which is used instead of --chat-template. By default none.", MODEL, kind=Path,
+        ),
+        read=lambda text, file: text if file is None else _text(file),
+    )
+    reasoning: bool = setting(
+        True, "--reasoning", "-rea", panel=MODEL, typed="auto", choices=SWITCH, read=lambda word: word != "off",
+        help="Let models think before they answer, if they can. `auto` is `on`.",
+    )
+    reasoning_format: str = setting(
+        "auto", "--reasoning-format", panel=MODEL,
+        help="Where thoughts go: `none` leaves them in the content; `auto`, `deepseek` and `deepseek-legacy` put them "
+        "into reasoning_content.",
+    )
+    n_predict: int = setting(
+        -1, "--n-predict", "-n", panel=SAMPLING, min=-1,
+        help="Length of the longest answer in tokens. -1 fills the context.",
+    )
+    sampling: Sampling = part(Sampling)  # noqa: RUF009 (a field)
+    cache_prompt: bool = setting(
+        True, "--cache-prompt/--no-cache-prompt", panel=SAMPLING,
+        help="Do not read again what the cache already has of a prompt.",
+    )
+    # fmt: on
 
     def __post_init__(self) -> None:
         for name in ("n_parallel", "n_batch", "n_ubatch", "max_body_bytes"):
@@ -117,3 +222,42 @@ class ServeOptions:
 
 def _words(text: str) -> list[str]:
     return sorted({word.strip() for word in text.split(",")} - {""})
+
+
+def _keys(keys: str, file: Path | None) -> tuple[str, ...]:
+    """Returns API keys from a comma-separated text and from the lines of a file.
+
+    Raises:
+        ConfigError: the file cannot be read, or contains no key.
+    """
+    found = [key.strip() for key in keys.split(",")]
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api_key_file={str(file)!r} cannot be read: {error}") from error
+        if not any(lines):
+            raise ConfigError(f"api_key_file={str(file)!r} has no key")
+        found += lines
+    return tuple(key for key in found if key)
+
+
+def _size(name: str, text: str | None, least: int = 1) -> int | None:
+    """Returns the bytes of an option, None if it is not given.
+
+    Raises:
+        ConfigError: it is not a size, or less than ``least`` bytes.
+    """
+    if text is None:
+        return None
+    n_bytes = parse_bytes(name, text)
+    if n_bytes < least:
+        raise ConfigError(f"{name}={text!r} is less than {least} byte")
+    return n_bytes
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(file)!r} cannot be read: {error}") from error

@@ -9,7 +9,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from .errors import ApiError
+from .api.errors import ApiError
 
 #: maximum tokens of all remembered documents, 4 bytes each; their caches are in slots or on disk
 MAX_TOKENS = 1 << 22

@@ -13,20 +13,22 @@ from fastapi import Depends, Request
 
 from .. import __version__
 from ..models.templates import ChatTemplate
+from ..native import chat_formats
 from ..native.environment import system
-from . import formats
-from .chat import templates as chat
-from .errors import ApiError, invalid
-from .formats import About
+from .api.errors import ApiError, invalid
+from .api.ids import random_id
+from .api.parts import About
+from .api.reader import Reader
+from .api.schemas import CompletionRequest, GenerationRequest
+from .api.state import settings
+from .chat.templates import BuiltinTemplate
 from .metrics import Metrics
 from .options import ServeOptions
-from .params import Reader
 from .prefixes import Prefixes
-from .schemas import CompletionRequest, GenerationRequest
-from .service import Step, steps
 from .slots.engine import Engine
-from .slots.generation import N_UNBOUNDED, End, Generation
 from .slots.sampling import RANDOM_SEED
+from .slots.steps import N_UNBOUNDED, End, Generation
+from .waiting import Step, steps
 
 T = TypeVar("T")
 
@@ -50,10 +52,10 @@ class Server:
         self.fingerprint = f"b{__version__}-{system()['llama_cpp_commit'][:9]}"
         self.template = self._template()
 
-    def _template(self) -> ChatTemplate | chat.BuiltinTemplate:
+    def _template(self) -> ChatTemplate | BuiltinTemplate:
         source = self.options.chat_template or self.llama.metadata.get("tokenizer.chat_template") or "chatml"
-        if source != "chatml" and source in chat.BuiltinTemplate.names():
-            return chat.BuiltinTemplate(source)
+        if source != "chatml" and source in chat_formats.names():
+            return BuiltinTemplate(source)
         bos, eos = (self.text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
         return ChatTemplate(source, bos, eos, self.llama.adds_bos)
 
@@ -98,12 +100,12 @@ class Server:
         n, n_slots = request.n or 1, len(self.engine.slots)
         if n > n_slots:
             raise invalid(f"Field 'n': Value must be between 1 <= value <= {n_slots}, but got {n}")
-        answer_id, created = f"chatcmpl-{chat.random_id()}", int(time.time())
+        answer_id, created = f"chatcmpl-{random_id()}", int(time.time())
         return [
             About(
                 what=what, llama=self.llama, model=self.options.model_name, fingerprint=self.fingerprint,
                 created=created, id=answer_id, index=index, verbose=self.options.verbose or request.verbose,
-                settings=formats.settings(what, request.stream, request.timings_per_token),
+                settings=settings(what, request.stream, request.timings_per_token),
                 return_tokens=request.return_tokens, response_fields=tuple(request.response_fields),
                 logprobs=bool(getattr(request, "logprobs", False)),
             )
@@ -115,7 +117,7 @@ class Server:
         return await asyncio.to_thread(function, *args)
 
     async def events(self, what: Generation, id_slot: int = -1) -> AsyncGenerator[tuple[int, Step], None]:
-        """Yields the steps of a generation as ``service.steps`` does, and adds its end to the metrics."""
+        """Yields the steps of a generation as ``waiting.steps`` does, and adds its end to the metrics."""
         async with aclosing(steps(self.engine, what, id_slot)) as told:
             async for slot, step in told:
                 if isinstance(step, End):

@@ -24,7 +24,7 @@ from kvcompose_gguf.bench.process import VariantProcess
 from kvcompose_gguf.bench.result import BenchResult, Environment, Measurement, Variant, read_result
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, NativeError
-from kvcompose_gguf.load import open_vocabulary
+from kvcompose_gguf.native.vocab_only import open_vocabulary
 from kvcompose_gguf.support.checks import parse_numbers
 
 N_TOKENS, N_DECODE, REPEATS = 300, 8, 2

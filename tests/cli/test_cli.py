@@ -25,7 +25,7 @@ from kvcompose_gguf.cli.demo.comparison import Answers, DemoResult
 from kvcompose_gguf.cli.demo.questions import Question
 from kvcompose_gguf.cli.demo.tables import print_demo
 from kvcompose_gguf.errors import LibraryError
-from kvcompose_gguf.evaluation.runner import EvalOptions
+from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.models import known
 from kvcompose_gguf.native import library
 from kvcompose_gguf.plan.report import KVReport

@@ -15,8 +15,9 @@ from support import tiny
 from support.commands import failure
 from typer.testing import CliRunner
 
+from kvcompose_gguf import ConfigError
 from kvcompose_gguf.cli.app import app
-from kvcompose_gguf.evaluation import command, runner
+from kvcompose_gguf.evaluation import command
 from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
 from kvcompose_gguf.evaluation.suites import SUITES

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.kernels import aggregate
-from kvcompose_gguf.measurements import calibration
 from kvcompose_gguf.measurements.calibration import Calibration, save_calibration
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.allocation import ByEvictionError, Ranked, Uniform

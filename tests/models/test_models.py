@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
+from kvcompose_gguf import models
 from kvcompose_gguf.errors import ConfigError, DownloadError
 from kvcompose_gguf.models import known
 
@@ -181,3 +183,14 @@ def test_the_registry_is_pinned() -> None:
         assert len(model.sha256) == 64
         assert set(model.sha256) <= set("0123456789abcdef")
         assert known.path(name).name == model.file_name
+
+
+def test_the_room_hands_on_fetch_and_names_and_loads_nothing() -> None:
+    code = (
+        "import sys; from kvcompose_gguf import models; before = 'kvcompose_gguf.models.known' in sys.modules; "
+        "print(before, models.names(), models.fetch.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == f"False {known.names()} kvcompose_gguf.models.known", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'sha256'"):
+        models.sha256  # noqa: B018

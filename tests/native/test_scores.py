@@ -11,6 +11,7 @@ from support import tiny
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import KVCompose
+from kvcompose_gguf.compression import attend
 from kvcompose_gguf.llama_base import llama_cpp
 
 
@@ -82,7 +83,7 @@ def test_prefill_scores_are_the_contexts_own_attention_per_query_that_could_see_
     llama = make_llama(config, flash_attn=flash_attn, n_batch=128)
     llama.context.prefill(context[:100])  # what is there already has no scores
     method = KVCompose(compression_ratio=0.5, scoring="prefill", agg_task=agg)
-    attention = llama.context.attend(context, method.attention_request)
+    attention = attend(llama.context, context, method.attention_request)
     assert attention.n_prefilled == 300
     own = np.stack(NumpyLlama(config, stored=np.float16 if flash_attn else np.float64).forward(context)[1])
     want = own.max(axis=2) if agg == "max" else own.sum(axis=2) / (300 - np.arange(300))

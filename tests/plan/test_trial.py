@@ -16,5 +16,8 @@ def test_a_trial_keeps_what_its_plan_keeps():
 
 def test_without_a_plan_a_trial_keeps_what_no_bias_hides():
     hidden = -np.inf
-    biases = [np.array([[0, hidden, 1, hidden], [hidden, hidden, -9, hidden]], np.float32), np.zeros((2, 4), np.float32)]
+    biases = [
+        np.array([[0, hidden, 1, hidden], [hidden, hidden, -9, hidden]], np.float32),
+        np.zeros((2, 4), np.float32),
+    ]
     assert Trial(None, biases=biases).n_kept.tolist() == [1.5, 4]

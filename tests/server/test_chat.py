@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.models.templates import ChatTemplate, TemplateError
-from kvcompose_gguf.server.chat.templates import BuiltinTemplate, check_messages
+from kvcompose_gguf.native import chat_formats
+from kvcompose_gguf.server.api.errors import ApiError
+from kvcompose_gguf.server.api.schemas import ChatRequest
+from kvcompose_gguf.server.chat.completions import chat_prompt
+from kvcompose_gguf.server.chat.messages import check_messages
+from kvcompose_gguf.server.chat.templates import BuiltinTemplate
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 
@@ -28,6 +36,15 @@ def test_templates_may_not_reach_out_and_say_what_they_refuse():
             ChatTemplate(source).render(messages)
     with pytest.raises(ConfigError, match="cannot be read"):
         ChatTemplate("{% if %}")
+
+
+def test_a_chat_that_a_template_refuses_is_an_error_of_the_server():
+    server: Any = SimpleNamespace(
+        template=ChatTemplate("{{ raise_exception('no system') }}"), options=SimpleNamespace(reasoning=True)
+    )
+    with pytest.raises(ApiError, match=r"^Failed to apply the chat template: no system$") as refused:
+        chat_prompt(server, ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}]}))
+    assert refused.value.code == 500
 
 
 def test_templates_have_the_fields_extensions():
@@ -63,7 +80,7 @@ def test_what_a_template_is_not_given_is_nothing():
 
 
 def test_llama_cpps_own_formats_have_names():
-    assert {"llama3", "command-r", "chatml"} <= set(BuiltinTemplate.names())
+    assert {"llama3", "command-r", "chatml"} <= set(chat_formats.names())
     messages = [{"role": "system", "content": "Bö"}, {"role": "user", "content": "Hi"}]
     want = "<|start_header_id|>system<|end_header_id|>\n\nBö<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
     assert BuiltinTemplate("llama3").render(messages, False) == want

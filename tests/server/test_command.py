@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -21,13 +24,14 @@ from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.methods import SnapKV
 from kvcompose_gguf.server import command
 from kvcompose_gguf.server.options import ServeOptions
+from kvcompose_gguf.support.arguments import arguments_of
 
 
 @pytest.fixture
 def options_of(tiny_model, monkeypatch) -> Any:
     """The options that a command line means, or the line that refuses it."""
-    seen: list[tuple[ServeOptions, str, int]] = []
-    monkeypatch.setattr(command, "serve", lambda *args: seen.append(args))
+    seen: list[ServeOptions] = []
+    monkeypatch.setattr(command, "serve", seen.append)
 
     def options_of(*arguments: str) -> Any:
         result = CliRunner().invoke(app, ["serve", "-m", str(tiny_model(CONFIG)), *arguments])
@@ -37,15 +41,13 @@ def options_of(tiny_model, monkeypatch) -> Any:
 
 
 def test_what_is_not_said_is_as_in_the_options_themselves(options_of, tiny_model):
-    options, host, port = options_of()
-    assert options == ServeOptions(model_path=tiny_model(CONFIG), type_k=1, type_v=1, timeout=3600)
-    assert (host, port) == ("127.0.0.1", 8080)
+    assert options_of() == ServeOptions(model_path=tiny_model(CONFIG), type_k=1, type_v=1, timeout=3600)
 
 
 def test_options_are_called_as_llama_servers(options_of, tmp_path):
     (tmp_path / "keys").write_text("b\nc\n")
     (tmp_path / "template").write_text("{{ messages }}")
-    options, host, port = options_of(
+    options = options_of(
         *["-c", "4096", "-np", "3", "-n", "7", "-b", "128", "-ub", "64", "-t", "2", "-tb", "1", "-ngl", "5", "-fa", "off", "-ctk", "q8_0", "-ctv", "f32", "-a", "x,y", "--tags", "t", "--api-key", "a"],
         *["--host", "127.0.0.1,::1", "--port", "0", "--no-metrics", "--no-slots", "--no-ui", "--timeout", "5", "--cors-origins", "*", "--jinja", "-v"],
         *["--temp", "0.5", "--top-k", "3", "--top-p", "0.5", "--min-p", "0.1", "--seed", "9", "--repeat-penalty", "1.1", "--repeat-last-n", "8", "--reasoning", "off"],
@@ -59,25 +61,24 @@ def test_options_are_called_as_llama_servers(options_of, tmp_path):
         "endpoint_metrics": False, "endpoint_slots": False, "ui": False, "timeout": 5, "cors_origins": "*", "verbose": True,
         "cache_prompt": False, "embeddings": 32, "pooling": "last", "slot_save_path": tmp_path, "idle_bytes": 1000,
         "kv_budget": 10_000_000, "n_queue": 2, "max_body_bytes": 3 << 20, "chat_template": "{{ messages }}", "reasoning": False,
-        "reasoning_format": "none", "method": None,
+        "reasoning_format": "none", "method": None, "host": "127.0.0.1,::1", "port": 0,
     }  # fmt: skip
     assert {name: getattr(options, name) for name in want} == want
     s = options.sampling
     assert (s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.repeat_penalty, s.repeat_last_n) == (0.5, 3, 0.5, 0.1, 9, 1.1, 8)
     assert (s.presence_penalty, s.frequency_penalty) == (1, 2)
-    assert (host, port) == ("127.0.0.1,::1", 0)
 
 
 def test_the_compression_is_called_as_in_every_command(options_of):
-    method = options_of("--compression-ratio", "0.75", "--scoring", "window", "--min-tokens", "99")[0].method
+    method = options_of("--compression-ratio", "0.75", "--scoring", "window", "--min-tokens", "99").method
     assert type(method) is KVCompose
     assert (method.compression_ratio, method.scoring, method.min_tokens) == (0.75, "window", 99)
-    method = options_of("--max-kv-bytes", "1.5MiB", "--method", "snapkv,window=8")[0].method
+    method = options_of("--max-kv-bytes", "1.5MiB", "--method", "snapkv,window=8").method
     assert (type(method), method.max_kv_bytes, method.window) == (SnapKV, 1_572_864, 8)
 
 
 def test_sizes_have_units(options_of, tmp_path):
-    options = options_of("--kv-budget", "2GiB", "--kv-save-idle", "512 MB", "--slot-save-path", str(tmp_path))[0]
+    options = options_of("--kv-budget", "2GiB", "--kv-save-idle", "512 MB", "--slot-save-path", str(tmp_path))
     assert (options.kv_budget, options.idle_bytes) == (2 << 30, 512_000_000)
 
 
@@ -89,8 +90,8 @@ OLD_NAMES = [
 
 @pytest.mark.parametrize(("old", "new", "value"), OLD_NAMES)
 def test_an_old_name_means_the_new_one_and_says_so(tiny_model, monkeypatch, old, new, value):
-    seen = []
-    monkeypatch.setattr(command, "serve", lambda *args: seen.append(args[0]))
+    seen: list[Any] = []
+    monkeypatch.setattr(command, "serve", seen.append)
     more = [] if "ratio" in new or "bytes" in new else ["--compression-ratio", "0.5"]
     start = ["serve", "-m", str(tiny_model(CONFIG)), *more]
     before, after = (CliRunner().invoke(app, [*start, name, value]) for name in (old, new))
@@ -101,6 +102,47 @@ def test_an_old_name_means_the_new_one_and_says_so(tiny_model, monkeypatch, old,
     both = CliRunner().invoke(app, [*start, old, value, new, value])
     assert both.exit_code == 1
     assert f"{old} is the old name of {new}: give {new} only" in both.stderr
+
+
+def test_help_loads_neither_the_library_nor_the_server():
+    code = (
+        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli.app import app; "
+        "assert CliRunner().invoke(app, ['serve', '--help']).exit_code == 0; "
+        "print([name for name in ('llama_cpp', 'numba', 'fastapi', 'uvicorn') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_option_is_declared_once_and_sets_a_field():
+    words = [word for argument in arguments_of(ServeOptions) for word in argument.spellings]
+    assert len(words) == len(set(words))
+    unset = {field.name for field in fields(ServeOptions) if not field.metadata}
+    assert unset == {"model_path", "method"}  # made from the options that all commands share
+
+
+def test_the_shim_takes_llama_servers_options(options_of, capsys):
+    given = "--port 9 --temp 0.5 --offline --hf-repo a/b --batch-size 32 --cont-batching --embedding --metrics -np 3"
+    options = options_of(*shim().our_arguments(given.split()))
+    assert capsys.readouterr().out == "not ours: ['--offline', '--hf-repo', 'a/b', '--cont-batching']\n"
+    want: dict[str, Any] = {
+        "port": 9, "n_batch": 32, "embeddings": 32, "pooling": "mean", "endpoint_metrics": True, "endpoint_slots": False,
+        "n_parallel": 3, "threads": 2, "timeout": None, "cors_origins": "*", "ui": True, "type_k": 1,
+    }  # fmt: skip
+    assert {name: getattr(options, name) for name in want} == want
+    assert options.sampling.temperature == 0.5
+    assert options_of(*shim().our_arguments([])).n_parallel == 4
+
+
+def shim() -> Any:
+    """scripts/llama_server_shim.py."""
+    file = Path(__file__).parents[2] / "scripts" / "llama_server_shim.py"
+    spec = importlib.util.spec_from_file_location("llama_server_shim", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_old_names_are_not_in_the_help():

@@ -16,9 +16,10 @@ from support.llamas import greedy, last_logits
 from support.serving import TIMEOUT, Gate, gate_before, until
 
 from kvcompose_gguf import ConfigError, KVCompose
-from kvcompose_gguf.server.slots.engine import Engine, Job
+from kvcompose_gguf.server.slots.engine import Engine
 from kvcompose_gguf.server.slots.idle import IdleCaches
-from kvcompose_gguf.server.slots.slot import Busy, Cancelled, Slot, Turns
+from kvcompose_gguf.server.slots.job import Busy, Cancelled, Job
+from kvcompose_gguf.server.slots.slot import Slot, Turns
 
 CONFIG = tiny.GQA
 OPTIONS: dict[str, Any] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvcompose_gguf.server.errors import ApiError
+from kvcompose_gguf.server.api.errors import ApiError
 from kvcompose_gguf.server.gate import Gate
 
 

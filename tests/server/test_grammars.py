@@ -9,8 +9,8 @@ import pytest
 from support import tiny
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.server.chat.grammars import check_grammar, grammar_of
-from kvcompose_gguf.server.errors import ApiError
+from kvcompose_gguf.server.api.errors import ApiError
+from kvcompose_gguf.server.api.grammars import check_grammar, grammar_of
 
 GOOD = [
     'root ::= "a"{5,5}', 'root ::= [a-z]+ ("," [a-z]+)* # comment', 'root ::= "a" | "b" |\n  "c"\n', "root ::= x{2} x{1,}\nx ::= .",

@@ -14,7 +14,6 @@ from support.serving import CONFIG, METHOD, TIMEOUT, Asking, decodes, post, tiny
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.server.app import create_app
 from kvcompose_gguf.server.command import make_engine
-from kvcompose_gguf.server.slots import engine
 from kvcompose_gguf.server.slots.engine import Engine
 
 PROMPT = "The quick brown fox jumps over the lazy dog. "
@@ -146,7 +145,7 @@ def test_a_model_that_cannot_be_loaded_is_told(tiny_model):
 def test_a_request_may_take_so_long(start, monkeypatch, path, stream):
     """The clock is the test's: it jumps while a decode is held."""
     client, late = start(n_parallel=1, timeout=3600), threading.Event()
-    monkeypatch.setattr(engine, "now", lambda: time.monotonic() + 7200 * late.is_set())
+    monkeypatch.setattr("kvcompose_gguf.server.slots.job.now", lambda: time.monotonic() + 7200 * late.is_set())
     with decodes() as held:
         held.let(3)
         asking = Asking(client, path, prompt=PROMPT, n_predict=50, ignore_eos=True, stream=stream)
@@ -160,7 +159,7 @@ def test_a_request_may_take_so_long(start, monkeypatch, path, stream):
 
 def test_the_time_in_the_queue_counts(start, monkeypatch):
     client, late = start(n_parallel=1, timeout=3600), threading.Event()
-    monkeypatch.setattr(engine, "now", lambda: time.monotonic() + 7200 * late.is_set())
+    monkeypatch.setattr("kvcompose_gguf.server.slots.job.now", lambda: time.monotonic() + 7200 * late.is_set())
     with decodes() as held:
         held.let(0)
         first = Asking(client, "/completion", prompt=PROMPT, n_predict=50)

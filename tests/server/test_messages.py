@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from kvcompose_gguf.models.templates import ChatTemplate
-from kvcompose_gguf.server.chat.grammars import check_grammar, grammar_of
-from kvcompose_gguf.server.chat.messages import MessageStream
+from kvcompose_gguf.server.api.errors import ApiError
+from kvcompose_gguf.server.api.grammars import check_grammar, grammar_of
+from kvcompose_gguf.server.chat.message_stream import MessageStream
 from kvcompose_gguf.server.chat.tools import BareCalls, CallStream, call_schema, check_tools
-from kvcompose_gguf.server.errors import ApiError
 from kvcompose_gguf.support.reasoning import Thoughts, closed
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

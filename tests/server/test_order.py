@@ -9,7 +9,7 @@ from support import tiny
 from support.serving import CONFIG, METHOD, Asking, decodes, gate_before, n_busy, n_processing, post, until
 
 from kvcompose_gguf import ConfigError
-from kvcompose_gguf.server import service
+from kvcompose_gguf.server import waiting
 from kvcompose_gguf.server.slots.generation import generate
 from kvcompose_gguf.server.slots.slot import Slot
 
@@ -83,7 +83,7 @@ def test_an_error_leaves_when_all_slots_of_its_request_are_idle(start, monkeypat
             held.wait_held()
             raise ConfigError("made by the test")
 
-        monkeypatch.setattr(service, "generate", fails_beside_another)
+        monkeypatch.setattr(waiting, "generate", fails_beside_another)
         held.let(0)
         asking = Asking(client, "/completion", prompt=[[5, 6, 7], tiny.tokens(CONFIG, 40)], n_predict=9, stream=stream)
         held.wait_held()

@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 from support.serving import CONFIG, METHOD, post
 
-from kvcompose_gguf.server.errors import ApiError
+from kvcompose_gguf.server.api.errors import ApiError
 from kvcompose_gguf.server.routes.slots import slot_filename
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.serving import CONFIG, post
 
-from kvcompose_gguf.server import infill
+from kvcompose_gguf.server.api import infill
 
 PROMPT = "The quick brown fox jumps over the lazy dog. "
 

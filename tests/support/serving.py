@@ -20,7 +20,7 @@ from kvcompose_gguf import KVCompose
 from kvcompose_gguf.server.app import create_app
 from kvcompose_gguf.server.command import make_engine
 from kvcompose_gguf.server.options import ServeOptions
-from kvcompose_gguf.server.slots.engine import Job
+from kvcompose_gguf.server.slots.job import Job
 from kvcompose_gguf.server.slots.slot import Turns
 from support import tiny
 

@@ -1,75 +1,67 @@
-"""Divides the model's text into an assistant's message: thoughts, content and tool calls."""
+"""Checks the messages of a chat, and makes those that templates take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
 from typing import Any
 
-from ...support.reasoning import Thoughts
-from .tools import BareCalls, CallStream
+from ..api.errors import ApiError, invalid
 
 
-class MessageStream:
-    """Makes the deltas of OpenAI's chunks while the text comes.
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """Returns messages for a template, each with its content as one text (oaicompat_chat_params_parse).
 
-    Args:
-        thoughts: separates the thoughts.
-        calls: finds tool calls in the rest. None: there are no tools.
+    Raises:
+        ApiError: the messages do not fit OpenAI's API, or contain images.
     """
-
-    def __init__(self, thoughts: Thoughts, calls: CallStream | BareCalls | None) -> None:
-        self._thoughts, self._calls = thoughts, calls
-
-    @property
-    def n_calls(self) -> int:
-        """Number of tool calls so far."""
-        return 0 if self._calls is None else self._calls.n_calls
-
-    def add(self, text: str) -> list[dict[str, Any]]:
-        """Returns the deltas that are certain after ``text``."""
-        return self._deltas(*self._thoughts.add(text))
-
-    def end(self) -> list[dict[str, Any]]:
-        """Returns the deltas of the text that was held back, at the end."""
-        deltas = self._deltas(*self._thoughts.end())
-        return deltas + (self._calls.end() if self._calls is not None else [])
-
-    def whole(self, text: str) -> Message:
-        """Returns the message of a whole text."""
-        return _joined([*self.add(text), *self.end()])
-
-    def _deltas(self, thoughts: str, content: str) -> list[dict[str, Any]]:
-        deltas: list[dict[str, Any]] = [{"reasoning_content": thoughts}] if thoughts else []
-        if self._calls is not None:
-            return deltas + self._calls.add(content)
-        return deltas + ([{"content": content}] if content else [])
+    if messages is None:
+        raise invalid("'messages' is required")
+    if not isinstance(messages, list):
+        raise invalid("Expected 'messages' to be an array")
+    return [_checked(message) for message in messages]
 
 
-@dataclass(frozen=True)
-class Message:
-    """An assistant's message.
+def _checked(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise invalid("Failed to parse messages: Expected 'message' to be an object")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise invalid("Failed to parse messages: Missing 'role'")
+    if role != "assistant" and content is None:
+        raise invalid("All non-assistant messages must contain 'content'")
+    calls = message.get("tool_calls") or []
+    if role == "assistant" and content is None and not calls:
+        raise invalid("Assistant message must contain either 'content' or 'tool_calls'!")
+    if content is not None and not isinstance(content, (str, list)):
+        raise invalid("Expected 'content' to be a string or an array")
+    if not isinstance(calls, list):
+        raise invalid("Failed to parse messages: Expected 'tool_calls' to be an array")
+    out = {name: value for name, value in message.items() if name in ("name", "tool_call_id", "reasoning_content")}
+    text = content if isinstance(content, str) else "\n".join(_part(part) for part in content or [])
+    if role == "assistant" and isinstance(content, list):
+        out["prefill"] = "\n\n".join(map(_part, content))  # llama-server joins continued parts so
+    out |= {"role": "system" if role == "developer" else role, "content": text}
+    return out | {"tool_calls": [_checked_call(call) for call in calls]} if calls else out
 
-    Attributes:
-        content: the text without thoughts and tool calls.
-        reasoning: the thoughts.
-        tool_calls: the calls in OpenAI's form, with arguments as JSON text.
-    """
 
-    content: str
-    reasoning: str = ""
-    tool_calls: tuple[dict[str, Any], ...] = ()
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    for name in ("image", "audio", "video"):
+        if isinstance(kind, str) and name in kind:
+            raise ApiError(500, f"{name} input is not supported - hint: this server reads text only")
+    raise invalid("unsupported content[].type")
 
 
-def _joined(deltas: Iterable[dict[str, Any]]) -> Message:
-    content, reasoning, calls = "", "", list[dict[str, Any]]()
-    for delta in deltas:
-        content += delta.get("content", "")
-        reasoning += delta.get("reasoning_content", "")
-        for call in delta.get("tool_calls", ()):
-            if "id" in call:
-                calls.append({name: value for name, value in call.items() if name != "index"})
-                calls[-1]["function"] = dict(call["function"])
-            else:
-                calls[-1]["function"]["arguments"] += call["function"]["arguments"]
-    return Message(content.strip() if calls else content, reasoning, tuple(calls))
+def _checked_call(call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid("Failed to parse messages: Missing tool call function or its name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise invalid(f"Failed to parse messages: arguments of {function['name']} are not JSON: {error}") from error
+    return {**call, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from typing import Any
 
 from ...models.templates import CALL_BEGIN, ChatTemplate
-from ..errors import invalid, not_supported
-from .templates import BuiltinTemplate, random_id
+from ..api.errors import invalid, not_supported
+from ..api.ids import random_id
+from .templates import BuiltinTemplate
 
 CALL_END = "</tool_call>"
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from .. import formats
-from ..errors import invalid
-from ..params import NO_BUDGET
-from ..schemas import CompressRequest
+from ..api.errors import invalid
+from ..api.parts import compression
+from ..api.reader import NO_BUDGET
+from ..api.schemas import CompressRequest
+from ..api.streams import while_connected
 from ..server import Serving
-from ..service import run
-from ..slots.engine import Job
+from ..slots.job import Job
 from ..slots.slot import Slot
-from ..streams import while_connected
+from ..waiting import run
 
 router = APIRouter()
 
@@ -36,7 +36,7 @@ async def compress(server: Serving, http: Request, request: CompressRequest) -> 
 
     def work(slot: Slot) -> dict[str, Any]:
         report = slot.llama.compress_prompt(tokens, method)
-        return {"id_slot": slot.id, "n_tokens": len(tokens), "kv": formats.compression(report)}
+        return {"id_slot": slot.id, "n_tokens": len(tokens), "kv": compression(report)}
 
     job = Job(work, tokens, n_tokens=len(tokens), method=method)
     told = await while_connected(http, run(server.engine, job))

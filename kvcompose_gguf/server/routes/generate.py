@@ -11,15 +11,17 @@ from fastapi import APIRouter, Request, Response
 
 from ...errors import KVComposeError
 from ...kernels.types import FloatArray
-from .. import formats
-from ..chat.bodies import answer_chat
+from ..api import native
+from ..api.embeddings import native_body, normalized, openai_body, texts_of
+from ..api.errors import api_error, invalid, not_supported
+from ..api.infill import infill_prompt
+from ..api.openai import text_completion, text_completion_part
+from ..api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest
+from ..api.streams import JSONResponse, while_connected
+from ..chat.completions import answer_chat
 from ..completions import complete
-from ..errors import api_error, invalid, not_supported
-from ..infill import infill_prompt
-from ..schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest
 from ..server import Server, Serving
-from ..slots.embeddings import Embedder, native_body, normalized, openai_body, texts_of
-from ..streams import JSONResponse, while_connected
+from ..slots.embedder import Embedder
 
 router = APIRouter()
 
@@ -28,13 +30,13 @@ router = APIRouter()
 @router.post("/completions")
 async def completion(server: Serving, http: Request, request: CompletionRequest) -> Response:
     prompts = partial(server.prompts, request)
-    return await complete(server, http, request, prompts, formats.native, formats.native_part, done=False)
+    return await complete(server, http, request, prompts, native.completion, native.completion_part, done=False)
 
 
 @router.post("/v1/completions")
 async def openai_completion(server: Serving, http: Request, request: CompletionRequest) -> Response:
     prompts = partial(server.prompts, request)
-    return await complete(server, http, request, prompts, formats.text_completion, formats.text_completion_part)
+    return await complete(server, http, request, prompts, text_completion, text_completion_part)
 
 
 @router.post("/infill")
@@ -43,7 +45,8 @@ async def infill(server: Serving, http: Request, request: InfillRequest) -> Resp
         infill_prompt, server.llama, server.reader, request.input_prefix, request.input_suffix, request.input_extra,
         request.prompt, request.n_predict or 0,
     )  # fmt: skip
-    return await complete(server, http, request, lambda: [tokens()], formats.native, formats.native_part, done=False)
+    whole, part = native.completion, native.completion_part
+    return await complete(server, http, request, lambda: [tokens()], whole, part, done=False)
 
 
 @router.post("/chat/completions")

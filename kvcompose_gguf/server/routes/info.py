@@ -6,10 +6,11 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from .. import formats
-from ..errors import invalid, not_supported
+from ...native.model_info import model_info
+from ..api.errors import invalid, not_supported
+from ..api.state import brief_settings
 from ..server import Serving
-from ..slots.generation import Generation
+from ..slots.steps import Generation
 
 router = APIRouter()
 
@@ -26,7 +27,7 @@ async def props(server: Serving) -> dict[str, Any]:
     caps = {"supports_tools": server.template.has_tools, "supports_system_role": True}
     return {
         "default_generation_settings": {
-            "params": formats.brief_settings(Generation(tokens=(), sampling=options.sampling)),
+            "params": brief_settings(Generation(tokens=(), sampling=options.sampling)),
             "n_ctx": server.llama.n_ctx(),
         },
         "total_slots": len(server.engine.slots), "model_alias": options.model_name,
@@ -50,10 +51,11 @@ async def post_props() -> None:
 @router.get("/v1/models")
 async def models(server: Serving) -> dict[str, Any]:
     options, llama = server.options, server.llama
+    model = model_info(llama.model)
     meta = {
-        "vocab_type": llama._model.vocab_type(), "n_vocab": llama.n_vocab(), "n_ctx": llama.n_ctx(),
-        "n_ctx_train": llama.n_ctx_train, "n_embd": llama.n_embd(), "n_params": llama._model.n_params(),
-        "size": llama._model.size(), "ftype": llama._model.desc(),
+        "vocab_type": model.vocab_type, "n_vocab": llama.n_vocab(), "n_ctx": llama.n_ctx(),
+        "n_ctx_train": llama.n_ctx_train, "n_embd": llama.n_embd(), "n_params": model.n_params,
+        "size": model.n_bytes, "ftype": model.description,
     }  # fmt: skip
     details = {
         "parent_model": "", "format": "gguf", "family": "", "families": [""], "parameter_size": "",

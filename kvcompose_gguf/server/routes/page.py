@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from ..errors import ApiError
+from ..api.errors import ApiError
 from ..gate import FILES
 
 

@@ -12,14 +12,14 @@ from fastapi import APIRouter, Request
 
 from ...errors import StateError
 from ...support.text_stream import TextStream
-from .. import formats
-from ..errors import ApiError, invalid, not_supported
+from ..api.errors import ApiError, invalid, not_supported
+from ..api.state import slot_state
+from ..api.streams import while_connected
 from ..server import Server, Serving
-from ..service import run
-from ..slots.engine import Job
+from ..slots.job import Job
 from ..slots.saved import n_tokens_of, restore, save
 from ..slots.slot import Slot
-from ..streams import while_connected
+from ..waiting import run
 
 router = APIRouter()
 
@@ -34,7 +34,7 @@ async def slots(server: Serving, fail_on_no_slot: int = 0) -> list[dict[str, Any
     _check_slots(server)
     if fail_on_no_slot and server.engine.n_busy == len(server.engine.slots):
         raise ApiError(503, "no slot available")
-    return [formats.slot(slot) for slot in server.engine.slots]
+    return [slot_state(slot) for slot in server.engine.slots]
 
 
 @router.get("/kv/slots")
@@ -42,7 +42,7 @@ async def kv_slots(server: Serving) -> list[dict[str, Any]]:
     """Returns all slots, most recently used first."""
     _check_slots(server)
     ordered = sorted(server.engine.slots, key=lambda slot: (slot.is_idle, -slot.last_used))
-    return [formats.slot(slot) for slot in ordered]
+    return [slot_state(slot) for slot in ordered]
 
 
 @router.get("/kv/slots/{id_slot}")

@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from .. import formats
-from ..chat.bodies import chat_prompt
-from ..errors import invalid
-from ..schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+from ..api.errors import invalid
+from ..api.parts import prompt_text
+from ..api.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
+from ..chat.completions import chat_prompt
 from ..server import Serving
 
 router = APIRouter()
@@ -38,7 +38,7 @@ def _piece(raw: bytes) -> str | list[int]:
 def detokenize(server: Serving, request: DetokenizeRequest) -> dict[str, str]:
     if any(not 0 <= token < server.llama.n_vocab() for token in request.tokens):
         raise invalid("Prompt contains invalid tokens")
-    return {"content": formats.prompt_text(server.llama, request.tokens)}
+    return {"content": prompt_text(server.llama, request.tokens)}
 
 
 @router.post("/apply-template")

@@ -6,83 +6,22 @@ import functools
 import itertools
 import math
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedError
-from ...methods import Method
-from .embeddings import Embedder
+from .embedder import Embedder
 from .idle import IdleCaches
-from .slot import Busy, Cancelled, Slot, TimedOut, Turns
+from .job import Busy, Cancelled, Job, TimedOut
+from .slot import Slot, Turns
 
 #: a slot is chosen for its cache if that has at least this share of the prompt
 MIN_SIMILARITY = 0.1
 
-#: the clock of deadlines, in seconds; tests replace it
-now = time.monotonic
-
 #: cells that a job may need beside those of its tokens: an empty cache's, or a chunk's that scores the prompt
 N_SCRATCH = 768
-
-
-@dataclass(eq=False)
-class Job:
-    """Work for one slot.
-
-    Attributes:
-        work: called with the slot, in the slot's thread. Its result or exception becomes the future's.
-        tokens: the prompt's tokens. The engine chooses the slot that has most of them.
-        id_slot: the slot to use, -1: any.
-        n_tokens: tokens that the slot's cache may have to hold.
-        method: the method that compresses the prompt. A cache of another method cannot be continued.
-        reuse: whether the job may continue what is in the cache.
-        id: number of the job.
-        deadline: time on the clock ``now`` when the job is given up.
-        future: the result. It is set after the slot is idle again.
-    """
-
-    work: Callable[[Slot], Any]
-    tokens: Sequence[int] = ()
-    id_slot: int = -1
-    n_tokens: int = 0
-    method: Method | None = None
-    reuse: bool = True
-    id: int = -1
-    deadline: float = math.inf
-    future: Future[Any] = field(default_factory=Future)
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """End the job: at once if it waits, before its next decode if it runs."""
-        self._cancelled.set()
-        self.future.cancel()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether ``cancel`` was called."""
-        return self._cancelled.is_set()
-
-    @property
-    def is_late(self) -> bool:
-        """Whether the deadline has passed."""
-        return now() > self.deadline
-
-    def check(self) -> None:
-        """Raise if nobody needs the job's result any more.
-
-        Raises:
-            Cancelled: ``cancel`` was called.
-            TimedOut: the deadline has passed.
-        """
-        if self.is_cancelled:
-            raise Cancelled("the request was cancelled")
-        if self.is_late:
-            raise TimedOut("the request took longer than the server's --timeout")
 
 
 class Engine:
@@ -184,7 +123,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise Busy("the server is stopping")
-            job.id, job.deadline = next(self._numbers), now() + self._timeout
+            job.accept(next(self._numbers), self._timeout)
             self._waiting.append(job)
             self._start_waiting()
             if len(self._waiting) > self._n_queue:

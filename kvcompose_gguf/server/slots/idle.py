@@ -15,7 +15,7 @@ from ...errors import StateError
 from ...methods import Method
 from ...methods.base import choice_of, has_grown
 from .saved import SlotFile, describe, restore, save
-from .slot import SlotLlama
+from .slot_llama import SlotLlama
 
 log = logging.getLogger(__name__)
 

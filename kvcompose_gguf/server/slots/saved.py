@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ... import sessions
 from ...errors import StateError
-from .slot import SlotLlama
+from .slot_llama import SlotLlama
 
 
 @dataclass(frozen=True)

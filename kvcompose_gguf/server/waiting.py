@@ -13,10 +13,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ..errors import KVComposeError
-from .errors import api_error
-from .slots.engine import Engine, Job
-from .slots.generation import End, Generation, Progress, Token, generate
-from .slots.slot import Busy, Slot
+from .api.errors import api_error
+from .slots.engine import Engine
+from .slots.generation import generate
+from .slots.job import Busy, Job
+from .slots.slot import Slot
+from .slots.steps import End, Generation, Progress, Token
 
 Step = Progress | Token | End
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..native import library
+from ...native.model_info import infill_token
+from ..slots.slot_llama import SlotLlama
 from .errors import invalid, not_supported
-from .params import Reader
-from .slots.slot import SlotLlama
+from .reader import Reader
 
 #: separates files, for models without a token for that
 SNIPPET = "\n\n--- snippet ---\n\n"
@@ -64,5 +64,4 @@ def _checked(chunk: Any) -> tuple[str, str]:
 
 
 def _token(llama: SlotLlama, name: str) -> int | None:
-    token = int(getattr(library.load(), f"llama_vocab_fim_{name}")(llama._model.vocab))
-    return token if token >= 0 else None
+    return infill_token(llama.model, name)

@@ -13,18 +13,18 @@ from fastapi.responses import Response
 
 from ...models.templates import CALL_BEGIN, TemplateError
 from ...support import reasoning
-from .. import formats
-from ..errors import ApiError, invalid
-from ..formats import About
+from ..api import openai
+from ..api.errors import ApiError, invalid
+from ..api.grammars import grammar_of
+from ..api.parts import About, extras, timings
+from ..api.schemas import ChatRequest
+from ..api.streams import JSONResponse, event_stream, merged, together, while_connected
 from ..options import REASONING_FORMATS
-from ..schemas import ChatRequest
 from ..server import Server
-from ..slots.generation import End, Generation, Progress, Token
-from ..streams import JSONResponse, event_stream, merged, together, while_connected
-from . import templates as chat
+from ..slots.steps import End, Generation, Progress, Token
 from . import tools
-from .grammars import grammar_of
-from .messages import MessageStream
+from .message_stream import MessageStream
+from .messages import check_messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
     Raises:
         ApiError: messages or tools are invalid, or the template refuses them.
     """
-    messages = chat.check_messages(request.messages)
+    messages = check_messages(request.messages)
     offered, choice = tools.check_tools(request.tools, request.tool_choice, server.template)
     if offered and request.grammar:
         raise invalid("Cannot use custom grammar constraints with tools.")
@@ -150,7 +150,7 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
 
     def answer() -> JSONResponse:
         bodies = [
-            formats.chat_completion(replace(about, id_slot=slot), end, reader.whole(asked.begun + end.text))
+            openai.chat_completion(replace(about, id_slot=slot), end, reader.whole(asked.begun + end.text))
             for about, reader, (slot, end) in zip(abouts, readers, ends, strict=True)
         ]
         return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
@@ -188,20 +188,20 @@ async def _chat_chunks(
             if isinstance(step, Progress):
                 if request.return_progress:
                     has_role = True
-                    more = formats.extras(step, request.timings_per_token)
-                    yield formats.chat_part(about, {"role": "assistant", "content": None}, **more)
+                    more = extras(step, request.timings_per_token)
+                    yield openai.chat_part(about, {"role": "assistant", "content": None}, **more)
                 continue
             if not has_role:
                 has_role = True
-                yield formats.chat_part(about, {"role": "assistant", "content": None})
+                yield openai.chat_part(about, {"role": "assistant", "content": None})
             deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
             held = []
             for delta in deltas:
-                chunk = formats.chat_part(about, delta)
+                chunk = openai.chat_part(about, delta)
                 if isinstance(step, Token) and delta is deltas[-1]:  # they belong to the token, so they go once
-                    chunk |= formats.extras(step, request.timings_per_token)
+                    chunk |= extras(step, request.timings_per_token)
                     if about.logprobs:
-                        chunk["choices"][0]["logprobs"] = formats.chat_logprobs(about, step)
+                        chunk["choices"][0]["logprobs"] = openai.chat_logprobs(about, step)
                 yield chunk
             if isinstance(step, End):
                 for chunk in _last_chunks(request, about, reader, step):
@@ -209,9 +209,9 @@ async def _chat_chunks(
 
 
 def _last_chunks(request: ChatRequest, about: About, reader: MessageStream, end: End) -> Iterator[dict[str, Any]]:
-    timings = {"timings": formats.timings(end.timings, end.report)}
+    timed = {"timings": timings(end.timings, end.report)}
     wants_usage = request.stream_options is not None and request.stream_options.include_usage
-    last = formats.chat_part(about, {}, formats.chat_finish(end, reader.n_calls > 0))
-    yield last if wants_usage else last | timings
+    last = openai.chat_part(about, {}, openai.chat_finish(end, reader.n_calls > 0))
+    yield last if wants_usage else last | timed
     if wants_usage:
-        yield formats.chat_usage(about, end) | timings
+        yield openai.chat_usage(about, end) | timed

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...native import library
-from ..errors import invalid
+from .errors import invalid
 
 #: limits of a grammar: characters, nested parentheses, rules, counted repetitions
 MAX_CHARS, MAX_DEPTH, MAX_RULES, MAX_REPEAT = 1 << 18, 450, 20000, 1000

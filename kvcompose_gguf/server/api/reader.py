@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import ConfigError
-from ..methods import METHODS, Method, make_method
-from .chat.grammars import check_grammar, grammar_of
+from ...errors import ConfigError
+from ...methods import METHODS, Method, make_method
+from ..options import ServeOptions
+from ..slots.sampling import SAMPLERS, Sampling
+from ..slots.slot_llama import SlotLlama
+from ..slots.steps import Generation
 from .errors import invalid
-from .options import ServeOptions
+from .grammars import check_grammar, grammar_of
 from .schemas import GenerationRequest, KVCompress, Mixed, Prompt, PromptObject
-from .slots.generation import Generation
-from .slots.sampling import SAMPLERS, Sampling
-from .slots.slot import SlotLlama
 
 PROMPT_KINDS = (
     '"prompt" elements must be a string, a list of tokens, a JSON object containing a prompt string, '

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ConfigError, ContextLengthError, KVComposeError
-from .slots.slot import Busy, TimedOut
+from ...errors import ConfigError, ContextLengthError, KVComposeError
+from ..slots.job import Busy, TimedOut
 
 #: value of ``Retry-After``, seconds, when the queue is full
 RETRY_AFTER = 1
@@ -15,6 +15,13 @@ TYPES = {
     413: "invalid_request_error", 500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
     408: "invalid_request_error", 504: "timeout_error",
 }  # fmt: skip
+
+
+#: HTTP status and error type of our exceptions: the first class that fits counts. None: the usual type of the status
+STATUSES: tuple[tuple[type[KVComposeError], int, str | None], ...] = (
+    (ContextLengthError, 400, "exceed_context_size_error"), (ConfigError, 400, None), (Busy, 503, None),
+    (TimedOut, 504, None), (KVComposeError, 500, None),
+)  # fmt: skip
 
 
 class ApiError(Exception):
@@ -51,14 +58,7 @@ def api_error(error: BaseException) -> ApiError:
     """Returns the error for a client that an exception stands for."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, ContextLengthError):
-        return ApiError(400, str(error), "exceed_context_size_error")
-    if isinstance(error, ConfigError):
-        return ApiError(400, str(error))
-    if isinstance(error, Busy):
-        return ApiError(503, str(error))
-    if isinstance(error, TimedOut):
-        return ApiError(504, str(error))
-    if isinstance(error, KVComposeError):
-        return ApiError(500, str(error))
+    for kind, code, name in STATUSES:
+        if isinstance(error, kind):
+            return ApiError(code, str(error), name)
     return ApiError(500, f"{type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""Requests and answers in llama-server's and OpenAI's form."""

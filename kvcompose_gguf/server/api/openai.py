@@ -1,0 +1,96 @@
+"""Formats answers in OpenAI's forms: completions and chats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..slots.steps import End, Progress, Token
+from .native import completion
+from .parts import About, all_probabilities, extras, probabilities_of, timings, usage
+
+FINISH = {"none": "stop", "eos": "stop", "word": "stop", "limit": "length"}
+
+
+@dataclass(frozen=True)
+class Message:
+    """An assistant's message.
+
+    Attributes:
+        content: the text without thoughts and tool calls.
+        reasoning: the thoughts.
+        tool_calls: the calls in OpenAI's form, with arguments as JSON text.
+    """
+
+    content: str
+    reasoning: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+
+
+def text_completion(about: About, end: End, streamed: bool = False) -> dict[str, Any]:
+    """Returns the whole answer of /v1/completions, or the last chunk of a streamed one."""
+    logprobs = {"content": all_probabilities(about, end)} if about.what.n_probs and not streamed else None
+    choice = {
+        "text": "" if streamed else end.text, "index": about.index, "logprobs": logprobs,
+        "finish_reason": FINISH[end.stop_type],
+    }  # fmt: skip
+    body = {"choices": [choice], **_head(about, "text_completion"), "usage": usage(end, len(about.what.tokens))}
+    if about.verbose:
+        body["__verbose"] = completion(about, end)
+    return body | {"timings": timings(end.timings, end.report)}
+
+
+def text_completion_part(about: About, step: Token | Progress, timings_per_token: bool) -> dict[str, Any]:
+    """Returns the chunk for a token of a streamed /v1/completions."""
+    content = step.text if isinstance(step, Token) else ""
+    logprobs = None
+    if isinstance(step, Token) and about.what.n_probs:
+        logprobs = {"content": [probabilities_of(about, step)]}
+    choice = {"text": content, "index": about.index, "logprobs": logprobs, "finish_reason": None}
+    return {"choices": [choice], **_head(about, "text_completion")} | extras(step, timings_per_token)
+
+
+def chat_completion(about: About, end: End, said: Message) -> dict[str, Any]:
+    """Returns the whole answer of /v1/chat/completions."""
+    message: dict[str, Any] = {"role": "assistant", "content": said.content}
+    if said.reasoning:
+        message["reasoning_content"] = said.reasoning
+    if said.tool_calls:
+        message["tool_calls"] = list(said.tool_calls)
+    choice: dict[str, Any] = {
+        "finish_reason": chat_finish(end, bool(said.tool_calls)), "index": about.index, "message": message
+    }  # fmt: skip
+    if about.logprobs:
+        choice["logprobs"] = {"content": all_probabilities(about, end)}
+    body = {"choices": [choice], **_head(about, "chat.completion"), "usage": usage(end, len(about.what.tokens))}
+    if about.verbose:
+        body["__verbose"] = completion(about, end)
+    return body | {"timings": timings(end.timings, end.report)}
+
+
+def chat_part(about: About, delta: dict[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:
+    """Returns a chunk of a streamed /v1/chat/completions."""
+    choice = {"finish_reason": finish, "index": about.index, "delta": delta}
+    return {"choices": [choice], **_head(about, "chat.completion.chunk"), **more}
+
+
+def chat_usage(about: About, end: End) -> dict[str, Any]:
+    """Returns the last chunk, for requests that want ``usage``."""
+    return {"choices": [], **_head(about, "chat.completion.chunk"), "usage": usage(end, len(about.what.tokens))}
+
+
+def chat_finish(end: End, has_calls: bool) -> str:
+    """Returns the finish reason of a chat."""
+    return "tool_calls" if has_calls and end.stop_type != "limit" else FINISH[end.stop_type]
+
+
+def chat_logprobs(about: About, step: Token) -> dict[str, Any]:
+    """Returns the ``logprobs`` for a token of a streamed chat."""
+    return {"content": [probabilities_of(about, step)]}
+
+
+def _head(about: About, kind: str) -> dict[str, Any]:
+    return {
+        "created": about.created, "model": about.model, "system_fingerprint": about.fingerprint, "object": kind,
+        "id": about.id,
+    }  # fmt: skip
