@@ -192,5 +192,5 @@ def test_the_room_hands_on_fetch_and_names_and_loads_nothing() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == f"False {known.names()} kvcompose_gguf.models.known", done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'sha256'"):
-        models.sha256  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'weights'"):
+        models.weights  # noqa: B018
