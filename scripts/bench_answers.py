@@ -53,7 +53,7 @@ def haystack(llama: Llama, n_tokens: int, seed: int) -> tuple[list[int], str, st
             break
         text.append(sentence)
     text.insert(int(rng.integers(1, len(text))), f"{question} {number}.")
-    return llama._prompt_tokens(" ".join(text)), question, number
+    return llama.prompt_tokens(" ".join(text)), question, number
 
 
 def answer(llama: Llama, prompt: list[int], n: int = 16) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from kvcompose_gguf import KVCompose, Llama
 from kvcompose_gguf.cli.demo.questions import document
 from kvcompose_gguf.models import known
-from kvcompose_gguf.native import library
+from kvcompose_gguf.native.about import library_info
 
 
 def cpu_name() -> str:
@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 def context_tokens(llama: Llama, n_tokens: int) -> list[int]:
     """Returns prose, repeated to the length; the speed does not depend on its content."""
-    tokens: list[int] = llama._prompt_tokens(document())
+    tokens: list[int] = llama.prompt_tokens(document())
     return (tokens * (n_tokens // len(tokens) + 1))[:n_tokens]
 
 
@@ -79,7 +79,7 @@ def main() -> None:
 
     result = {
         "model": Path(path).name, "n_tokens": args.n_tokens, "ratio": args.ratio, "threads": args.threads,
-        "cpu": cpu_name(), "commit": library.load().llama_cpp._lib.llama_kvc_commit().decode()[:9],
+        "cpu": cpu_name(), "commit": library_info().commit[:9],
         "decode_tokens_per_second": {
             name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
             for name, values in runs.items()
