@@ -109,6 +109,17 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("document", PAGES)
+def test_files_and_modules_that_a_page_names_exist(document: Path) -> None:
+    text = document.read_text("utf-8")
+    files = re.findall(
+        r"\b(?:tests|scripts|patches|docs|kvcompose_gguf)/[\w/.-]*\w\.(?:py|sh|md|cpp|h|json|svg|png)\b", text
+    )
+    modules = re.findall(r"\bkvcompose_gguf(?:\.\w+)+", text)
+    places = {ROOT / name for name in files} | {ROOT / f"{name.replace('.', '/')}.py" for name in modules}
+    assert not [place for place in sorted(places) if not place.exists() and not place.with_suffix("").is_dir()]
+
+
 def anchors(file: Path) -> set[str]:
     """The anchors of a Markdown file's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", without_code(file.read_text("utf-8")), re.M)
