@@ -111,7 +111,8 @@ CLOSED_REQUESTS: list[Ask] = [
 
 PLAIN = "-c 2048 -np 2 -ctk f32 -ctv f32 -fa off --slot-save-path slots"
 COMPRESSING = (
-    "-c 2048 -np 2 --compression-ratio 0.6 --min-tokens 100 --kv-budget 1700kB --kv-save-idle 4MB --slot-save-path idle "
+    "-c 2048 -np 2 --compression-ratio 0.6 --min-tokens 100 --kv-budget 1700kB --kv-save-idle 4MB "
+    "--slot-save-path idle "
     "--embeddings 256 --pooling mean -v"
 )
 CLOSED = "-c 1024 --api-key secret --no-slots --no-metrics --no-ui --cors-origins http://a.example"

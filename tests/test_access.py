@@ -263,5 +263,15 @@ def test_every_public_method_of_llama_is_guarded():
         function = member.fget if isinstance(member, property) else member
         if name in free or not inspect.isfunction(function):
             continue
-        is_plain = name in {"ctx", "model", "eval_tokens", "kv_compressor", "n_context", "generate", "n_tokens", "input_ids", "kv_report"}
+        is_plain = name in {
+            "ctx",
+            "model",
+            "eval_tokens",
+            "kv_compressor",
+            "n_context",
+            "generate",
+            "n_tokens",
+            "input_ids",
+            "kv_report",
+        }
         assert is_plain or hasattr(function, "__wrapped__"), f"{name} is not guarded"

@@ -54,7 +54,11 @@ def test_without_a_compressor_it_is_the_original_class(make_llama, tiny_model):
     )
     ours = make_llama()
     prompt = "The quick brown fox jumps over the lazy dog. " * 8
-    for options in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 3}, {"max_tokens": 5, "stop": ["a"], "echo": True}):
+    for options in (
+        {"temperature": 0.0},
+        {"temperature": 0.9, "seed": 3},
+        {"max_tokens": 5, "stop": ["a"], "echo": True},
+    ):
         want = stock.create_completion(prompt, **({"max_tokens": 16} | options))
         got = ours.create_completion(prompt, **({"max_tokens": 16} | options))
         assert got["choices"] == want["choices"]
@@ -197,7 +201,9 @@ def test_completions_stream_log_probabilities_and_grammars(make_llama):
 def test_prompts_judge_the_context_when_asked_to(make_llama):
     options: dict[str, Any] = {"compression_ratio": 0.8, "min_tokens": 100, "keep_last": 0}
     repeat = make_llama(method=KVCompose(**options)).compress(CONTEXT)
-    prompted = make_llama(method=KVCompose(scoring="prompts", prompts=["what?", "and who?"], **options)).compress(CONTEXT)
+    prompted = make_llama(method=KVCompose(scoring="prompts", prompts=["what?", "and who?"], **options)).compress(
+        CONTEXT
+    )
     assert prompted.n_kept.sum() == repeat.n_kept.sum()
     assert (prompted.n_kept != repeat.n_kept).any()
 

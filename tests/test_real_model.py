@@ -41,8 +41,14 @@ def prose() -> list[int]:
 
 
 def test_layer_budgets_are_those_of_the_published_reference(make_smollm2, prose):
-    want = np.array(json.loads((DATA / "reference_budgets.json").read_text())["models"]["SmolLM2-135M-Instruct.Q4_1"]["n_kept"])
-    llama = make_smollm2(KVCompose(compression_ratio=0.5, scoring="repeat", scoring_chunk=None, n_sink=0, first_layer_rule=True, keep_last=0))
+    want = np.array(
+        json.loads((DATA / "reference_budgets.json").read_text())["models"]["SmolLM2-135M-Instruct.Q4_1"]["n_kept"]
+    )
+    llama = make_smollm2(
+        KVCompose(
+            compression_ratio=0.5, scoring="repeat", scoring_chunk=None, n_sink=0, first_layer_rule=True, keep_last=0
+        )
+    )
     got = llama.compress(prose).n_kept
     correlation = np.corrcoef(got, want)[0, 1]
     difference = np.abs(got - want)
@@ -72,7 +78,9 @@ def test_a_needle_is_found_in_a_quarter_of_the_cache(make_smollm2, prose):
     from kvcompose_gguf import Llama
 
     llama: Llama = make_smollm2(KVCompose(compression_ratio=0.75, keep_last=0))
-    text = llama.detokenize(prose[:250]) + b"\nThe password of the boathouse is 7419.\n" + llama.detokenize(prose[500:800])
+    text = (
+        llama.detokenize(prose[:250]) + b"\nThe password of the boathouse is 7419.\n" + llama.detokenize(prose[500:800])
+    )
     context = llama._prompt_tokens(text)
     report = llama.compress(context)
     prompt = context + llama._tokens("\n\nThe password of the boathouse is")
@@ -155,8 +163,10 @@ def test_the_process_gives_the_memory_back(smollm2):
     context = m["n_tokens"] * 30 * m["row"]
     layer = m["full"] / 30
     mb = {key: round(value / 1e6, 1) for key, value in m.items() if isinstance(value, int)}
-    print(f"{mb}, kept rows {kept / context:.3f} of the context's, freed {freed / 1e6:.1f}, resident {rss_freed / 1e6:.1f} MB less, "
-          f"peak {(m['peak'] - m['rss_full']) / 1e6:+.1f} MB over full")
+    print(
+        f"{mb}, kept rows {kept / context:.3f} of the context's, freed {freed / 1e6:.1f}, resident {rss_freed / 1e6:.1f} MB less, "
+        f"peak {(m['peak'] - m['rss_full']) / 1e6:+.1f} MB over full"
+    )
     assert m["small"] <= 0.27 * context + room
     assert rss_freed >= 0.9 * freed
     assert m["peak"] <= m["rss_full"] + layer + 32e6
@@ -219,7 +229,8 @@ def test_the_quick_evaluation_has_real_numbers(smollm2, tmp_path, capsys):
     from kvcompose_gguf.evaluation.records import RunFolder
 
     result = CliRunner().invoke(
-        app, ["eval", smollm2, "--quick", "--texts", "generated", "--out", str(tmp_path), "--jobs", "1", "--threads", "2"]
+        app,
+        ["eval", smollm2, "--quick", "--texts", "generated", "--out", str(tmp_path), "--jobs", "1", "--threads", "2"],
     )
     assert result.exit_code == 0, result.output
     with capsys.disabled():

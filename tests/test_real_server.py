@@ -147,7 +147,9 @@ def test_langchains_chat_model(address):
 
 
 def recipes() -> list[str]:
-    return [line.strip() for line in DOCS.read_text("utf-8").splitlines() if re.match(r"    (curl |jq .*\| curl )", line)]
+    return [
+        line.strip() for line in DOCS.read_text("utf-8").splitlines() if re.match(r"    (curl |jq .*\| curl )", line)
+    ]
 
 
 @pytest.mark.parametrize("recipe", recipes())
@@ -155,7 +157,9 @@ def test_the_recipes_of_the_documentation(address, recipe, tmp_path, document):
     if recipe.startswith("jq ") and shutil.which("jq") is None:
         pytest.skip("no jq")
     (tmp_path / "report.txt").write_text(document, "utf-8")
-    command = recipe.replace("localhost:8080", address).replace("curl ", f"curl -sS --fail -H 'Authorization: Bearer {KEY}' ", 1)
+    command = recipe.replace("localhost:8080", address).replace(
+        "curl ", f"curl -sS --fail -H 'Authorization: Bearer {KEY}' ", 1
+    )
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout

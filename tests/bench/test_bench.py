@@ -58,7 +58,19 @@ def measured(result: BenchResult) -> dict[str, Measurement]:
 def made_up(sizes: Sequence[int] = (1000, 2000), variants: int = 9) -> BenchResult:
     """Returns a result without a run, with more variants than colours."""
     environment = Environment(
-        "2026-01-01T00:00:00+00:00", "0.1.0", "0" * 40, "CPU", "a CPU", 2, "Linux", "3.11", 2, 2, "m.gguf", 10**8, "random"
+        "2026-01-01T00:00:00+00:00",
+        "0.1.0",
+        "0" * 40,
+        "CPU",
+        "a CPU",
+        2,
+        "Linux",
+        "3.11",
+        2,
+        2,
+        "m.gguf",
+        10**8,
+        "random",
     )
     rows = [
         Measurement(
@@ -294,7 +306,10 @@ def test_without_matplotlib_only_the_picture_is_refused(monkeypatch: pytest.Monk
         (["m.gguf", "--n-tokens", "100,1"], "n_tokens=1 is too small"),
         (["m.gguf", "--n-tokens", "4096"], "n_tokens=4096 is too large"),
         (["m.gguf", "--compression-ratio", " "], "compression_ratio=[] must be"),
-        (["m.gguf", "--compression-ratio", "0.5,"], "compression_ratio='0.5,' is not a comma-separated list of numbers"),
+        (
+            ["m.gguf", "--compression-ratio", "0.5,"],
+            "compression_ratio='0.5,' is not a comma-separated list of numbers",
+        ),
         (["m.gguf", "--compression-ratio", "0.5,1"], "compression_ratio=1.0: the fraction removed must be in [0, 1)"),
         (["m.gguf", "--compression-ratio", "-0.1"], "compression_ratio=-0.1"),
         (["m.gguf", "--compression-ratio", "nan"], "compression_ratio=nan"),

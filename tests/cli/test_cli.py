@@ -73,7 +73,9 @@ def test_fetch_prints_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_every_option_has_a_help_text_of_whole_sentences() -> None:
-    found = {f"{path} {option.opts[0]}": option.help for path, option in parameters(get_command(app)) if not option.hidden}
+    found = {
+        f"{path} {option.opts[0]}": option.help for path, option in parameters(get_command(app)) if not option.hidden
+    }
     assert len(found) > 100
     wrong = {name: text for name, text in found.items() if not text or not text[0].isupper() or not text.endswith(".")}
     assert wrong == {}
@@ -111,8 +113,17 @@ def test_the_compression_has_one_name_in_every_command() -> None:
     for command in ("chat", "compress", "serve"):
         for name in ("--compression-ratio", "--max-kv-bytes", "--method", "--scoring"):
             assert (command, name) in names
-    assert {("demo", "--compression-ratio"), ("bench", "--compression-ratio"), ("eval", "--compression-ratio"), ("eval", "--method")} <= set(names)
-    assert not [pair for pair in names if pair[1] in ("--ratios", "--ratio", "--kv-compress", "--kv-bytes", "--kv-method", "--kv-scoring")]
+    assert {
+        ("demo", "--compression-ratio"),
+        ("bench", "--compression-ratio"),
+        ("eval", "--compression-ratio"),
+        ("eval", "--method"),
+    } <= set(names)
+    assert not [
+        pair
+        for pair in names
+        if pair[1] in ("--ratios", "--ratio", "--kv-compress", "--kv-bytes", "--kv-method", "--kv-scoring")
+    ]
 
 
 @pytest.mark.parametrize("command", ["bench", "eval"])
@@ -128,7 +139,9 @@ def test_the_old_name_of_the_ratios_prints_a_hint(command: str, tmp_path: Path) 
 @pytest.mark.parametrize("command", ["bench", "eval"])
 def test_several_ratios_are_measured(monkeypatch: pytest.MonkeyPatch, command: str, tmp_path: Path) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("kvcompose_gguf.bench.command.bench", lambda model, options, **_: seen.update(ratios=options.ratios))
+    monkeypatch.setattr(
+        "kvcompose_gguf.bench.command.bench", lambda model, options, **_: seen.update(ratios=options.ratios)
+    )
     monkeypatch.setattr("kvcompose_gguf.evaluation.command.evaluate", lambda *_, **options: seen.update(options))
     assert CliRunner().invoke(app, [command, "m.gguf", "--compression-ratio", "0.25,0.5"]).exit_code == 0
     assert seen["ratios"] == (0.25, 0.5)
@@ -220,7 +233,9 @@ def test_run_is_a_chat_with_one_question_and_a_hint(chats: list[ChatOptions]) ->
 
 
 def test_a_model_that_there_is_not_is_one_line(tmp_path: Path, context: Path) -> None:
-    assert "neither a file nor one of gemma-3-270m, smollm2" in failure(["chat", str(tmp_path / "no.gguf"), str(context), "-q", "?"])
+    assert "neither a file nor one of gemma-3-270m, smollm2" in failure(
+        ["chat", str(tmp_path / "no.gguf"), str(context), "-q", "?"]
+    )
 
 
 def test_doctor_without_a_library_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

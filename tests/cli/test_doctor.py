@@ -31,7 +31,9 @@ def test_a_machine_without_a_gpu_is_said_to_have_none_though_rpc_is_compiled_in(
     monkeypatch.setattr(about, "find_devices", lambda lib: [device for device in found if device.kind == "CPU"])
     text = printed()
     assert "GPU offload" not in text
-    assert [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.startswith("GPU")] == ["none: all layers run on the CPU"]
+    assert [line.split(maxsplit=1)[1].strip() for line in text.splitlines() if line.startswith("GPU")] == [
+        "none: all layers run on the CPU"
+    ]
 
 
 def test_the_processor_is_shown_with_its_memory():
@@ -79,7 +81,11 @@ def test_a_device_that_does_not_know_its_memory_is_shown_without_it():
 
 
 def test_devices_are_read_through_the_c_interface():
-    handles = {10: (b"CPU", b"Some Processor", 0, 64, 32), 11: (b"CUDA0", b"Some Card", 1, 24, 23), 12: (b"?", b"New", 9, 1, 0)}
+    handles = {
+        10: (b"CPU", b"Some Processor", 0, 64, 32),
+        11: (b"CUDA0", b"Some Card", 1, 24, 23),
+        12: (b"?", b"New", 9, 1, 0),
+    }
 
     def memory(handle, free, total):
         free._obj.value, total._obj.value = handles[handle][4], handles[handle][3]

@@ -24,7 +24,30 @@ def test_a_size_is_a_number_of_bytes_or_has_a_unit(text: Any, n_bytes: int) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "MB", "much", "1.5", "-1", "-1MB", "1e6", "inf", "nan", "1,5GB", "1 M B", "1XB", "512M", "1..5GB", ".5GB", "٣MB", "0x10", True, 1.5, None]
+    "text",
+    [
+        "",
+        " ",
+        "MB",
+        "much",
+        "1.5",
+        "-1",
+        "-1MB",
+        "1e6",
+        "inf",
+        "nan",
+        "1,5GB",
+        "1 M B",
+        "1XB",
+        "512M",
+        "1..5GB",
+        ".5GB",
+        "٣MB",
+        "0x10",
+        True,
+        1.5,
+        None,
+    ],
 )
 def test_what_is_not_a_size_is_refused_with_what_is_allowed(text: Any) -> None:
     with pytest.raises(ConfigError, match=r"size=.* is not a size: give a whole number of bytes.* 512MB or 1.5GiB"):

@@ -55,7 +55,9 @@ def test_a_document_becomes_a_session_of_the_size_that_is_printed(compress: Any,
 def test_a_chat_goes_on_with_a_compressed_document(compress: Any, tiny_model: Any, tmp_path: Path) -> None:
     file = tmp_path / "here.kvc"
     assert compress(str(file)).exit_code == 0
-    result = invoke("chat", str(tiny_model(tiny.GQA)), "--session", str(file), "-q", "What?", "-n", "2", "-t", "1", "-c", "1024")
+    result = invoke(
+        "chat", str(tiny_model(tiny.GQA)), "--session", str(file), "-q", "What?", "-n", "2", "-t", "1", "-c", "1024"
+    )
     assert result.exit_code == 0, result.output
     assert "Loaded" in result.stderr
 

@@ -37,7 +37,9 @@ def test_an_answer_is_the_greedy_one(make_llama, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_answering_beside_a_reference_gives_the_caches_own_greedy_answer_and_the_references_logits(make_llama, monkeypatch, name):
+def test_answering_beside_a_reference_gives_the_caches_own_greedy_answer_and_the_references_logits(
+    make_llama, monkeypatch, name
+):
     config = tiny.ARCHITECTURES[name]
     llama = make_llama(config)
     monkeypatch.setattr(llama, "is_end", lambda token: False)

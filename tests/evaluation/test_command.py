@@ -267,9 +267,7 @@ def test_counts_below_one_are_refused_by_the_parser(model_path: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_model_is_refused_before_a_folder_is_made(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_model_is_refused_before_a_folder_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "fetch", lambda name: pytest.fail("downloaded"))
     assert "neither a file nor one of" in failure(arguments(tmp_path / "no.gguf", tmp_path / "run"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing else")
@@ -335,6 +333,11 @@ def test_an_error_in_the_middle_of_a_run_keeps_the_finished_samples(
 
 
 def test_a_name_given_twice_is_run_once(model_path: Path, tmp_path: Path, done: list[Any]) -> None:
-    twice: dict[str, Any] = {"tasks": "passkey,passkey", "kv_types": "f16,f16", "compression_ratio": "0.5,0.5", "methods": ("random", "random")}
+    twice: dict[str, Any] = {
+        "tasks": "passkey,passkey",
+        "kv_types": "f16,f16",
+        "compression_ratio": "0.5,0.5",
+        "methods": ("random", "random"),
+    }
     invoke(*arguments(model_path, tmp_path / "run", **twice))
     assert done == JOBS[:1]

@@ -41,7 +41,18 @@ def test_control_characters_separate_as_in_ruler() -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    ["12, ab", "AB and 12", " 1. ab\n2. 12\n", "1) 12; 2) ab.", "- ab\n- 12", "(ab), \"12\"!", "ab, and 12", "* AB * 12", "ab 12", "[ab & 12]"],
+    [
+        "12, ab",
+        "AB and 12",
+        " 1. ab\n2. 12\n",
+        "1) 12; 2) ab.",
+        "- ab\n- 12",
+        '(ab), "12"!',
+        "ab, and 12",
+        "* AB * 12",
+        "ab 12",
+        "[ab & 12]",
+    ],
 )
 def test_an_exact_answer_is_the_references_in_any_order_and_list_style(answer: str) -> None:
     assert exact_match(answer, ["12", "ab"]) == 1
@@ -49,7 +60,21 @@ def test_an_exact_answer_is_the_references_in_any_order_and_list_style(answer: s
 
 @pytest.mark.parametrize(
     "answer",
-    ["12", "ab", "", "12, ab, cd", "12, ab, 12", "the values are 12 and ab", "12ab", "12, abc", "x12, ab", "12, ab-c", "12 or ab", "123. ab", "12 and ab 3456"],
+    [
+        "12",
+        "ab",
+        "",
+        "12, ab, cd",
+        "12, ab, 12",
+        "the values are 12 and ab",
+        "12ab",
+        "12, abc",
+        "x12, ab",
+        "12, ab-c",
+        "12 or ab",
+        "123. ab",
+        "12 and ab 3456",
+    ],
 )
 def test_an_answer_with_less_or_more_is_not_exact(answer: str) -> None:
     assert exact_match(answer, ["12", "ab"]) == 0

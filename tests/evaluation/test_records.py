@@ -84,7 +84,9 @@ def test_a_whole_run_is_not_written_anew_on_resume(folder: RunFolder) -> None:
 
 
 def test_other_settings_are_refused_and_named(folder: RunFolder) -> None:
-    with pytest.raises(ConfigError, match=r"other settings: seed=0 in the run, 1 now; n_tokens=None in the run, 64 now$"):
+    with pytest.raises(
+        ConfigError, match=r"other settings: seed=0 in the run, 1 now; n_tokens=None in the run, 64 now$"
+    ):
         RunFolder.open(folder.path, SETTINGS | {"seed": 1, "n_tokens": 64}, ENVIRONMENT)
     with pytest.raises(ConfigError, match=r"settings: tasks=\['a', 'b'\] in the run, None now$"):
         RunFolder.open(folder.path, {name: SETTINGS[name] for name in ("ratios", "seed")}, ENVIRONMENT)

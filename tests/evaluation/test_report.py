@@ -79,7 +79,15 @@ def test_the_report_says_what_a_sample_costs() -> None:
     text = report_of([[replace(one, seconds=seconds[one.method]) for one in sample] for sample in SMALL])
     costs = table(text, "What a sample costs")
     assert costs["cache"][2:] == ["prefill", "scoring: repeat", "scoring: window", "rest per answer", "whole sample"]
-    assert costs["f16"] == ["3", "100", "4.00", "3.00", "0.25", "0.50", "9.00"]  # the full cache's answers do not compare
+    assert costs["f16"] == [
+        "3",
+        "100",
+        "4.00",
+        "3.00",
+        "0.25",
+        "0.50",
+        "9.00",
+    ]  # the full cache's answers do not compare
     assert "restore, compose and answer, checked against the full cache's answer" in text
     assert "whole prefill" not in text
 

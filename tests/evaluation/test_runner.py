@@ -21,6 +21,8 @@ from kvcompose_gguf.methods.unstructured import Unstructured
 N = 300
 CONTEXT = tiny.tokens(tiny.GQA, N)
 QUESTION = tiny.tokens(tiny.GQA, 20, seed=3)
+
+
 def options(**changes) -> EvalOptions:
     return EvalOptions(
         **{

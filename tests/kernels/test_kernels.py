@@ -141,9 +141,7 @@ def test_composite_scores_equal_their_twin_and_fall(case: str, agg_head: str) ->
     assert (known[1:] <= known[:-1]).all()
 
 
-@pytest.mark.parametrize(
-    ("agg_head", "head"), [("mean", 0), ("mean", 1), ("max", 0), ("max", 1)]
-)
+@pytest.mark.parametrize(("agg_head", "head"), [("mean", 0), ("mean", 1), ("max", 0), ("max", 1)])
 def test_composite_scores_pass_nan_on_as_their_twin_does(agg_head: str, head: int) -> None:
     scores = np.ones((2, 4), np.float32)
     scores[head, 2] = np.nan

@@ -89,7 +89,9 @@ def test_eviction_errors_are_those_of_one_masked_layer_of_the_twin(make_llama):
         visible = np.zeros((2, 120), bool)
         np.put_along_axis(visible, plan.cells[l].astype(int), True, axis=1)
         full, lost = outputs(None, l), outputs([visible if i == l else None for i in range(3)], l)
-        want = sum(float(np.linalg.norm(a - b)) / (float(np.linalg.norm(b)) + 1e-5) for a, b in zip(lost, full, strict=True))
+        want = sum(
+            float(np.linalg.norm(a - b)) / (float(np.linalg.norm(b)) + 1e-5) for a, b in zip(lost, full, strict=True)
+        )
         assert want > 0.5
         assert abs(error - want) < 1e-3, f"layer {l}: {error}, not {want}"
 

@@ -179,7 +179,9 @@ def test_a_surrogate_of_another_shape_is_refused():
         with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
             Surrogate("tiny.gguf", "abc", weights).predict(evidence)
     with pytest.raises(ConfigError, match="the evidence has no unrotate"):
-        Surrogate("tiny.gguf", "abc", (one, two)).predict(replace(evidence, rows=replace(rows_of(evidence), turn_back=None)))
+        Surrogate("tiny.gguf", "abc", (one, two)).predict(
+            replace(evidence, rows=replace(rows_of(evidence), turn_back=None))
+        )
 
 
 def test_wrong_weights_and_versions_are_refused():
@@ -344,7 +346,9 @@ def test_a_prompt_is_read_once_and_the_predicted_tokens_are_kept(make_llama, mon
     predicted = []
     for l in range(len(evidence.layers)):
         keys, freqs = cached_rows(full.session, l, "k", n).transpose(1, 0, 2), plain_freqs(config.rope_base, 32)
-        plain, at_end = (rotated(keys, by, freqs, config.neox).transpose(1, 0, 2) for by in (-np.arange(n), np.full(n, -n)))
+        plain, at_end = (
+            rotated(keys, by, freqs, config.neox).transpose(1, 0, 2) for by in (-np.arange(n), np.full(n, -n))
+        )
         table = specified_features(plain, at_end, cached_rows(full.session, l, "v", n))
         predicted.append(specified_prediction(table, weights[l]).astype(np.float32))
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]

@@ -44,7 +44,9 @@ def make_evidence(model: str, n_tokens: int, n_window: int, values: int = 0) -> 
 
 def make_calibration(model: str, kind: str = "random") -> Calibration:
     rng = np.random.default_rng(len(kind))
-    heads: list[np.ndarray] = [rng.random(n_head) if kind == "random" else np.zeros(n_head) for n_head, _ in MODELS[model]]
+    heads: list[np.ndarray] = [
+        rng.random(n_head) if kind == "random" else np.zeros(n_head) for n_head, _ in MODELS[model]
+    ]
     if kind == "ties":
         heads = [np.arange(len(scores)) // 2 % 2 * 1.0 for scores in heads]
     return Calibration("tiny", "0", tuple(map(tuple, heads)), (1 / len(heads),) * len(heads))

@@ -41,7 +41,9 @@ def hub(tiny_model) -> Iterator[Hub]:
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs Python in a process that has the server for its hub, an empty cache and no token."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()
+    }
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -80,7 +82,13 @@ except KVComposeError as error:
 
 @pytest.mark.parametrize(
     ("quant", "file"),
-    [("", "m-Q4_K_M.gguf"), (":Q8_0", "m-Q8_0.gguf"), (":q8_0", "m-Q8_0.gguf"), (":Q4_K", "m-Q4_K.gguf"), (":latest", "m-Q4_K_M.gguf")],
+    [
+        ("", "m-Q4_K_M.gguf"),
+        (":Q8_0", "m-Q8_0.gguf"),
+        (":q8_0", "m-Q8_0.gguf"),
+        (":Q4_K", "m-Q4_K.gguf"),
+        (":latest", "m-Q4_K_M.gguf"),
+    ],
 )
 def test_the_file_of_a_quantization_is_downloaded_and_no_other(hub, fetch, tmp_path, quant, file):
     path = Path(fetch(f"user/quants{quant}"))
@@ -157,7 +165,9 @@ def test_a_gated_model_says_how_to_log_in(hub, fetch):
 
 def test_a_cache_that_cannot_be_written_is_explained(fetch, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    assert fetch("user/quants", HF_HOME=str(tmp_path / "file" / "hf")).startswith("DownloadError: hf_repo='user/quants'")
+    assert fetch("user/quants", HF_HOME=str(tmp_path / "file" / "hf")).startswith(
+        "DownloadError: hf_repo='user/quants'"
+    )
 
 
 @pytest.mark.parametrize("variables", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}], ids=str)
@@ -165,7 +175,9 @@ def test_without_a_connection_the_cached_copy_is_used(fetch, variables):
     path = fetch("user/quants:Q8_0")
     assert fetch("user/quants:Q8_0", **variables) == path
     other = fetch("user/quants:Q4_K", **variables)
-    assert other.startswith("DownloadError: hf_repo='user/quants' has no file of quantization 'Q4_K', it has Q8_0 in the cache")
+    assert other.startswith(
+        "DownloadError: hf_repo='user/quants' has no file of quantization 'Q4_K', it has Q8_0 in the cache"
+    )
     missing = fetch("user/split", **variables)
     assert missing.startswith("DownloadError: hf_repo='user/split' is not in the cache")
     assert ("unset HF_HUB_OFFLINE" in missing) == ("HF_HUB_OFFLINE" in variables)
@@ -181,7 +193,9 @@ def test_offline_mode_asks_the_server_nothing(hub, fetch):
 #
 
 
-@pytest.mark.parametrize("spec", ["", "repo", "user/", "user/repo:", "a/b/c", "user/repo:Q8 0", "https://x/y", "user/../x", "-a/b"])
+@pytest.mark.parametrize(
+    "spec", ["", "repo", "user/", "user/repo:", "a/b/c", "user/repo:Q8 0", "https://x/y", "user/../x", "-a/b"]
+)
 def test_a_name_of_another_form_is_refused_before_anything_is_imported(monkeypatch, spec):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # an import of it would fail
     with pytest.raises(ConfigError, match="is not USER/REPO"):
@@ -251,14 +265,18 @@ def test_every_command_with_a_model_takes_one_of_the_hub(monkeypatch, tmp_path, 
     assert "error: asked for hf://u/r:Q8_0" in result.stderr
 
 
-@pytest.mark.parametrize("command", [["bench"], ["eval"], ["calibrate"], ["chat"], ["compress", "-o", "s.kvc"], ["serve", "-m"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [["bench"], ["eval"], ["calibrate"], ["chat"], ["compress", "-o", "s.kvc"], ["serve", "-m"]], ids=str
+)
 def test_a_model_and_one_of_the_hub_exclude_each_other(command):
     result = CliRunner().invoke(app, [*command, "smollm2", "-hf", "u/r"])
     assert result.exit_code == 1
     assert "are two models: give one of them" in result.stderr
 
 
-@pytest.mark.parametrize("command", [["bench"], ["calibrate"], ["chat"], ["compress", "-o", "s.kvc"], ["serve"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [["bench"], ["calibrate"], ["chat"], ["compress", "-o", "s.kvc"], ["serve"]], ids=str
+)
 def test_a_command_without_a_model_says_what_to_give(command):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1

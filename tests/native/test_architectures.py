@@ -113,7 +113,9 @@ def test_keeping_everything_changes_nothing(make_llama, name, flash_attn):
 
 
 @pytest.mark.parametrize("scoring", ["repeat", "window", "prefill"])
-@pytest.mark.parametrize("name", [name for name, config in ARCHITECTURES.items() if len(full_layers(config)) < config.n_layer])
+@pytest.mark.parametrize(
+    "name", [name for name, config in ARCHITECTURES.items() if len(full_layers(config)) < config.n_layer]
+)
 def test_a_second_question_finds_the_windows_of_sliding_layers_as_they_were(make_llama, name, scoring):
     config = ARCHITECTURES[name]
     context, first, second = (tiny.tokens(config, n, seed) for n, seed in ((N, 0), (90, 1), (12, 2)))
@@ -129,7 +131,9 @@ def test_a_second_question_finds_the_windows_of_sliding_layers_as_they_were(make
     assert np.abs(logits[0] - logits[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("method", [KVCompose(n_kept=60, min_tokens=100, keep_last=0), None], ids=["method", "method-off"])
+@pytest.mark.parametrize(
+    "method", [KVCompose(n_kept=60, min_tokens=100, keep_last=0), None], ids=["method", "method-off"]
+)
 def test_a_loaded_state_brings_the_windows_with_it(make_llama, method):
     config = ARCHITECTURES["gemma3"]
     context, first, second = (tiny.tokens(config, n, seed) for n, seed in ((N, 0), (90, 1), (12, 2)))

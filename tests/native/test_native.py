@@ -97,7 +97,11 @@ def test_null_and_wrong_sizes_are_arguments_too(lib, llama):
 def test_scoring_twice_composing_while_scoring_and_composing_twice_are_refused(lib, llama):
     session = llama.session
     plan = CompositionPlan.keep_all(N, [2, 2, 2])
-    with session.scoring("max", N, 1 << 20), pytest.raises(StateError, match="on already"), session.scoring("max", N, 1 << 20):
+    with (
+        session.scoring("max", N, 1 << 20),
+        pytest.raises(StateError, match="on already"),
+        session.scoring("max", N, 1 << 20),
+    ):
         pass
     with session.scoring("max", N, 1 << 20), pytest.raises(StateError, match="scoring is on"):
         session.compose(plan)

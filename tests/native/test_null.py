@@ -46,7 +46,9 @@ def libraries() -> dict[str, Path]:
     return {"patched": library.library_dir(), "stock": Path(out.stdout.strip().splitlines()[-1].split(": ", 1)[1])}
 
 
-def run_both(libraries: dict[str, Path], model: str, n: int, flash: bool, type_kv: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_both(
+    libraries: dict[str, Path], model: str, n: int, flash: bool, type_kv: int, threads: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     results: dict[str, dict[str, Any]] = {}
     for name, folder in libraries.items():
         env = os.environ | {"LLAMA_CPP_LIB_PATH": str(folder)}

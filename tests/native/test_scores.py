@@ -35,10 +35,14 @@ def attention_on_top(model: NumpyLlama, queries: list[int], n_tokens: int) -> np
     return np.stack(attention)[..., :n_tokens]
 
 
-def expected(config: tiny.TinyConfig, context: list[int], chunk: int, agg: str = "max", flash: bool = False) -> np.ndarray:
+def expected(
+    config: tiny.TinyConfig, context: list[int], chunk: int, agg: str = "max", flash: bool = False
+) -> np.ndarray:
     model = NumpyLlama(config, stored=np.float16 if flash else np.float64)
     model.forward(context)
-    seen = [attention_on_top(model, context[start : start + chunk], len(context)) for start in range(0, len(context), chunk)]
+    seen = [
+        attention_on_top(model, context[start : start + chunk], len(context)) for start in range(0, len(context), chunk)
+    ]
     everything = np.concatenate(seen, axis=2)
     return everything.max(axis=2) if agg == "max" else everything.mean(axis=2)
 

@@ -197,7 +197,9 @@ def test_the_kept_rows_never_take_more_than_max_kv_bytes(
 ) -> None:
     rows = row_bytes[: len(attention)]
     assume(max_kv_bytes >= len(rows) * max(rows))
-    plan = KVCompose(max_kv_bytes=max_kv_bytes, n_sink=0).plan(Evidence(attention[0].shape[1], layers_of(*rows), attention))
+    plan = KVCompose(max_kv_bytes=max_kv_bytes, n_sink=0).plan(
+        Evidence(attention[0].shape[1], layers_of(*rows), attention)
+    )
     assert int(plan.n_kept @ np.array(rows)) <= max_kv_bytes
 
 

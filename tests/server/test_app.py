@@ -49,7 +49,9 @@ def test_a_streamed_completion_says_the_same_token_by_token(start):
 
 def test_seeds_decide(start):
     client = start()
-    texts = [post(client, "/completion", prompt=PROMPT, n_predict=16, temperature=1.5, seed=s)["content"] for s in (1, 1, 2)]
+    texts = [
+        post(client, "/completion", prompt=PROMPT, n_predict=16, temperature=1.5, seed=s)["content"] for s in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert post(client, "/completion", prompt=PROMPT, n_predict=1)["generation_settings"]["seed"] != 0xFFFFFFFF
 
@@ -106,7 +108,11 @@ def test_bad_json_and_unknown_routes_have_llama_servers_errors(start):
     client = start()
     assert client.post("/completion", content=b"{").json()["error"]["code"] == 400
     assert client.post("/completion", content=b"\xff\xfe").status_code == 400
-    assert client.get("/nothing").json()["error"] == {"code": 404, "message": "File Not Found", "type": "not_found_error"}
+    assert client.get("/nothing").json()["error"] == {
+        "code": 404,
+        "message": "File Not Found",
+        "type": "not_found_error",
+    }
     assert client.delete("/completion").status_code == 404
     for path in ("/v1/rerank", "/v1/embeddings", "/v1/messages", "/slots/0?action=save", "/props"):
         assert client.post(path, json={"input": "x"}).json()["error"]["type"] == "not_supported_error"
@@ -153,14 +159,21 @@ def test_an_event_is_one_line_for_every_client(start):
     ends = "a\u2028b\u2029c\x85d"
     chunks, _ = events(client, "/completion", prompt=PROMPT, grammar=f'root ::= "{ends}"', n_predict=30)
     assert "".join(chunk["content"] for chunk in chunks) == ends
-    with client.stream("POST", "/completion", json={"prompt": PROMPT, "grammar": f'root ::= "{ends}"', "n_predict": 30, "stream": True}) as answer:
+    with client.stream(
+        "POST", "/completion", json={"prompt": PROMPT, "grammar": f'root ::= "{ends}"', "n_predict": 30, "stream": True}
+    ) as answer:
         raw = b"".join(answer.iter_bytes()).decode()
     assert not set("\u2028\u2029\x85") & set(raw)
 
 
 def test_lines_that_are_not_indented_end_an_answer(start):
     client = start()
-    options = {"prompt": PROMPT, "temperature": 0, "n_predict": 40, "grammar": 'root ::= "ab\\n  cd\\n\\n   ef\\n gh" [a-z]{20}'}
+    options = {
+        "prompt": PROMPT,
+        "temperature": 0,
+        "n_predict": 40,
+        "grammar": 'root ::= "ab\\n  cd\\n\\n   ef\\n gh" [a-z]{20}',
+    }
     body = post(client, "/completion", **options, n_indent=2)
     assert (body["content"], body["stop_type"]) == ("ab\n  cd\n\n   ef\n ", "limit")
     assert post(client, "/completion", **options, n_indent=1)["content"].startswith("ab\n  cd\n\n   ef\n gh")
@@ -191,10 +204,19 @@ def test_halves_of_characters_are_no_reason_to_fail(start):
     client = start(chat_template="chatml")
     body = '{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1%s}'
     assert client.post("/v1/chat/completions", content=body % "").status_code == 200
-    for more in (', "response_format": {"type": "\\ud800"}', ', "json_schema": {"const": "\\ud800"}', ', "grammar": "\\ud800"'):
+    for more in (
+        ', "response_format": {"type": "\\ud800"}',
+        ', "json_schema": {"const": "\\ud800"}',
+        ', "grammar": "\\ud800"',
+    ):
         assert client.post("/v1/chat/completions", content=body % more).status_code in (200, 400)
-    assert client.post("/completion", content='{"prompt": "\\ud800", "n_predict": 1, "stop": "\\udfff"}').status_code == 200
-    assert client.post("/v1/chat/completions", content=body % ', "chat_template_kwargs": {"self": 1}').status_code == 200
+    assert (
+        client.post("/completion", content='{"prompt": "\\ud800", "n_predict": 1, "stop": "\\udfff"}').status_code
+        == 200
+    )
+    assert (
+        client.post("/v1/chat/completions", content=body % ', "chat_template_kwargs": {"self": 1}').status_code == 200
+    )
 
 
 def test_a_grammar_and_a_schema_bind_the_answer(start):
@@ -208,7 +230,14 @@ def test_a_grammar_and_a_schema_bind_the_answer(start):
 @pytest.mark.parametrize("after", [False, True])
 def test_probabilities_come_with_the_tokens(start, after):
     client = start()
-    options = {"prompt": PROMPT, "n_predict": 4, "temperature": 1.0, "n_probs": 3, "seed": 5, "post_sampling_probs": after}
+    options = {
+        "prompt": PROMPT,
+        "n_predict": 4,
+        "temperature": 1.0,
+        "n_probs": 3,
+        "seed": 5,
+        "post_sampling_probs": after,
+    }
     body = post(client, "/completion", **options)
     value, best = ("prob", "top_probs") if after else ("logprob", "top_logprobs")
     assert len(body["completion_probabilities"]) == 4

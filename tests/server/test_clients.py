@@ -119,7 +119,9 @@ def decoded(address: str) -> float:
 def test_curl_without_headers_is_understood(address):
     body = json.loads(curl(address, "/completion", "-d", '{"prompt": "Once", "n_predict": 3}'))
     assert body["tokens_predicted"] == 3
-    lines = curl(address, "/v1/chat/completions", "-N", "-d", json.dumps({"messages": MESSAGES, "max_tokens": 2, "stream": True}))
+    lines = curl(
+        address, "/v1/chat/completions", "-N", "-d", json.dumps({"messages": MESSAGES, "max_tokens": 2, "stream": True})
+    )
     assert lines.strip().endswith("data: [DONE]")
 
 

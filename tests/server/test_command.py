@@ -65,7 +65,15 @@ def test_options_are_called_as_llama_servers(options_of, tmp_path):
     }  # fmt: skip
     assert {name: getattr(options, name) for name in want} == want
     s = options.sampling
-    assert (s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.repeat_penalty, s.repeat_last_n) == (0.5, 3, 0.5, 0.1, 9, 1.1, 8)
+    assert (s.temperature, s.top_k, s.top_p, s.min_p, s.seed, s.repeat_penalty, s.repeat_last_n) == (
+        0.5,
+        3,
+        0.5,
+        0.1,
+        9,
+        1.1,
+        8,
+    )
     assert (s.presence_penalty, s.frequency_penalty) == (1, 2)
 
 
@@ -180,7 +188,9 @@ def is_up(url: str) -> bool:
 
 def test_a_process_listens_on_its_addresses_and_ends_when_told(tiny_model):
     hosts = ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]
-    with start("-m", str(tiny_model(CONFIG)), "--host", ",".join(hosts), "--port", "0", "-c", "512", "-t", "1") as process:
+    with start(
+        "-m", str(tiny_model(CONFIG)), "--host", ",".join(hosts), "--port", "0", "-c", "512", "-t", "1"
+    ) as process:
         assert process.stderr is not None
         text = process.stderr.readline()
         threading.Thread(target=process.stderr.read, daemon=True).start()
@@ -213,6 +223,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_a_line(tmp_path):
 
 def test_a_port_that_is_taken_is_told(tiny_model):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = CliRunner().invoke(app, ["serve", "-m", str(tiny_model(CONFIG)), "--port", str(taken.getsockname()[1])])
+        result = CliRunner().invoke(
+            app, ["serve", "-m", str(tiny_model(CONFIG)), "--port", str(taken.getsockname()[1])]
+        )
     assert result.exit_code == 1
     assert "nothing can listen on 127.0.0.1" in result.stderr

@@ -63,7 +63,8 @@ def test_another_budget_reads_the_prompt_itself(start, options):
 def test_budgets_in_turn_have_a_file_each(start, options, tmp_path):
     client = start(**options)
     told = [
-        post(client, "/completion", prompt=A, kv_compress={"ratio": ratio}, **OPTIONS) for ratio in (0.5, 0.75, 0.5, 0.75)
+        post(client, "/completion", prompt=A, kv_compress={"ratio": ratio}, **OPTIONS)
+        for ratio in (0.5, 0.75, 0.5, 0.75)
     ]
     assert [body["timings"]["cache_n"] for body in told] == [0, 0, 307, 307]
     assert [body["content"] for body in told[2:]] == [body["content"] for body in told[:2]]

@@ -59,7 +59,11 @@ def test_metrics_are_the_sums_of_the_answers(start):
     bodies = [post(client, "/completion", prompt=tiny.tokens(CONFIG, n), n_predict=4) for n in (20, 20, 308)]
     text = client.get("/metrics").text
     values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line and line[0] != "#"}
-    for name, field in (("prompt_tokens", "prompt_n"), ("prompt_tokens_cached", "cache_n"), ("tokens_predicted", "predicted_n")):
+    for name, field in (
+        ("prompt_tokens", "prompt_n"),
+        ("prompt_tokens_cached", "cache_n"),
+        ("tokens_predicted", "predicted_n"),
+    ):
         assert values[f"llamacpp:{name}_total"] == sum(body["timings"][field] for body in bodies)
         assert f"# TYPE llamacpp:{name}_total counter" in text
         assert f"# HELP llamacpp:{name}_total " in text

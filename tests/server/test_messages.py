@@ -34,7 +34,13 @@ def test_tools_and_choices(tools, choice, want):
 
 @pytest.mark.parametrize(
     ("tools", "choice"),
-    [("x", None), ([3], None), ([{"type": "function"}], None), ([WEATHER], "maybe"), ([WEATHER], {"function": {"name": "other"}})],
+    [
+        ("x", None),
+        ([3], None),
+        ([{"type": "function"}], None),
+        ([WEATHER], "maybe"),
+        ([WEATHER], {"function": {"name": "other"}}),
+    ],
 )
 def test_what_are_no_tools_is_refused(tools, choice):
     with pytest.raises(ApiError):
@@ -43,7 +49,10 @@ def test_what_are_no_tools_is_refused(tools, choice):
 
 def test_a_call_is_of_one_of_the_tools():
     assert call_schema([TIME])["properties"]["name"] == {"const": "time"}
-    assert [schema["properties"]["name"]["const"] for schema in call_schema([TIME, WEATHER])["oneOf"]] == ["time", "weather"]
+    assert [schema["properties"]["name"]["const"] for schema in call_schema([TIME, WEATHER])["oneOf"]] == [
+        "time",
+        "weather",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +173,12 @@ def test_calls_after_thoughts():
 
 def test_schemas_of_tools_have_references_of_their_own():
     point = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
-    parameters = {"type": "object", "properties": {"at": {"$ref": "#/$defs/Point"}}, "required": ["at"], "$defs": {"Point": point}}
+    parameters = {
+        "type": "object",
+        "properties": {"at": {"$ref": "#/$defs/Point"}},
+        "required": ["at"],
+        "$defs": {"Point": point},
+    }
     tools = [{"type": "function", "function": {"name": name, "parameters": parameters}} for name in ("a", "b")]
     grammar = grammar_of(call_schema(tools))
     check_grammar(grammar)

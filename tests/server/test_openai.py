@@ -34,13 +34,19 @@ def test_several_choices_differ_by_their_seeds(start):
 
 def test_a_chat(start):
     client = start()
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
     options = {"messages": messages, "max_tokens": 8, "temperature": 0}
     prompt = post(client, "/apply-template", messages=messages)["prompt"]
     assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     body = post(client, "/v1/chat/completions", **options)
     message = body["choices"][0]["message"]
-    assert message == {"role": "assistant", "content": post(client, "/completion", prompt=prompt, n_predict=8, temperature=0)["content"]}
+    assert message == {
+        "role": "assistant",
+        "content": post(client, "/completion", prompt=prompt, n_predict=8, temperature=0)["content"],
+    }
     assert body["object"] == "chat.completion"
     chunks, done = events(client, "/v1/chat/completions", **options, stream_options={"include_usage": True})
     assert done

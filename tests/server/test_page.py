@@ -76,15 +76,21 @@ def test_a_chat_is_answered_and_its_cache_is_shown(page, address):
     api.expect(page.locator(".figures")).to_have_count(1)
     assert texts(page, ".user") == [document.strip()]
     assert len(texts(page, ".assistant")[0]) > 0
-    assert re.fullmatch(r"\d+ prompt tokens read in \d+\.\d s, 0 from the cache; \d+\.\d tokens/s", texts(page, ".figures")[0])
+    assert re.fullmatch(
+        r"\d+ prompt tokens read in \d+\.\d s, 0 from the cache; \d+\.\d tokens/s", texts(page, ".figures")[0]
+    )
     # beside it: what the server says of the slot
     (slot,) = slots(address)
     kv = slot["kv"]
-    api.expect(page.locator("#summary")).to_contain_text(f"Slot 0: {kv['n_tokens']} tokens, 50 % of their cache removed.")
+    api.expect(page.locator("#summary")).to_contain_text(
+        f"Slot 0: {kv['n_tokens']} tokens, 50 % of their cache removed."
+    )
     bars = [bar.get_attribute("title") for bar in page.locator("#layers > div").all()]
     assert bars == [f"layer {n}: {kept} of {kv['n_tokens']} tokens" for n, kept in enumerate(kv["n_kept"])]
     heights = [bar.evaluate("bar => bar.style.height") for bar in page.locator("#layers > div > div").all()]
-    assert [float(height[:-1]) for height in heights] == pytest.approx([100 * n / kv["n_tokens"] for n in kv["n_kept"]], rel=1e-3)
+    assert [float(height[:-1]) for height in heights] == pytest.approx(
+        [100 * n / kv["n_tokens"] for n in kv["n_kept"]], rel=1e-3
+    )
     spans = page.locator("#kept span")
     api.expect(spans).to_have_count(kv["n_tokens"])
     assert "quick" in page.locator("#kept").text_content().replace("▁", " ")
@@ -156,7 +162,9 @@ def test_a_key_is_asked_for(browser, tiny_model):
 def test_a_document_of_other_scripts_is_shown_as_text(page):
     """What a model says or a document has in it is text, never a part of the page."""
     page.fill("#max-tokens", "2")
-    page.fill("#text", "<img src=x onerror=alert(1)> & <b>bold</b> " * 20 + "\n" + "".join(map(chr, tiny.tokens(CONFIG, 5))))
+    page.fill(
+        "#text", "<img src=x onerror=alert(1)> & <b>bold</b> " * 20 + "\n" + "".join(map(chr, tiny.tokens(CONFIG, 5)))
+    )
     page.click("#send")
     api.expect(page.locator(".figures")).to_have_count(1)
     assert page.locator("#messages img, #messages b, #kept img, #kept b").count() == 0

@@ -24,7 +24,9 @@ def test_prompts_are_compressed_as_the_server_or_the_request_says(start):
     assert (again["cache_n"], again["kv"]["n_kept"]) == (307, kv["n_kept"])
     tighter = post(client, "/completion", **options, kv_compress={"ratio": 0.75})["timings"]["kv"]
     assert sum(tighter["n_kept"]) == 300 * CONFIG.n_layer // 4
-    other = post(client, "/completion", **options, kv_compress={"method": "streaming-llm", "n_kept": 50})["timings"]["kv"]
+    other = post(client, "/completion", **options, kv_compress={"method": "streaming-llm", "n_kept": 50})["timings"][
+        "kv"
+    ]
     assert other["n_kept"] == [50] * CONFIG.n_layer
     assert "kv" not in post(client, "/completion", **options, kv_compress=False)["timings"]
     short = {**options, "prompt": prompt[:60]}
@@ -169,7 +171,9 @@ def test_files_that_are_no_slots_are_refused_and_the_slot_keeps_what_it_has(star
         (tmp_path / name).write_bytes(raw)
         error = post(client, "/slots/0?action=restore", 400, filename=name)["error"]
         assert error["message"].startswith("Unable to restore slot"), name
-    assert post(client, "/slots/0?action=restore", 400, filename="none")["error"]["message"].startswith("Unable to restore")
+    assert post(client, "/slots/0?action=restore", 400, filename="none")["error"]["message"].startswith(
+        "Unable to restore"
+    )
     assert post(client, "/completion", prompt=prompt, id_slot=0, n_predict=1)["timings"]["cache_n"] == 59
 
 
@@ -188,7 +192,9 @@ def test_slot_actions_that_make_no_sense_are_refused(start, tmp_path, path, body
     assert start().post(path, json=body).status_code == 501
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "a\\b", "a..b", " a", "a.", "a\n", "a" * 256, "c:x", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "name", ["", "../x", "a/b", "a\\b", "a..b", " a", "a.", "a\n", "a" * 256, "c:x", "/etc/passwd"]
+)
 def test_names_of_slot_files_are_no_paths(name):
     assert slot_filename("slot-1.bin") == "slot-1.bin"
     with pytest.raises(ApiError, match="Invalid filename"):

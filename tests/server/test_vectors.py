@@ -22,7 +22,9 @@ def test_vectors_of_texts(start):
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     tokens = client.post("/tokenize", json={"content": PROMPT, "add_special": True}).json()["tokens"]
     assert one["usage"] == {"prompt_tokens": len(tokens), "total_tokens": len(tokens)}
-    several = post(client, "/v1/embeddings", input=[tokens, PROMPT, "other", {"content": [{"type": "text", "text": PROMPT}]}])
+    several = post(
+        client, "/v1/embeddings", input=[tokens, PROMPT, "other", {"content": [{"type": "text", "text": PROMPT}]}]
+    )
     got = [np.array(entry["embedding"]) for entry in several["data"]]
     for same in (got[0], got[1], got[3]):
         np.testing.assert_allclose(same, vector, atol=1e-5)

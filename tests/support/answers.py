@@ -33,6 +33,7 @@ def cost_of(sample: Iterable[Answer], seconds: float = 2.0) -> SampleCost:
     first = next(iter(sample))
     return SampleCost(first.task, first.index, first.type_kv, 100, seconds, {"repeat": 3.0, "window": 0.25}, 9.0)
 
+
 #: two samples of a and one of b, so that the mean over samples differs from the mean over tasks
 SMALL = [
     answers_of([1.0, 1.0, 0.0, 0.5, 0.0], "a", 0),
@@ -63,5 +64,6 @@ def needles() -> list[Answer]:
         )
         for one in answers_of(scores, "passkey", index)
     ]
+
 
 CONFIG = {"settings": SETTINGS, "environment": ENVIRONMENT, "resumed": []}

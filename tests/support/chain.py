@@ -1,6 +1,6 @@
 """Runs the whole chain in its own process, for devices; prints scores, bytes and logits as JSON.
 
-    python -m support.chain MODEL OPTIONS [ENDPOINT …]
+python -m support.chain MODEL OPTIONS [ENDPOINT …]
 """
 
 from __future__ import annotations
@@ -82,11 +82,14 @@ def main() -> None:
             llama.prefill(context)
             out[what] = np.stack([session.tapped(what, il, 16) for il in range(3)]).tolist()
     rng = np.random.default_rng(3)
-    cells = [np.stack([np.sort(rng.choice(N, n, replace=False)) for _ in range(2)]).astype(np.int32) for n in (60, N, 33)]
+    cells = [
+        np.stack([np.sort(rng.choice(N, n, replace=False)) for _ in range(2)]).astype(np.int32) for n in (60, N, 33)
+    ]
     out["bytes_full"] = llama.kv_bytes
     session.compose(CompositionPlan(N, tuple(cells)), n_room=8)
     out["bytes"] = llama.kv_bytes
     out["rows"] = [llama.kv_cells(il).n_rows for il in range(3)]
+
     def outputs() -> list[Any]:
         with session.taps("outputs", 16):
             llama.eval(after[:16])

@@ -34,7 +34,9 @@ class Hub:
 
     def downloads(self) -> list[str]:
         """The files that were asked for with GET, in order."""
-        return [path.rsplit("/", 1)[-1] for method, path, _ in self.requests if method == "GET" and path.startswith("/cdn/")]
+        return [
+            path.rsplit("/", 1)[-1] for method, path, _ in self.requests if method == "GET" and path.startswith("/cdn/")
+        ]
 
 
 @contextlib.contextmanager

@@ -201,5 +201,7 @@ def n_busy(client: TestClient) -> int:
 
 def n_processing(client: TestClient) -> float:
     """Slots at work, as /metrics says it."""
-    (line,) = [line for line in client.get("/metrics").text.splitlines() if line.startswith("llamacpp:requests_processing ")]
+    (line,) = [
+        line for line in client.get("/metrics").text.splitlines() if line.startswith("llamacpp:requests_processing ")
+    ]
     return float(line.split()[1])

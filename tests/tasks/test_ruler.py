@@ -40,7 +40,9 @@ def texts() -> Texts:
     return load_texts("generated")
 
 
-def sample(texts: Texts, task: str, n_tokens: int = 2048, index: int = 0, seed: int = 0, depth: float | None = None) -> Sample:
+def sample(
+    texts: Texts, task: str, n_tokens: int = 2048, index: int = 0, seed: int = 0, depth: float | None = None
+) -> Sample:
     return make_sample(task, n_tokens, index, seed, count, texts, depth=depth)
 
 
@@ -239,7 +241,9 @@ def test_filling_counts_tokens_a_few_times_only(texts: Texts, task: str) -> None
     assert len(calls) <= 5 * 12
 
 
-@pytest.mark.parametrize("cost", [lambda n: n, lambda n: 7 * n + n * n, lambda n: 300 + n // 3, lambda n: n + 40 * (n > 500)])
+@pytest.mark.parametrize(
+    "cost", [lambda n: n, lambda n: 7 * n + n * n, lambda n: 300 + n // 3, lambda n: n + 40 * (n > 500)]
+)
 def test_the_largest_size_that_fits_is_found_whatever_the_slope(cost: Callable[[int], int]) -> None:
     for limit in (300, 541, 1000, 4000):
         for most in (3, 100, 4000):
@@ -299,7 +303,11 @@ def test_a_sample_is_the_same_in_another_process(texts: Texts) -> None:
     root = str(Path(__file__).parents[2])
     digests = {
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": root, "PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONPATH": root, "PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("1", "2")
     }
@@ -317,7 +325,9 @@ def test_the_needle_is_at_the_depth_asked_for(texts: Texts, task: str, depth: fl
     s = sample(texts, task, 4096, depth=depth)
     (value,) = s.references
     haystack = s.context.split("\n", 1)[1]
-    line = next(part for part in re.findall(r"One of the special magic \w+ for \S+ is: \S+\.", haystack) if value in part)
+    line = next(
+        part for part in re.findall(r"One of the special magic \w+ for \S+ is: \S+\.", haystack) if value in part
+    )
     place = haystack.index(line) / (len(haystack) - len(line))
     print(f"asked for {depth}, found {place:.3f}")
     assert s.depth == depth

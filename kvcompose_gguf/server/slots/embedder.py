@@ -61,9 +61,7 @@ class Embedder:
         )  # fmt: skip
         if self._llama.pooling_type() not in POOLING.values():
             self.close()
-            raise ConfigError(
-                f"this model has another kind of pooling: give --pooling, one of {', '.join(POOLING)}"
-            )
+            raise ConfigError(f"this model has another kind of pooling: give --pooling, one of {', '.join(POOLING)}")
 
     @property
     def is_pooled(self) -> bool:
