@@ -94,8 +94,9 @@ class SlotLlama(Llama):
         return tuple(tokens[: len(context)]) == tuple(context) or self._joined(tokens, context) is not None
 
     def continuation(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> Continuation:
-        """Returns how a prompt can continue from the cache. It cannot if another method compressed the context, or if
-        the conversation ``has_grown``.
+        """Returns how a prompt can continue from the cache.
+
+        It cannot if another method compressed the context, or if the conversation ``has_grown``.
 
         Args:
             method: the method that compresses the prompt.
@@ -103,7 +104,7 @@ class SlotLlama(Llama):
         """
         composed = self.context.composed
         joined = tuple((None if composed is None else self._joined(tokens, composed.tokens)) or tokens)
-        if not reuse or (composed is not None and not self._may_continue(composed, len(tokens), method)):
+        if not reuse or (composed is not None and not self._may_continue(composed, len(joined), method)):
             return Continuation(joined, 0)
         return Continuation(joined, self._n_reusable(joined))
 
@@ -137,7 +138,7 @@ class SlotLlama(Llama):
         before = self.kv_report
         prepare(self.context, tokens, method)
         if self.kv_report is not before and self.kv_report is not None:
-            n_before = self.n_context - self.kv_report.n_prefilled
+            n_before, self.is_document = self.n_context - self.kv_report.n_prefilled, False
         n_same = self.context.rewind(self._n_reusable(tokens))
         self.eval(tokens[n_same:])
         return min(n_before, n_same)
