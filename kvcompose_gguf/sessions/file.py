@@ -53,28 +53,8 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
         ConfigError: ``extra`` is not JSON.
         StateError: the file cannot be written, or would be larger than ``max_bytes``.
     """
-    contents = snapshot.contents
-    composed, report = contents.composed, contents.report
-    sections: list[tuple[str, Any]] = [("tokens", contents.tokens.astype("<i4"))]
-    if composed is not None:
-        sections.append(("kept", zlib.compress(composed.kept.tobytes())))
-        if composed.partial is not None:
-            sections.append(("windows", composed.partial))
-    sections.append(("state", contents.state))
-    created = time.time()
-    header: dict[str, Any] = {
-        "created": created,
-        "model": {"name": snapshot.identity.model_name, "id": snapshot.identity.model_id},
-        "settings": snapshot.identity.settings,
-        "versions": snapshot.identity.versions,
-        "n_context": 0 if composed is None else len(composed.tokens),
-        "n_heads": 0 if composed is None else len(composed.kept),
-        "method": "" if composed is None else composed.choice,
-        "report": None if report is None else report.to_json(),
-        "kv_bytes": snapshot.kv_bytes,
-        "extra": snapshot.extra,
-        "sections": [[name, memoryview(data).nbytes] for name, data in sections],
-    }
+    sections = _sections_of(snapshot.contents)
+    header = _header_of(snapshot, sections, time.time())
     try:
         head = json.dumps(header).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -88,24 +68,54 @@ def save(snapshot: Snapshot, file: Path, max_bytes: int | None = None, name: str
     n_bytes = at + _DIGEST_BYTES
     if max_bytes is not None and n_bytes > max_bytes:
         raise StateError(f"{name or file} is not saved: it needs {n_bytes} bytes, the limit is {max_bytes}")
-
-    def hashed() -> Iterator[Any]:
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
-            yield part
-        yield digest.digest()
-
     try:
         with replaced(file) as unfinished:
-            write_parts(unfinished, hashed(), mode=0o600)
+            write_parts(unfinished, _with_digest(parts), mode=0o600)
     except OSError as error:
         raise StateError(f"{name or file} cannot be written: {error.strerror or error}") from error
+    identity = snapshot.identity
     return SessionInfo(
-        file, n_bytes, created, len(contents.tokens), header["n_context"], snapshot.identity.model_name,
-        snapshot.identity.model_id, header["method"], report, snapshot.kv_bytes, snapshot.extra,
-        snapshot.identity.versions,
+        file, n_bytes, header["created"], len(snapshot.contents.tokens), header["n_context"], identity.model_name,
+        identity.model_id, header["method"], snapshot.contents.report, snapshot.kv_bytes, snapshot.extra,
+        identity.versions,
     )  # fmt: skip
+
+
+def _sections_of(contents: Contents) -> list[tuple[str, Any]]:
+    """Returns the names and bytes of the file's sections."""
+    composed = contents.composed
+    sections: list[tuple[str, Any]] = [("tokens", contents.tokens.astype("<i4"))]
+    if composed is not None:
+        sections.append(("kept", zlib.compress(composed.kept.tobytes())))
+        if composed.partial is not None:
+            sections.append(("windows", composed.partial))
+    return [*sections, ("state", contents.state)]
+
+
+def _header_of(snapshot: Snapshot, sections: list[tuple[str, Any]], created: float) -> dict[str, Any]:
+    identity, composed, report = snapshot.identity, snapshot.contents.composed, snapshot.contents.report
+    return {
+        "created": created,
+        "model": {"name": identity.model_name, "id": identity.model_id},
+        "settings": identity.settings,
+        "versions": identity.versions,
+        "n_context": 0 if composed is None else len(composed.tokens),
+        "n_heads": 0 if composed is None else len(composed.kept),
+        "method": "" if composed is None else composed.choice,
+        "report": None if report is None else report.to_json(),
+        "kv_bytes": snapshot.kv_bytes,
+        "extra": snapshot.extra,
+        "sections": [[name, memoryview(data).nbytes] for name, data in sections],
+    }
+
+
+def _with_digest(parts: list[Any]) -> Iterator[Any]:
+    """Yields the parts, and then the SHA-256 of them all."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+        yield part
+    yield digest.digest()
 
 
 @contextlib.contextmanager
