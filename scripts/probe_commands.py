@@ -60,6 +60,7 @@ MACHINE = {"environment", "resumed", "versions", "made", "model", "machine", "ve
 TIMES = re.compile(
     r"\b\d+([.,:]\d+)* ?(ms|s|min|tokens/s|t/s|seconds?|ago|times|GB/s)\b"
     r"|\d\d:\d\d(:\d\d)?|\d{4}-\d\d-\d\d|[━╸╺─]+"
+    r"|(?<![\d.])\d+\.\d\d(?![\d.])"  # the tables of an evaluation's costs; its scores have another form
 )
 
 
@@ -81,7 +82,7 @@ def plain(text: str, model: str) -> list[str]:
 def files_of(folder: Path, model: str) -> dict[str, Any]:
     """Returns the contents of JSON, Markdown and other files: hashes of what is not text."""
     out: dict[str, Any] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and "matplotlib" not in path.parts):
         name = re.sub(r"[0-9a-f]{12,}", "*", str(file))
         if file.suffix in (".json", ".jsonl"):
             text = file.read_text("utf-8").replace(model, "MODEL")

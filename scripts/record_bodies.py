@@ -22,7 +22,18 @@ Message = dict[str, Any]
 App = Callable[[Any, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
 #: fields with a time, a date or an address; ``*_ms`` and ``*_seconds`` are masked by the ends of their names
-VOLATILE = {"created", "created_at", "date", "model_path", "port", "pid", "uptime", "url", "model_file"}
+VOLATILE = {
+    "created",
+    "created_at",
+    "date",
+    "model_path",
+    "port",
+    "pid",
+    "uptime",
+    "url",
+    "model_file",
+    "Process-Start-Time-Unix",
+}
 VOLATILE_END = re.compile(r"(_ms|_seconds|_per_second|_per_token_ms|_at|_us)$")
 
 #: parts of texts, and what stands for them: random ids, llama.cpp's random marker, ports, temporary folders, metrics
