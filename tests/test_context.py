@@ -116,5 +116,5 @@ def test_evidence_is_still_read_by_name_with_a_warning(make_llama: Any) -> None:
     keys, pos = evidence.keys(0)[0], np.arange(N, dtype=np.int32)
     with pytest.warns(DeprecationWarning, match=r"evidence\.keys\(l\)"):
         np.testing.assert_array_equal(evidence.read("keys", 0)[0], keys)
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="unrotate"):
         np.testing.assert_array_equal(evidence.read("unrotate", 0)(keys, pos), evidence.unrotate(0, keys, pos))
