@@ -83,7 +83,7 @@ def test_a_needle_is_found_in_a_quarter_of_the_cache(make_smollm2, prose):
     )
     context = llama.prompt_tokens(text)
     report = llama.compress(context)
-    prompt = context + llama._tokens("\n\nThe password of the boathouse is")
+    prompt = context + llama.context.vocabulary.tokens("\n\nThe password of the boathouse is")
     assert b"7419" in llama.detokenize(greedy(llama, prompt, 6))
     assert report.kv_bytes_kept <= 0.26 * report.kv_bytes_full
 
@@ -193,7 +193,7 @@ def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_the
     text = document()
     needle = "\nThe password of the boathouse is 7419.\n"
     context = gemma.prompt_tokens(text[:1500] + needle + text[1500:6500])
-    question = gemma._tokens("\nThe password of the boathouse is")
+    question = gemma.context.vocabulary.tokens("\nThe password of the boathouse is")
     place = len(gemma.prompt_tokens(text[:1500]))
     assert len(context) - place > 512 + 256  # the windows do not see it, and their cells were used again
     report = gemma.compress(context)
