@@ -77,7 +77,7 @@ REQUESTS: list[Ask] = [
     post("/kv/compress", content=TEXT, **{"kv_compress": COMPRESS}), post("/kv/compress", prompt=TEXT),
     post("/kv/compress"), completion(kv_prefix="nothing"),
     post("/v1/completions", prompt="Hello", max_tokens=8, temperature=0, seed=1),
-    post("/v1/completions", prompt="Hi", echo=True),
+    post("/v1/completions", prompt="Hi", echo=True, seed=1),
     post("/v1/completions", prompt="Hello", max_tokens=6, temperature=0, stream=True, logprobs=2, seed=1),
     chat(), chat(stream=True), chat(stream=True, stream_options={"include_usage": True}),
     chat(logprobs=True, top_logprobs=2),
