@@ -42,7 +42,7 @@ TEXTS = [
     (re.compile(r"<__media_\w+__>"), "<__media_*__>"),
     (re.compile(r"(127\.0\.0\.1|localhost):\d+"), r"\1:*"),
     (re.compile(r"/tmp/[^\s\"',]+"), "/tmp/*"),
-    (re.compile(r"^([\w:]*(?:second|time)[\w:]*(?:\{[^}]*\})?) [-+.\deE]+$", re.M), r"\1 *"),
+    (re.compile(r"^([\w:]*(?:second|time|created)[\w:]*(?:\{[^}]*\})?) [-+.\deE]+$", re.M), r"\1 *"),
 ]
 
 
