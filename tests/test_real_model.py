@@ -81,9 +81,9 @@ def test_a_needle_is_found_in_a_quarter_of_the_cache(make_smollm2, prose):
     text = (
         llama.detokenize(prose[:250]) + b"\nThe password of the boathouse is 7419.\n" + llama.detokenize(prose[500:800])
     )
-    context = llama._prompt_tokens(text)
+    context = llama.prompt_tokens(text)
     report = llama.compress(context)
-    prompt = context + llama._tokens("\n\nThe password of the boathouse is")
+    prompt = context + llama.context.vocabulary.tokens("\n\nThe password of the boathouse is")
     assert b"7419" in llama.detokenize(greedy(llama, prompt, 6))
     assert report.kv_bytes_kept <= 0.26 * report.kv_bytes_full
 
@@ -92,8 +92,8 @@ def test_a_prompt_continues_when_the_tokenizer_merges_across_the_seam(make_smoll
     llama = make_smollm2(KVCompose(compression_ratio=0.5, keep_last=0, min_tokens=100))
     document = llama.detokenize(prose[:200]).decode().rsplit(" ", 3)[0] + " night"
     prompt = document + "s are long here, and"
-    tokens = llama._prompt_tokens(document)
-    assert llama._prompt_tokens(prompt)[: len(tokens)] != tokens  # "nights" is one token
+    tokens = llama.prompt_tokens(document)
+    assert llama.prompt_tokens(prompt)[: len(tokens)] != tokens  # "nights" is one token
     report = llama.compress(document)
     llama.create_completion(prompt, max_tokens=3, temperature=0.0)
     assert llama.kv_report is report
@@ -192,9 +192,9 @@ def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_the
 
     text = document()
     needle = "\nThe password of the boathouse is 7419.\n"
-    context = gemma._prompt_tokens(text[:1500] + needle + text[1500:6500])
-    question = gemma._tokens("\nThe password of the boathouse is")
-    place = len(gemma._prompt_tokens(text[:1500]))
+    context = gemma.prompt_tokens(text[:1500] + needle + text[1500:6500])
+    question = gemma.context.vocabulary.tokens("\nThe password of the boathouse is")
+    place = len(gemma.prompt_tokens(text[:1500]))
     assert len(context) - place > 512 + 256  # the windows do not see it, and their cells were used again
     report = gemma.compress(context)
     assert len(report.n_kept) == 3
@@ -206,7 +206,7 @@ def test_a_sliding_window_model_keeps_its_windows_and_finds_what_lies_behind_the
 
 
 def test_keeping_everything_of_a_sliding_window_model_changes_no_logits(gemma, prose):
-    text = gemma._prompt_tokens(b"The keeper walked along the shore and looked at the lamp. " * 90)
+    text = gemma.prompt_tokens(b"The keeper walked along the shore and looked at the lamp. " * 90)
     context, after = text[:1000], text[1000:1024]
     assert len(after) == 24
     want: list[np.ndarray] = []
