@@ -58,6 +58,7 @@ def environment(model: str, server: str | None, checkout: Path, record: Path | N
     elif record is not None:
         env |= {"KVC_RECORD_SCRIPT": str(shim), "KVC_RECORD_FOLDER": str(record.resolve())}
         env["LLAMA_SERVER_BIN_PATH"] = str(SCRIPTS / "record_bodies.py")
+        env["KVC_RECORD_ARGUMENTS"] = "--threads 1"  # llama.cpp's threads spin, so that two beside other work crawl
     return env
 
 
