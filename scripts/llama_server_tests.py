@@ -58,6 +58,7 @@ def environment(model: str, server: str | None, checkout: Path, record: Path | N
     elif record is not None:
         env |= {"KVC_RECORD_SCRIPT": str(shim), "KVC_RECORD_FOLDER": str(record.resolve())}
         env["LLAMA_SERVER_BIN_PATH"] = str(SCRIPTS / "record_bodies.py")
+        env["KVC_RECORD_ARGUMENTS"] = "--threads 1"  # llama.cpp's threads spin, so that two beside other work crawl
     return env
 
 
@@ -67,14 +68,14 @@ def sort_bodies(record: Path) -> None:
         file.write_text("".join(sorted(file.read_text("utf-8").splitlines(keepends=True))), "utf-8")
 
 
-def run(tests: Path, names: list[str], env: dict[str, str]) -> dict[str, dict[str, Outcome]]:
+def run(tests: Path, names: list[str], env: dict[str, str], timeout: int) -> dict[str, dict[str, Outcome]]:
     """Runs the tests; returns each test's outcome and reason, by file."""
     with tempfile.TemporaryDirectory() as folder:
         report, plugin = Path(folder) / "report.xml", Path(folder) / "kvc_no_downloads.py"
         plugin.write_text(PLUGIN)
         env = env | {"PYTHONPATH": f"{folder}:{env['PYTHONPATH']}"}
         files = [f"unit/test_{name}.py" for name in names]
-        options = ["-m", "not slow", "--timeout", "90", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        options = ["-m", "not slow", "--timeout", str(timeout), f"--junitxml={report}", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", "-q", "-p", plugin.stem, *files, *options]
         ended = subprocess.run(command, cwd=tests, env=env, capture_output=True, text=True)
         if not report.exists():
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("ours", "theirs"))
     parser.add_argument("--record", type=Path, help="folder for the bodies of our server; must be empty")
     parser.add_argument("--checkout", type=Path, default=SCRIPTS.parent, help="checkout of our server; default: this")
+    parser.add_argument("--timeout", type=int, default=90, help="seconds for a test, default 90; more with --record")
     args = parser.parse_args()
     from kvcompose_gguf.models.resolve import resolve_model
 
@@ -111,12 +113,12 @@ def main() -> None:
     nothing: dict[str, dict[str, Outcome]] = {name: {} for name in names}
     mine = nothing
     if args.only != "theirs":
-        mine = run(tests, names, environment(model, None, args.checkout, args.record))
+        mine = run(tests, names, environment(model, None, args.checkout, args.record), args.timeout)
     if args.record is not None:
         sort_bodies(args.record)
     theirs = nothing
     if args.llama_server and args.only != "ours":
-        theirs = run(tests, names, environment(model, args.llama_server, args.checkout, None))
+        theirs = run(tests, names, environment(model, args.llama_server, args.checkout, None), args.timeout)
     print("| file | passed | failed | of these also by llama-server | skipped | llama-server: passed | failed |")
     print("|---|---|---|---|---|---|---|")
     reasons = []

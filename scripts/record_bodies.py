@@ -4,7 +4,8 @@
     KVC_RECORD_SCRIPT=scripts/llama_server_shim.py KVC_RECORD_FOLDER=bodies scripts/record_bodies.py [ARGUMENTS]
 
 Each answer is one line of JSON: request, status, content type and body. Values that change from run to run, such as
-times and random ids, are masked. The file is named after the test that started the server, or ``server``.
+times and random ids, are masked. The file is named after the test that started the server, or ``server``. The script
+gets the words of KVC_RECORD_ARGUMENTS as further arguments.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TEXTS = [
     (re.compile(r"<__media_\w+__>"), "<__media_*__>"),
     (re.compile(r"(127\.0\.0\.1|localhost):\d+"), r"\1:*"),
     (re.compile(r"/tmp/[^\s\"',]+"), "/tmp/*"),
-    (re.compile(r"^([\w:]*(?:second|time|_created)[\w:]*(?:\{[^}]*\})?) [-+.\deE]+$", re.M), r"\1 *"),
+    (re.compile(r"^([\w:]*(?:second|time|created)[\w:]*(?:\{[^}]*\})?) [-+.\deE]+$", re.M), r"\1 *"),
 ]
 
 
@@ -146,6 +147,7 @@ def main() -> None:
 
     uvicorn.Config.__init__ = with_recorder  # type: ignore[method-assign]
     sys.argv[0] = os.environ["KVC_RECORD_SCRIPT"]
+    sys.argv += os.environ.get("KVC_RECORD_ARGUMENTS", "").split()
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -30,8 +30,12 @@ def test_times_dates_and_random_ids_are_masked() -> None:
 def test_events_are_masked_line_by_line_and_other_texts_stay() -> None:
     body = b'data: {"created": 5, "n": 1}\n\ndata: {"content": "x"}\n\ndata: [DONE]\n\n'
     assert mask_body(body) == [{"data": {"created": "*", "n": 1}}, {"data": {"content": "x"}}, "data: [DONE]"]
-    metrics = b"llamacpp:prompt_seconds_total 0.31\nllamacpp:tokens_predicted_total 12\n"
-    assert mask_body(metrics) == ["llamacpp:prompt_seconds_total *", "llamacpp:tokens_predicted_total 12"]
+    metrics = b"llamacpp:prompt_seconds_total 0.31\nx_created 1.7e+09\nllamacpp:tokens_predicted_total 12\n"
+    assert mask_body(metrics) == [
+        "llamacpp:prompt_seconds_total *",
+        "x_created *",
+        "llamacpp:tokens_predicted_total 12",
+    ]
 
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:
