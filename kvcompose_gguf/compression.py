@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,8 +15,7 @@ from .plan.report import KVReport
 from .scoring.collect import Attention
 from .scoring.evidence import Evidence
 from .scoring.requests import AttentionRequest, StateRequest
-
-T = TypeVar("T")
+from .support.timing import timed
 
 
 def attend(
@@ -35,7 +32,7 @@ def attend(
         max_bytes: limit of the working memory, not counting the scores.
     """
     if request is None:
-        n_prefilled, seconds = _timed(lambda: context.prefill(tokens))
+        n_prefilled, seconds = timed(lambda: context.prefill(tokens))
         return Attention([], n_prefilled, seconds, 0.0, 0)
     try:
         return request.collect(context, tokens, suffix, context.vocabulary.tokens, max_bytes)
@@ -75,10 +72,10 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
     forced = (0, 0)
     state_seconds = score_seconds = plan_seconds = compose_seconds = 0.0
     if compressing:
-        evidence, state_seconds = _timed(lambda: _evidence(context, tokens, attention, method.state_request))
-        scores, score_seconds = _timed(lambda: method.scores(evidence))
-        plan, plan_seconds = _timed(lambda: method.plan(evidence, scores))
-        _, compose_seconds = _timed(lambda: context.compose(plan, choice_of(method), method.n_room))
+        evidence, state_seconds = timed(lambda: _evidence(context, tokens, attention, method.state_request))
+        scores, score_seconds = timed(lambda: method.scores(evidence))
+        plan, plan_seconds = timed(lambda: method.plan(evidence, scores))
+        _, compose_seconds = timed(lambda: context.compose(plan, choice_of(method), method.n_room))
         n_kept, forced = plan.n_kept, method.forced(session.layers, n_tokens)
 
     context.report = KVReport(
@@ -131,9 +128,3 @@ def _evidence(context: Context, tokens: Sequence[int], attention: Attention, sta
     queries = [] if states is None else states.collect(context, tokens)
     rows, layers = ContextRows(context.session, len(tokens)), context.session.layers
     return Evidence(len(tokens), layers, attention.layers, attention.n_window, rows, queries)
-
-
-def _timed(function: Callable[[], T]) -> tuple[T, float]:
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start

@@ -1,7 +1,8 @@
 """Hands on names from their old modules, for one version: each use warns with the new place.
 
 The modules moved into rooms. A module that is gone is found by a finder, which the package registers; an old module
-that is a folder of the same name now hands on its old names with a ``__getattr__``.
+that is a folder of the same name now hands on its old names with a ``__getattr__``. Modules inside of the programs
+``server`` and ``chat`` moved without an alias.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ GONE: dict[str, tuple[str, ...]] = {
     "surrogate": ("measurements.surrogate",),
     "surrogate_fit": ("learning.fit", "learning.sums"),
     "surrogate_quality": ("learning.quality",),
-    "tables": ("support.printing", "bench.table", "cli.demo.tables"),
+    "tables": ("bench.table", "cli.demo.tables"),
 }
 
 #: old modules that are folders now -> their old names, and the module of each
@@ -66,7 +67,6 @@ FOLDERS: dict[str, dict[str, str]] = {
         "KV_TYPES": "native.kv_types",
         "bench": "bench.command",
         "context_tokens": "bench.measure",
-        "run_bench": "bench.measure",
     },
     "cli": {"main": "cli.app"},
     "models": {

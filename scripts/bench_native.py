@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from kvcompose_gguf import KVCompose, Llama
-from kvcompose_gguf.models import known
+from kvcompose_gguf.models.resolve import resolve_model
 
 CHUNK = 512
 N_DECODE = 64
@@ -155,14 +155,14 @@ def bench_elastic(make: Callable[..., Llama], ids: list[int], n_ctx: int, repeat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=None, help="default: SmolLM2")
+    parser.add_argument("model", nargs="?", default="smollm2", help="a .gguf file or a name; default: smollm2")
     parser.add_argument("--n-tokens", default="2048,8000")
     parser.add_argument("--parts", default="scores,modes,elastic")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--type-kv", type=int, default=1, help="ggml type: 1 f16, 8 q8_0")
     args = parser.parse_args()
-    path = args.model or str(known.fetch("smollm2"))
+    path = str(resolve_model(args.model))
 
     def make(n_ctx: int, **options: Any) -> Llama:
         gc.collect()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvcompose_gguf import KVCompose, Llama
 from kvcompose_gguf.cli.demo.questions import document
-from kvcompose_gguf.models import known
+from kvcompose_gguf.models.resolve import resolve_model
 from kvcompose_gguf.native.about import library_info
 
 
@@ -35,9 +35,8 @@ def context_tokens(llama: Llama, n_tokens: int) -> list[int]:
     return (tokens * (n_tokens // len(tokens) + 1))[:n_tokens]
 
 
-def decode_seconds(llama: Llama, n_tokens: int, n_decode: int) -> float:
-    """Returns the wall time of ``n_decode`` single-token decodes at position ``n_tokens``; removes the tokens again."""
-    assert llama.n_tokens == n_tokens
+def decode_seconds(llama: Llama, n_decode: int) -> float:
+    """Returns the wall time of ``n_decode`` single-token decodes after the context; removes the tokens again."""
     with llama.context.undone():
         start = time.perf_counter()
         for token in range(1000, 1000 + n_decode):
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
 
-    path = args.model if Path(args.model).exists() else str(known.fetch(args.model))
+    path = str(resolve_model(args.model))
     options = {
         "n_ctx": args.n_tokens + 256, "n_threads": args.threads, "n_threads_batch": args.threads, "flash_attn": True,
         "verbose": False,
@@ -72,10 +71,10 @@ def main() -> None:
     n_decode = 32
     runs: dict[str, list[float]] = {"full": [], "compressed": []}
     for llama in (full, small):
-        decode_seconds(llama, args.n_tokens, 8)  # warm-up
+        decode_seconds(llama, 8)  # warm-up
     for _ in range(args.repeats):
         for name, llama in (("full", full), ("compressed", small)):
-            runs[name].append(n_decode / decode_seconds(llama, args.n_tokens, n_decode))
+            runs[name].append(n_decode / decode_seconds(llama, n_decode))
 
     result = {
         "model": Path(path).name, "n_tokens": args.n_tokens, "ratio": args.ratio, "threads": args.threads,

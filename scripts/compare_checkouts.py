@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,35 +90,47 @@ def write_tiny_models(folder: Path) -> dict[str, Path]:
     return {name: tiny_gguf.write(known[name], folder / f"{name}.gguf") for name in TINY}
 
 
+@dataclass(frozen=True)
+class Part:
+    """What was compared under one name.
+
+    Attributes:
+        n_errors: how many of the values before are errors of Python.
+        different: names of the values that differ.
+    """
+
+    name: str
+    n_values: int
+    n_errors: int
+    different: list[str]
+
+
 class Comparison:
-    """Counts the values compared, and prints every difference."""
+    """Counts the values compared, and prints the first differences of each part."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.parts: list[Part] = []
 
     def add(self, name: str, before: dict[str, Any], after: dict[str, Any]) -> None:
         keys = before.keys() | after.keys()
         different = [key for key in sorted(keys) if before.get(key, "missing") != after.get(key, "missing")]
         errors = sum(isinstance(value, str) and value.split(":")[0].endswith("Error") for value in before.values())
-        self.rows.append({"name": name, "values": len(keys), "of these errors": errors, "different": different})
+        self.parts.append(Part(name, len(keys), errors, different))
         print(f"| {name} | {len(keys)} | {errors} | {len(different)} |", flush=True)
         for key in different[:5]:
             print(f"  {key}\n    before: {shown(before, key)}\n    after:  {shown(after, key)}", flush=True)
 
     def end(self) -> int:
         """Prints the totals; returns the exit code."""
-        n_values, n_different = (sum(f(row) for row in self.rows) for f in (_n_values, _n_different))
+        n_values, n_different = (
+            sum(part.n_values for part in self.parts),
+            sum(len(part.different) for part in self.parts),
+        )
         print(f"| all | {n_values} | | {n_different} |")
-        print(json.dumps({"values": n_values, "different": n_different, "parts": self.rows}))
+        print(
+            json.dumps({"values": n_values, "different": n_different, "parts": [asdict(part) for part in self.parts]})
+        )
         return int(n_different > 0 or n_values == 0)
-
-
-def _n_values(row: dict[str, Any]) -> int:
-    return int(row["values"])
-
-
-def _n_different(row: dict[str, Any]) -> int:
-    return len(row["different"])
 
 
 def shown(values: dict[str, Any], key: str) -> str:
@@ -126,7 +138,11 @@ def shown(values: dict[str, Any], key: str) -> str:
 
 
 def compare_caches(before: Checkout, after: Checkout, models: dict[str, tuple[Path, str]], to: Comparison) -> None:
-    """Runs the methods on each model and cache in both checkouts, and loads each one's sessions in the other."""
+    """Runs the methods on each model and cache in both checkouts, and loads each one's sessions in both.
+
+    Loaded sessions are compared with each other, and not with the cache that was saved: its sliding windows come back
+    in other cells, which changes the last bits.
+    """
     probe = str(SCRIPTS / "probe_cache.py")
     for name, (path, cache) in models.items():
         arguments = [probe, str(path), json.dumps(CACHES[cache]), json.dumps(METHODS)]
@@ -134,10 +150,9 @@ def compare_caches(before: Checkout, after: Checkout, models: dict[str, tuple[Pa
         mine, theirs = before.run(*arguments, str(folders[0])), after.run(*arguments, str(folders[1]))
         to.add(name, mine, theirs)
         if any(folders[0].iterdir()):
-            old = after.run(*arguments, str(folders[0]), "--load")
-            to.add(f"{name}: sessions of before in after", {key: mine[key] for key in old if key in mine}, old)
-            new = before.run(*arguments, str(folders[1]), "--load")
-            to.add(f"{name}: sessions of after in before", {key: mine[key] for key in new if key in mine}, new)
+            for whose, folder in zip(("before", "after"), folders, strict=True):
+                loaded = [side.run(*arguments, str(folder), "--load") for side in (before, after)]
+                to.add(f"{name}: sessions of {whose}", *loaded)
 
 
 def main() -> int:

@@ -50,13 +50,14 @@ def our_arguments(given: Sequence[str]) -> list[str]:
     from kvcompose_gguf.support.arguments import arguments_of
 
     ours = {word: argument for argument in arguments_of(ServeOptions) for word in argument.spellings}
-    batch_size = str(ours.pop("--batch-size").default)
+    batch = ours["--batch-size"]
+    batch_size = str(batch.default)
     arguments, unknown, rest = list(DEFAULTS), [], iter(given)
     embeds = False
     for word in rest:
         if word in ("--embedding", "--embeddings"):  # without a number there: texts have to fit into a batch
             embeds = True
-        elif word == "--batch-size":
+        elif word in batch.spellings:
             batch_size = next(rest)
         elif word in ours:
             arguments += [word] if ours[word].is_flag else [word, next(rest)]
@@ -69,10 +70,10 @@ def our_arguments(given: Sequence[str]) -> list[str]:
 def main() -> None:
     if program := os.environ.get("KVC_TEST_SERVER"):
         run_llama_server(program)
-    from kvcompose_gguf.cli import app
+    from kvcompose_gguf.cli.app import main as run_command
 
     sys.argv[1:] = ["serve", "--model", os.environ["KVC_TEST_MODEL"], *our_arguments(sys.argv[1:])]
-    app.main()
+    run_command()
 
 
 if __name__ == "__main__":

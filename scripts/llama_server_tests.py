@@ -101,11 +101,13 @@ def main() -> None:
     parser.add_argument("--llama-server")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--files", default=FILES)
-    parser.add_argument("--only", choices=("ours", "theirs"))
+    parser.add_argument("--only", choices=("ours", "theirs"), help="run the tests with one of the two servers only")
     parser.add_argument("--record", type=Path, help="folder for the bodies of our server; must be empty")
     parser.add_argument("--checkout", type=Path, default=SCRIPTS.parent, help="checkout of our server; default: this")
-    parser.add_argument("--timeout", type=int, default=90, help="seconds for a test, default 90; more with --record")
+    parser.add_argument("--timeout", type=int, default=90, help="seconds for a test, default 90; recording needs more")
     args = parser.parse_args()
+    if args.record is not None and args.record.exists() and any(args.record.iterdir()):
+        parser.error(f"{args.record} has files: give an empty folder, or one that does not exist")
     from kvcompose_gguf.models.resolve import resolve_model
 
     tests, names = args.llama_cpp / "tools" / "server" / "tests", args.files.split(",")

@@ -168,7 +168,7 @@ def probe_text(llama: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "text report", lambda: figures(llama.kv_report)
     yield "empty prompt", lambda: llama.compress([])
     yield "too long", lambda: llama.compress([5] * 5000)
-    yield "composed twice", lambda: llama.compose(None)
+    yield "not a plan", lambda: llama.compose(None)
     yield "not a method", lambda: setattr(llama, "kv_compressor", "kvcompose")
     yield "missing session", lambda: llama.load_session("/nowhere/a.kvc")
     yield "session of another model", lambda: llama.load_session(Path(__file__))
@@ -176,8 +176,8 @@ def probe_text(llama: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "closed", lambda: (llama.close(), llama.eval([5]))
 
 
-def load_others(llama: Any, folder: Path, spec: str, index: int) -> Steps:
-    """Yields what follows from a session that another checkout saved; the names are those of ``probe_cache``."""
+def load_saved(llama: Any, folder: Path, spec: str, index: int) -> Steps:
+    """Yields what follows from a session that this or another checkout saved."""
     from kvcompose_gguf.methods import make_method
 
     path = folder / f"{index}.kvc"
@@ -188,7 +188,8 @@ def load_others(llama: Any, folder: Path, spec: str, index: int) -> Steps:
     llama.kv_compressor = make_method(spec, compression_ratio=0.6, min_tokens=64).for_model(Path(llama.model_path))
     info = llama.load_session(path)
     yield "session", {name: repr(value) for name, value in vars(info).items() if name not in CHANGING}
-    llama.eval(question)  # its logits may differ in the last bits: loaded sliding windows lie in other cells
+    llama.eval(question)
+    yield "logits", logits(llama)
     yield "tokens", greedy(llama, context + question)
     llama.reset()
     llama.load_session(path)
@@ -211,7 +212,7 @@ def main() -> None:
     with closing(Llama(args.model, **(defaults | args.options))) as llama:
         for index, spec in enumerate(args.specs):
             path = args.folder / f"{index}.kvc"
-            steps = load_others(llama, args.folder, spec, index) if args.load else probe_method(llama, spec, path)
+            steps = load_saved(llama, args.folder, spec, index) if args.load else probe_method(llama, spec, path)
             for name, value in until_an_error(steps):
                 out[f"{spec}: {name}"] = value
         if not args.load:

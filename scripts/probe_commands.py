@@ -60,21 +60,28 @@ MACHINE = {"environment", "resumed", "versions", "made", "model", "machine", "ve
 TIMES = re.compile(
     r"\b\d+([.,:]\d+)* ?(ms|s|min|tokens/s|t/s|seconds?|ago|times|GB/s)\b"
     r"|\d\d:\d\d(:\d\d)?|\d{4}-\d\d-\d\d|[━╸╺─]+"
-    r"|(?<![\d.])\d+\.\d\d(?![\d.])"  # the tables of an evaluation's costs; its scores have another form
 )
+#: seconds in the tables of an evaluation's costs; its scores have another form
+COSTS = re.compile(r"(?<![\d.])\d+\.\d\d(?![\d.])")
 
 
 def run(line: str, model: str) -> dict[str, Any]:
     """Runs a command; returns its exit code and what it printed, without times."""
     words = [sys.executable, "-m", "kvcompose_gguf", *line.replace("MODEL", model).split()]
     done = subprocess.run(words, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    printed = [plain(text, model) for text in (done.stdout, done.stderr)]
+    has_costs = line.startswith("eval MODEL --out")
+    printed = [plain(text, model, has_costs) for text in (done.stdout, done.stderr)]
     return {"code": done.returncode, "stdout": printed[0], "stderr": printed[1]}
 
 
-def plain(text: str, model: str) -> list[str]:
-    """Returns lines without times, progress, paths and runs of blanks, whose number follows from the times."""
+def plain(text: str, model: str, has_costs: bool = False) -> list[str]:
+    """Returns lines without times, progress, paths and runs of blanks, whose number follows from the times.
+
+    Args:
+        has_costs: numbers with two decimals are seconds.
+    """
     text = text.replace(model, "MODEL")
+    text = COSTS.sub("*", text) if has_costs else text
     lines = [mask_text(TIMES.sub("*", part.split("\r")[-1])) for part in text.split("\n")]
     return [re.sub(r" {2,}", " ", line).rstrip() for line in lines if line.strip()]
 
@@ -89,7 +96,7 @@ def files_of(folder: Path, model: str) -> dict[str, Any]:
             parts = [text] if file.suffix == ".json" else text.splitlines()
             out[name] = [without_machine(mask(json.loads(part))) for part in parts]
         elif file.suffix == ".md":
-            out[name] = plain(file.read_text("utf-8"), model)
+            out[name] = plain(file.read_text("utf-8"), model, has_costs=True)
         elif file.suffix not in (".svg", ".png", ".kvc", ".lock"):
             out[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return out

@@ -37,6 +37,8 @@ TOOL = {
     },
 }
 SCHEMA = {"type": "object", "properties": {"x": {"enum": ["one", "two"]}}, "required": ["x"]}
+#: stands for the ``id`` of the answer before
+LAST_ID = "LAST_ID"
 COMPRESS = {"ratio": 0.5, "min_tokens": 64, "method": "kvcompose,scoring=repeat"}
 
 
@@ -74,7 +76,8 @@ REQUESTS: list[Ask] = [
     completion(prompt=TEXT + "When?", kv_compress=False), completion(prompt=TEXT, kv_compress={"n_kept": 60}),
     completion(prompt=TEXT, kv_compress={"method": "snapkv", "max_kv_bytes": 100000}, id_slot=1),
     ("GET", "/slots", None), ("GET", "/kv/slots", None), ("GET", "/kv/slots/0", None), ("GET", "/kv/slots/1", None),
-    post("/kv/compress", content=TEXT, **{"kv_compress": COMPRESS}), post("/kv/compress", prompt=TEXT),
+    post("/kv/compress", prompt=TEXT, kv_compress=COMPRESS), completion(prompt=TEXT + "Who?", kv_prefix=LAST_ID),
+    post("/kv/compress", prompt=TEXT),
     post("/kv/compress"), completion(kv_prefix="nothing"),
     post("/v1/completions", prompt="Hello", max_tokens=8, temperature=0, seed=1),
     post("/v1/completions", prompt="Hi", echo=True, seed=1),
@@ -150,12 +153,17 @@ def serving(model: str, options: str) -> Iterator[str]:
             server.stderr.close()
 
 
-def answer(address: str, ask: Ask, headers: dict[str, str]) -> dict[str, Any]:
-    """Returns status, headers and masked body of one answer."""
-    method, path, body = ask
-    got = requests.request(method, address + path, json=body, headers=headers, timeout=300)
-    kept = {name: value for name, value in sorted(got.headers.items()) if name.lower() not in UNCOMPARED}
-    return {"status": got.status_code, "headers": mask(kept), "body": mask_body(got.content)}
+def answers(address: str, asks: list[Ask], headers: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Yields status, headers and masked body of each answer."""
+    last_id = ""
+    for method, path, body in asks:
+        if body is not None and body.get("kv_prefix") == LAST_ID:
+            body = body | {"kv_prefix": last_id}
+        got = requests.request(method, address + path, json=body, headers=headers, timeout=300)
+        if path == "/kv/compress" and got.ok:
+            last_id = got.json()["id"]
+        kept = {name: value for name, value in sorted(got.headers.items()) if name.lower() not in UNCOMPARED}
+        yield {"status": got.status_code, "headers": mask(kept), "body": mask_body(got.content)}
 
 
 def main() -> None:
@@ -169,9 +177,9 @@ def main() -> None:
         with serving(model, options) as address:
             while requests.get(f"{address}/health", timeout=60).status_code == 503:
                 time.sleep(0.1)
-            for index, ask in enumerate(asks):
+            for index, (ask, answer) in enumerate(zip(asks, answers(address, asks, headers), strict=True)):
                 body = json.dumps(ask[2], ensure_ascii=False)
-                out[f"{name} {index}: {ask[0]} {ask[1]} {body[:80]}"] = answer(address, ask, headers)
+                out[f"{name} {index}: {ask[0]} {ask[1]} {body[:80]}"] = answer
     print(json.dumps(out))
 
 

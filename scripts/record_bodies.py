@@ -35,7 +35,7 @@ VOLATILE = {
     "model_file",
     "Process-Start-Time-Unix",
 }
-VOLATILE_END = re.compile(r"(_ms|_seconds|_per_second|_per_token_ms|_at|_us)$")
+VOLATILE_END = re.compile(r"(_ms|_seconds|_per_second|_at|_us)$")
 
 #: parts of texts, and what stands for them: random ids, llama.cpp's random marker, ports, temporary folders, metrics
 TEXTS = [

@@ -70,9 +70,9 @@ def start(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Iterator[Callable[..
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """Returns the path of the real model, which is fetched into the user's cache once."""
-    from kvcompose_gguf.models import known as models
+    from kvcompose_gguf.models import known
 
-    return str(models.fetch("smollm2"))
+    return str(known.fetch("smollm2"))
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from typer import Option, Typer
 from typer.testing import CliRunner
 
 from kvcompose_gguf.cli.options import parameters
-from kvcompose_gguf.support.arguments import Argument, arguments_of, field_values, part, setting, settings
+from kvcompose_gguf.support.arguments import Argument, arguments_of, field_values, option, options, part
 
 
 @dataclass(frozen=True)
 class Inner:
     """The inner options."""
 
-    seed: int = setting(7, "--seed", "-s", help="The seed.", panel="Inner", typed=-1, min=-1, read=abs)
+    seed: int = option(7, "--seed", "-s", help="The seed.", panel="Inner", option_default=-1, min=-1, read=abs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Options:
     """The options."""
 
     file: str
-    size: int = setting(1024, "--kib", help="The size.", panel="Outer", typed=1, read=lambda kib: kib << 10)
-    word: str | None = setting(None, "--some-word", help="The word.", panel="Outer", choices=("red", "blue"))
-    has_page: bool = setting(True, "--page/--no-page", help="The page.", panel="Outer")
-    names: tuple[str, ...] = settings(
+    size: int = option(1024, "--kib", help="The size.", panel="Outer", option_default=1, read=lambda kib: kib << 10)
+    word: str | None = option(None, "--some-word", help="The word.", panel="Outer", choices=("red", "blue"))
+    has_page: bool = option(True, "--page/--no-page", help="The page.", panel="Outer")
+    names: tuple[str, ...] = options(
         (), Argument(("--one",), "One.", "Outer"), Argument(("--two",), "Two.", "Outer", default="b"),
         read=lambda one, two: (one, two),
     )  # fmt: skip

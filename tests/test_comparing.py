@@ -13,6 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 from compare_checkouts import Comparison
+from probe_commands import plain
 from record_bodies import Recorder, mask, mask_body
 
 
@@ -36,6 +37,12 @@ def test_events_are_masked_line_by_line_and_other_texts_stay() -> None:
         "x_created *",
         "llamacpp:tokens_predicted_total 12",
     ]
+
+
+def test_times_in_outputs_are_masked_and_costs_only_in_evaluations() -> None:
+    text = "read in 3.2 s\nseconds  0.31\n--top-p  0.95"
+    assert plain(text, "MODEL") == ["read in *", "seconds 0.31", "--top-p 0.95"]
+    assert plain(text, "MODEL", has_costs=True) == ["read in *", "seconds *", "--top-p *"]
 
 
 async def answer(scope: Any, receive: Any, send: Any) -> None:
@@ -79,5 +86,5 @@ def test_an_answer_is_recorded_whole_or_as_left(tmp_path: Path, asked: bytes, to
 def test_every_difference_counts_and_nothing_compared_is_a_failure(before: Any, after: Any, n_different: int) -> None:
     comparison = Comparison()
     comparison.add("part", before, after)
-    assert len(comparison.rows[0]["different"]) == n_different
+    assert len(comparison.parts[0].different) == n_different
     assert comparison.end() == (0 if before and not n_different else 1)

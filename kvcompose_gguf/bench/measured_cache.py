@@ -105,12 +105,11 @@ class MeasuredCache:
 
 
 def _load(run: VariantRun) -> Llama:
-    from gguf import GGMLQuantizationType
-
     from ..methods.kvcompose import KVCompose
+    from ..native.kv_types import ggml_type
 
     ratio = run.variant.compression_ratio
-    type_kv = GGMLQuantizationType[run.variant.type_kv.upper()].value
+    type_kv = ggml_type(run.variant.type_kv)
     return load_model(
         run.model_path, run.n_ctx, None if ratio is None else KVCompose(compression_ratio=ratio, min_tokens=1),
         n_threads=run.n_threads, n_threads_batch=run.n_threads_batch, type_k=type_kv, type_v=type_kv,

@@ -1,4 +1,4 @@
-"""Draws the measurements of ``kvcompose bench``. Needs the extra ``plot``, which is imported on first use."""
+"""Draws the measurements of ``kvcompose bench``. Needs matplotlib (the extra ``plot``), on first use."""
 
 from __future__ import annotations
 

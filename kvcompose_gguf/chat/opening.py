@@ -17,7 +17,7 @@ from .conversation import MIN_ROOM, Conversation
 from .documents import Document
 from .options import DEFAULT_RATIO, ChatOptions
 
-#: tokens of the smallest context that is made for a model that was trained for so many
+#: size in tokens of the smallest context, for models that were trained for at least as many
 MIN_CONTEXT = 32768
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import platformdirs
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
@@ -15,6 +14,7 @@ from prompt_toolkit.input import create_input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
+from ..support.files import data_dir
 from .lines import COMMANDS, Chat
 
 _PLACEHOLDER = "Ask a question. /help lists the commands."
@@ -47,7 +47,7 @@ def converse(chat: Chat) -> None:
 
 def history_file() -> Path:
     """The file of earlier questions, in the user's data folder."""
-    return Path(platformdirs.user_data_dir("kvcompose-gguf")) / "chat-history"
+    return data_dir() / "chat-history"
 
 
 def open_history(file: Path) -> History:

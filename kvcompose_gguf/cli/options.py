@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from inspect import Parameter
 from typing import Annotated, Any, TypeVar
@@ -26,6 +26,11 @@ def typer_type(argument: Argument) -> Any:
         rich_help_panel=argument.panel, help=argument.help,
     )  # fmt: skip
     return Annotated[kind if argument.default is not None else kind | None, option]
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the user typed for declared options: words instead of the members that typer makes of them."""
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def parameters(arguments: Iterable[Argument]) -> list[Parameter]:
@@ -156,10 +161,10 @@ def model_and_files(model: str | None, files: list[str] | None, hf_repo: str | N
     Raises:
         ConfigError: as ``model_name``, and if a model is given beside -hf.
     """
-    from ..models import known as models
+    from ..models import known
 
     files = list(files or [])
-    if hf_repo is None or model is None or model.endswith(".gguf") or model in models.names():
+    if hf_repo is None or model is None or model.endswith(".gguf") or model in known.names():
         return model_name(model, hf_repo), files
     return model_name(None, hf_repo), [model, *files]
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from .. import sessions
 from ..errors import ConfigError, KVComposeError, StateError
 from ..sessions import SessionInfo, describe, list_sessions, session_path, sessions_dir
-from ..support.printing import layer_bars
+from ..support.printing import layer_bars, megabytes
 
 if TYPE_CHECKING:
     from ..chat.options import ChatOptions
@@ -55,12 +55,12 @@ def compress_files(options: ChatOptions, out: str, console: Console | None = Non
 
 def summary(info: SessionInfo) -> str:
     """A sentence about the sizes of a session."""
-    text = f"{info.n_tokens:,} tokens in a file of {_megabytes(info.n_bytes)}"
+    text = f"{info.n_tokens:,} tokens in a file of {megabytes(info.n_bytes)}"
     if info.report is None:
         return f"{text}, not compressed."
     report = info.report
     return (
-        f"{text}: {_megabytes(report.kv_bytes_kept)} of KV cache instead of {_megabytes(report.kv_bytes_full)} "
+        f"{text}: {megabytes(report.kv_bytes_kept)} of KV cache instead of {megabytes(report.kv_bytes_full)} "
         f"({report.compression_ratio:.0%} removed)."
     )
 
@@ -107,7 +107,7 @@ def print_sessions(console: Console | None = None) -> None:
             continue
         info = entry.info
         table.add_row(
-            escape(entry.name), escape(info.model_name), f"{info.n_tokens:,}", _megabytes(info.n_bytes), _removed(info),
+            escape(entry.name), escape(info.model_name), f"{info.n_tokens:,}", megabytes(info.n_bytes), _removed(info),
             age(now - info.created),
         )  # fmt: skip
     console.print(table)
@@ -163,7 +163,7 @@ def delete_sessions(names: Sequence[str], yes: bool = False) -> None:
 
     paths = [existing(name) for name in names]
     for name, path in zip(names, paths, strict=True):
-        if not yes and not typer.confirm(f"Delete the session {name} ({_megabytes(path.stat().st_size)})?", err=True):
+        if not yes and not typer.confirm(f"Delete the session {name} ({megabytes(path.stat().st_size)})?", err=True):
             continue
         try:
             path.unlink()
@@ -198,7 +198,3 @@ def age(seconds: float) -> str:
 
 def _removed(info: SessionInfo) -> str:
     return "-" if info.report is None else f"{info.report.compression_ratio:.0%}"
-
-
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"

@@ -1,10 +1,9 @@
-"""The ``kvcompose serve`` command: the options that all commands share, and those of ``server.options``."""
+"""Declares the ``kvcompose serve`` command: its options for the model and the method, and those of ``ServeOptions``."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 from typer import Option
@@ -21,7 +20,8 @@ def _takes(cls: type) -> Callable[[F], F]:
     """Returns a decorator for a command: its ``**values`` become the options that set the fields of a dataclass."""
 
     def decorate(command: F) -> F:
-        own = [each for each in inspect.signature(command, eval_str=True).parameters.values() if each.name != "values"]
+        takes = inspect.signature(command, eval_str=True).parameters.values()
+        own = [each for each in takes if each.kind is not inspect.Parameter.VAR_KEYWORD]
         more = shared.parameters(arguments_of(cls))
         command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
         return command
@@ -84,8 +84,7 @@ def serve(
         "min_tokens": shared.renamed("--kv-min-tokens", kv_min_tokens, "--min-tokens", min_tokens),
     }
     compressor = _method(spec, given)
-    words = {option: value.value if isinstance(value, Enum) else value for option, value in values.items()}
-    options = field_values(ServeOptions, words)
+    options = field_values(ServeOptions, shared.plain(values))
     path = resolve_model(name)
     ready = None if compressor is None else compressor.for_model(path)
     listen(ServeOptions(model_path=path, method=ready, **options))

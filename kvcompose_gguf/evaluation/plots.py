@@ -1,4 +1,4 @@
-"""Draws pictures of a summary. Needs the extra ``plot``, which is imported on first use."""
+"""Draws pictures of a summary. Needs matplotlib (the extra ``plot``), on first use."""
 
 from __future__ import annotations
 

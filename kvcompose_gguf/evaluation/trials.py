@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..methods import Method
 from ..plan.trial import Trial
 from ..scoring.requests import AttentionRequest, StateRequest
+from ..support.timing import timed
 
 if TYPE_CHECKING:
     from ..llama import Llama
-
-T = TypeVar("T")
 
 
 class Request(NamedTuple):
@@ -108,10 +106,3 @@ def compressed(llama: Llama, state: Any, trial: Trial) -> Iterator[Callable[[], 
     restore()
     with llama.session.biased(trial.biases) if len(trial.biases) else contextlib.nullcontext():
         yield restore
-
-
-def timed(function: Callable[[], T]) -> tuple[T, float]:
-    """Returns the result of ``function``, and its seconds."""
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..load import load_model
+from ..support.timing import timed
 from ..tasks.answering import Drafts, answer, answer_again
 from ..tasks.prompts import chat_frame, prompt_tokens
 from ..tasks.ruler import make_sample
@@ -16,7 +17,7 @@ from ..tasks.texts import load_texts
 from .grading import Grader
 from .options import EvalOptions, kv_type
 from .records import Answer, SampleCost
-from .trials import compressed, make_trials, timed
+from .trials import compressed, make_trials
 
 if TYPE_CHECKING:
     from ..llama import Llama

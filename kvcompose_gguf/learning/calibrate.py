@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.table import Table
 from .. import __version__
 from ..errors import ConfigError
 from ..load import load_model
-from ..measurements.calibration import Calibration, calibrations_dir, save_calibration
+from ..measurements.calibration import Calibration, journal_file, save_calibration
 from ..models.hashes import model_sha256
 from ..models.resolve import resolve_model
 from ..support.files import append_file, write_file
@@ -43,8 +42,7 @@ def calibrate(model: str, options: CalibrateOptions, threads: int | None = None)
     model_path = resolve_model(model)
     settings = {**asdict(options), "texts": load_texts("generated").name, "package": __version__}
     sha256 = model_sha256(model_path)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    journal = Journal(calibrations_dir() / f"{sha256}.{digest}.trials.jsonl", settings)
+    journal = Journal(journal_file(sha256, settings, "trials.jsonl"), settings)
     n_ctx = -(-options.n_tokens // 256) * 256
     llama = load_model(model_path, n_ctx, fast_attention=True, threads=threads)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..load import load_model
-from ..measurements.calibration import calibrations_dir
+from ..measurements.calibration import journal_file
 from ..measurements.surrogate import EPS, VERSION, Surrogate, save_surrogate
 from ..methods.kvcompose import KVCompose
 from ..models.hashes import model_sha256
@@ -85,9 +84,8 @@ def fit_surrogate(model: str, options: FitOptions, threads: int | None = None) -
     model_path = resolve_model(model)
     _check_length(model_path, options)
     settings = _settings(options)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     sha256 = model_sha256(model_path)
-    journal = calibrations_dir() / f"{sha256}.{digest}.sums.npz"
+    journal = journal_file(sha256, settings, "sums.npz")
     sums = Sums.read(journal)
     sums.write(journal)  # fail now, not after the work, if the folder is not writable
 

@@ -1,4 +1,4 @@
-"""The regression of a surrogate: sums over tokens that do not grow with the text, and their solution."""
+"""The regression of a surrogate: sums over tokens, whose size does not depend on the text, and their solution."""
 
 from __future__ import annotations
 
@@ -98,10 +98,7 @@ class Sums:
         damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
         with contextlib.suppress(*damaged), np.load(file, allow_pickle=False) as arrays:
             n_passages, n_tokens, n_layer = map(int, arrays["counts"])
-            lists = {
-                name: [arrays[f"{name}{l}"] for l in range(n_layer)]
-                for name in ("shifts", "scales", "grams", "moments")
-            }
+            lists = {name: [arrays[f"{name}{l}"] for l in range(n_layer)] for name in cls.LISTS}
             sums.n_passages, sums.n_tokens = n_passages, n_tokens
             sums.shifts, sums.scales, sums.grams, sums.moments = (lists[name] for name in lists)
         return sums

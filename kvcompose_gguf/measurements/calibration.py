@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import platformdirs
-
 from ..errors import ConfigError
 from ..models.hashes import model_sha256
-from ..support.files import write_file
+from ..support.files import cache_dir, write_file
 
 VERSION = 1  # version of the file format
 
@@ -113,7 +112,7 @@ def find_measured(model_path: Path, ending: str, read: Callable[[bytes], T]) -> 
         ConfigError: the file is damaged.
     """
     sha256 = model_sha256(model_path)
-    for folder in (calibrations_dir(), Path(__file__).parents[1] / "data" / "calibrations"):
+    for folder in (calibrations_dir(), shipped_dir()):
         file = folder / f"{sha256}{ending}"
         if not file.is_file():
             continue
@@ -136,7 +135,18 @@ def save_calibration(calibration: Calibration) -> Path:
 
 def calibrations_dir() -> Path:
     """Returns the folder of the user's calibrations."""
-    return Path(platformdirs.user_cache_dir("kvcompose-gguf")) / "calibrations"
+    return cache_dir() / "calibrations"
+
+
+def shipped_dir() -> Path:
+    """Returns the folder of the calibrations that come with the package."""
+    return Path(__file__).parents[1] / "data" / "calibrations"
+
+
+def journal_file(sha256: str, settings: Mapping[str, Any], ending: str) -> Path:
+    """Returns the file in which a measurement of a model saves what it has so far; other settings have another file."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return calibrations_dir() / f"{sha256}.{digest}.{ending}"
 
 
 def _are_lists(values: Any) -> bool:

@@ -32,24 +32,24 @@ class Mode:
     """One value of the option ``scoring``.
 
     Attributes:
-        reads: the options that it reads; it ignores the others, or refuses them if they are not the defaults.
+        takes: the options that only some values of ``scoring`` allow, of those that this one allows.
         queries: returns the tokens whose attention it collects; None: it collects no attention.
     """
 
-    reads: tuple[str, ...]
+    takes: tuple[str, ...]
     queries: Callable[[KVCompose], Queries | None]
 
 
-_REPEATED = ("scoring_fraction", "instruction", "scoring_chunk")
+_REPEATED = ("scoring_fraction", "instruction")
 
 #: the values of the option ``scoring``
 MODES = {
-    "auto": Mode((*_REPEATED, "surrogate"), lambda method: method.repeat()),  # until ``for_model`` decides
+    "auto": Mode(_REPEATED, lambda method: method.repeat()),  # until ``for_model`` decides
     "repeat": Mode(_REPEATED, lambda method: method.repeat()),
-    "prompts": Mode(("prompts", "scoring_chunk"), lambda method: Prompts(tuple(method.prompts), method.scoring_chunk)),
-    "window": Mode(("window",), lambda method: Window(method.window)),
+    "prompts": Mode(("prompts",), lambda method: Prompts(tuple(method.prompts), method.scoring_chunk)),
+    "window": Mode((), lambda method: Window(method.window)),
     "prefill": Mode((), lambda method: Prefill()),
-    "surrogate": Mode(("surrogate",), lambda method: None),
+    "surrogate": Mode((), lambda method: None),
 }
 
 
@@ -126,14 +126,14 @@ class KVCompose(Method):
         check_choice("scoring", self.scoring, tuple(MODES))
         if not 0 < self.scoring_fraction <= 1:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} is not in (0, 1]")
-        if self.scoring_fraction != 1 and not self.reads("scoring_fraction"):
+        if self.scoring_fraction != 1 and not self.takes("scoring_fraction"):
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} needs scoring='repeat'")
-        if not isinstance(self.instruction, str) or (self.instruction and not self.reads("instruction")):
+        if not isinstance(self.instruction, str) or (self.instruction and not self.takes("instruction")):
             raise ConfigError(f"instruction={self.instruction!r} must be a text, and needs scoring='repeat'")
         is_list = isinstance(self.prompts, (list, tuple))
         if not is_list or not all(isinstance(text, str) and text for text in self.prompts):
             raise ConfigError(f"prompts={self.prompts!r} must be a list of texts that are not empty")
-        if self.reads("prompts") != bool(self.prompts):
+        if self.takes("prompts") != bool(self.prompts):
             raise ConfigError(f"prompts={self.prompts!r}: scoring='prompts' needs at least one text, others none")
         if not isinstance(self.surrogate, (Surrogate, NoneType)):
             raise ConfigError(f"surrogate={self.surrogate!r} is not a Surrogate")
@@ -165,9 +165,9 @@ class KVCompose(Method):
     def _aggregations(self) -> tuple[str, str]:
         return self.agg_task, self.agg_group
 
-    def reads(self, option: str) -> bool:
-        """Returns whether the chosen ``scoring`` reads ``option``."""
-        return option in MODES[self.scoring].reads
+    def takes(self, option: str) -> bool:
+        """Returns whether the chosen ``scoring`` allows ``option``, one of those in ``MODES``."""
+        return option in MODES[self.scoring].takes
 
     def repeat(self) -> Repeat:
         """Returns the repeat that the options describe."""
@@ -193,7 +193,7 @@ class KVCompose(Method):
         return replace(self, scoring="surrogate" if surrogate else "repeat", surrogate=surrogate)
 
     def fingerprint(self) -> bytes:
-        """Returns the weights of the surrogate."""
+        """Returns the surrogate's weights as bytes; empty without one."""
         return b"".join(weights.tobytes() for weights in self.surrogate.weights) if self.surrogate else b""
 
     def rule(self) -> Allocation:

@@ -20,8 +20,7 @@ class TOVA(Method):
 
     As in kvpress (tova_press.py), that token is kept if it belongs to the context; in the paper its score decides.
     Difference: the paper evicts one token per step; here the last query of the prompt decides once, and with
-        ``keep_last``
-    it lies after the context.
+    ``keep_last`` it lies after the context.
     """
 
     @property

@@ -51,7 +51,7 @@ class Variant(KVCompose):
         for name in ("fold", "correct"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ConfigError(f"{name}={getattr(self, name)} is not a finite number of at least 0")
-        if self.own and not (self.reads("scoring_fraction") and self.scoring_fraction == 1):
+        if self.own and not (self.takes("scoring_fraction") and self.scoring_fraction == 1):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
         if self.output_norm and self.scoring == "surrogate":
             raise ConfigError("output_norm=True weighs attention, but scoring='surrogate' collects none")

@@ -7,10 +7,8 @@ import hashlib
 import json
 from pathlib import Path
 
-import platformdirs
-
 from ..errors import ConfigError
-from ..support.files import write_file
+from ..support.files import cache_dir, write_file
 
 BLOCK = 1 << 20  # bytes hashed at a time
 
@@ -48,4 +46,4 @@ def model_sha256(model_path: Path) -> str:
 
 def _memory() -> Path:
     """Returns the file of the known hashes; it is beside the calibrations, which are named by these hashes."""
-    return Path(platformdirs.user_cache_dir("kvcompose-gguf")) / "calibrations" / "sha256.json"
+    return cache_dir() / "calibrations" / "sha256.json"

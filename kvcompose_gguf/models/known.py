@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from ..errors import ConfigError, DownloadError
+from ..support.files import cache_dir
 from .hashes import sha256
 
 _BLOCK = 1 << 20  # bytes hashed and written at a time
@@ -79,7 +78,7 @@ def path(name: str) -> Path:
 
 def models_dir() -> Path:
     """The folder of fetched models, in the user's cache."""
-    return Path(platformdirs.user_cache_dir("kvcompose-gguf")) / "models"
+    return cache_dir() / "models"
 
 
 def is_fetched(name: str) -> bool:

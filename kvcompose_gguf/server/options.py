@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError
 from ..native.kv_types import ggml_type
 from ..native.pooling import POOLING
-from ..support.arguments import COMPRESSION, MODEL, THREADS, Argument, part, setting, settings
+from ..support.arguments import COMPRESSION, MODEL, THREADS, Argument, option, options, part
 from ..support.checks import parse_bytes
 from .slots.sampling import SAMPLING, Sampling
 
@@ -21,6 +21,7 @@ REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 #: a group of --help
 SERVER = "Server"
 
+#: values of llama-server's switches
 SWITCH = ("on", "off", "auto")
 
 
@@ -48,44 +49,44 @@ class ServeOptions:
     # fmt: off
     model_path: Path
     method: Method | None = None
-    kv_budget: int | None = setting(
+    kv_budget: int | None = option(
         None, "--kv-budget", panel=COMPRESSION, metavar="SIZE", read=lambda text: _size("kv_budget", text),
         help="Limit the caches of all slots together to this size, e.g. 2GiB. Idle slots are evicted, least recently "
         "used first. By default there is no limit.",
     )
-    idle_bytes: int = setting(
-        0, "--kv-save-idle", panel=COMPRESSION, metavar="SIZE", typed="0",
+    idle_bytes: int = option(
+        0, "--kv-save-idle", panel=COMPRESSION, metavar="SIZE", option_default="0",
         read=lambda text: _size("kv_save_idle", text, least=0) or 0,
         help="Save the compressed contexts of evicted slots in --slot-save-path, up to this size, e.g. 4GB. 0 saves "
         "none.",
     )
-    host: str = setting("127.0.0.1", "--host", panel=SERVER, help="Comma-separated addresses to listen on.")
-    port: int = setting(
+    host: str = option("127.0.0.1", "--host", panel=SERVER, help="Comma-separated addresses to listen on.")
+    port: int = option(
         8080, "--port", panel=SERVER, min=0, max=65535, help="Port to listen on. 0 takes a free one."
     )
-    n_parallel: int = setting(
+    n_parallel: int = option(
         1, "--parallel", "-np", panel=SERVER, min=1, help="Number of slots, which each hold one conversation."
     )
-    n_queue: int = setting(
+    n_queue: int = option(
         64, "--queue", panel=SERVER, min=0,
         help="Number of requests that may wait for a slot. Further requests are answered 503.",
     )
-    timeout: float | None = setting(
-        None, "--timeout", "-to", panel=SERVER, min=0, typed=3600, kind=float, read=lambda seconds: seconds or None,
-        help="Longest time for a request in seconds. 0 sets no limit.",
+    timeout: float | None = option(
+        None, "--timeout", "-to", panel=SERVER, min=0, option_default=3600, kind=float,
+        read=lambda seconds: seconds or None, help="Longest time for a request in seconds. 0 sets no limit.",
     )
-    max_body_bytes: int = setting(
-        16 << 20, "--max-body", panel=SERVER, min=1, typed=16, read=lambda mib: mib << 20,
+    max_body_bytes: int = option(
+        16 << 20, "--max-body", panel=SERVER, min=1, option_default=16, read=lambda mib: mib << 20,
         help="Size of the largest request in MiB.",
     )
-    alias: str = setting(
+    alias: str = option(
         "", "--alias", "-a", panel=SERVER,
         help="Comma-separated names of the model for clients. By default the path of the model.",
     )
-    tags: str = setting(
+    tags: str = option(
         "", "--tags", panel=SERVER, help="Comma-separated tags reported by `/v1/models`. By default none."
     )
-    api_keys: tuple[str, ...] = settings(
+    api_keys: tuple[str, ...] = options(
         (),
         Argument(
             ("--api-key",), "Comma-separated API keys. A request needs one of them. By default no key is needed.",
@@ -96,65 +97,65 @@ class ServeOptions:
         ),
         read=lambda keys, file: _keys(keys, file),
     )
-    cors_origins: str = setting(
+    cors_origins: str = option(
         "", "--cors-origins", panel=SERVER,
         help="Allowed CORS origins: `*`, `localhost`, or a list of origins. By default `*` if there are API keys, else "
         "`localhost`.",
     )
-    slot_save_path: Path | None = setting(  # noqa: RUF009 (a field)
+    slot_save_path: Path | None = option(  # noqa: RUF009 (a field)
         None, "--slot-save-path", panel=SERVER, kind=Path,
         help="Folder to save slots in. By default slots cannot be saved.",
     )
-    endpoint_metrics: bool = setting(
+    endpoint_metrics: bool = option(
         True, "--metrics/--no-metrics", panel=SERVER, help="Answer /metrics with Prometheus metrics."
     )
-    endpoint_slots: bool = setting(
+    endpoint_slots: bool = option(
         True, "--slots/--no-slots", panel=SERVER, help="Answer /slots with the state of each slot."
     )
-    ui: bool = setting(True, "--ui/--no-ui", panel=SERVER, help="Serve a chat page at /.")
-    embeddings: int = setting(
+    ui: bool = option(True, "--ui/--no-ui", panel=SERVER, help="Serve a chat page at /.")
+    embeddings: int = option(
         0, "--embeddings", panel=SERVER, min=0,
         help="Answer requests for embeddings of texts up to this number of tokens. 0 answers none.",
     )
-    pooling: str | None = setting(
+    pooling: str | None = option(
         None, "--pooling", panel=SERVER, choices=tuple(POOLING),
         help="Pooling of the embeddings. By default the model's own.",
     )
-    verbose: bool = setting(
+    verbose: bool = option(
         False, "--verbose", "-v", panel=SERVER, help="Include the prompt in each answer. Off by default."
     )
-    n_ctx: int = setting(
+    n_ctx: int = option(
         0, "--ctx-size", "-c", panel=MODEL, min=0,
         help="Context size of all slots together in tokens. 0 takes the model's.",
     )
-    n_batch: int = setting(
+    n_batch: int = option(
         512, "--batch-size", "-b", panel=MODEL, min=1, help="Largest number of tokens in a decode call."
     )
-    n_ubatch: int = setting(
+    n_ubatch: int = option(
         512, "--ubatch-size", "-ub", panel=MODEL, min=1, help="Largest number of tokens computed at once."
     )
-    threads: int | None = settings(None, THREADS, read=lambda n: n)
-    threads_batch: int | None = setting(
+    threads: int | None = options(None, THREADS, read=lambda n: n)
+    threads_batch: int | None = option(
         None, "--threads-batch", "-tb", panel=MODEL, min=1, kind=int,
         help="CPU threads for prompts. By default as --threads, or all cores.",
     )
-    n_gpu_layers: int = setting(
+    n_gpu_layers: int = option(
         0, "--n-gpu-layers", "-ngl", panel=MODEL, min=-1,
         help="Number of layers to compute on a GPU. -1 takes all layers.",
     )
-    flash_attn: bool = setting(
-        True, "--flash-attn", "-fa", panel=MODEL, typed="auto", choices=SWITCH, read=lambda word: word != "off",
-        help="Use flash attention for everything but the scoring. `auto` is `on`.",
+    flash_attn: bool = option(
+        True, "--flash-attn", "-fa", panel=MODEL, option_default="auto", choices=SWITCH,
+        read=lambda word: word != "off", help="Use flash attention for everything but the scoring. `auto` is `on`.",
     )
-    type_k: int | None = setting(
-        None, "--cache-type-k", "-ctk", panel=MODEL, typed="f16", read=ggml_type,
+    type_k: int | None = option(
+        None, "--cache-type-k", "-ctk", panel=MODEL, option_default="f16", read=ggml_type,
         help="Type of the cached keys, e.g. f16 or q8_0.",
     )
-    type_v: int | None = setting(
-        None, "--cache-type-v", "-ctv", panel=MODEL, typed="f16", read=ggml_type,
+    type_v: int | None = option(
+        None, "--cache-type-v", "-ctv", panel=MODEL, option_default="f16", read=ggml_type,
         help="Type of the cached values, e.g. f16 or q8_0.",
     )
-    chat_template: str | None = settings(
+    chat_template: str | None = options(
         None,
         Argument(
             ("--chat-template",), "Chat template: Jinja text, or `chatml`. By default the model's own, or ChatML.",
@@ -166,21 +167,21 @@ class ServeOptions:
         ),
         read=lambda text, file: text if file is None else _text(file),
     )
-    reasoning: bool = setting(
-        True, "--reasoning", "-rea", panel=MODEL, typed="auto", choices=SWITCH, read=lambda word: word != "off",
-        help="Let models think before they answer, if they can. `auto` is `on`.",
+    reasoning: bool = option(
+        True, "--reasoning", "-rea", panel=MODEL, option_default="auto", choices=SWITCH,
+        read=lambda word: word != "off", help="Let models think before they answer, if they can. `auto` is `on`.",
     )
-    reasoning_format: str = setting(
+    reasoning_format: str = option(
         "auto", "--reasoning-format", panel=MODEL,
         help="Where thoughts go: `none` leaves them in the content; `auto`, `deepseek` and `deepseek-legacy` put them "
         "into reasoning_content.",
     )
-    n_predict: int = setting(
+    n_predict: int = option(
         -1, "--n-predict", "-n", panel=SAMPLING, min=-1,
         help="Length of the longest answer in tokens. -1 fills the context.",
     )
     sampling: Sampling = part(Sampling)  # noqa: RUF009 (a field)
-    cache_prompt: bool = setting(
+    cache_prompt: bool = option(
         True, "--cache-prompt/--no-cache-prompt", panel=SAMPLING,
         help="Do not read again what the cache already has of a prompt.",
     )

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from ..errors import ConfigError
 from ..models.identity import Identity
 from ..plan.composed import Contents
 from ..plan.report import KVReport
+from ..support.files import data_dir
 
 ENDING = ".kvc"
 
@@ -65,7 +64,7 @@ class Snapshot:
 
 def sessions_dir() -> Path:
     """Returns the folder of the sessions that are saved by name."""
-    return Path(platformdirs.user_data_dir("kvcompose-gguf")) / "sessions"
+    return data_dir() / "sessions"
 
 
 def session_path(name: str) -> Path:

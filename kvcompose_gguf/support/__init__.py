@@ -1,1 +1,1 @@
-"""Small helpers that know nothing about caches or models."""
+"""Small helpers that know nothing about caches or models, and the names that several commands' options share."""

@@ -1,7 +1,7 @@
 """Declares options of a command next to the fields that they set, so that each option is written once.
 
-A field of a dataclass made by ``setting`` or ``settings`` says how the command line sets it. The commands make their
-options from that, and ``field_values`` makes the fields of what the user typed.
+A field of a dataclass made by ``option`` or ``options`` says how the command line sets it. The commands make their
+options from that, and ``field_values`` makes the values of the fields from what the user typed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_SETTING, _PART = "setting", "part"
+_OPTIONS, _PART = "options", "part"
 
 
 @dataclass(frozen=True)
@@ -58,44 +58,49 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class _Setting:
+class _Options:
     arguments: tuple[Argument, ...]
     read: Callable[..., Any]
 
 
-def setting(
+def _same(value: T) -> T:
+    return value
+
+
+def option(
     default: T,
     *names: str,
     help: str,
     panel: str,
-    read: Callable[[Any], T] | None = None,
-    typed: Any = None,
+    read: Callable[[Any], T] = _same,
+    option_default: Any = None,
     kind: type | None = None,
-    **more: Any,
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
 ) -> T:
-    """Returns a dataclass field that one option sets.
+    """Returns a dataclass field that one option sets; the other arguments are attributes of ``Argument``.
 
     Args:
-        default: of the field.
-        read: makes the field's value of the option's. None: they are the same.
-        typed: default of the option. None: as the field's.
+        default: default of the field.
+        read: makes the field's value from the option's.
+        option_default: default of the option. None: that of the field.
         kind: type of the option's values. None: the type of its default, or text if it has none.
-        **more: further attributes of ``Argument``.
     """
-    shown = default if typed is None else typed
+    shown = default if option_default is None else option_default
     kind = kind or (str if shown is None else type(shown))
-    argument = Argument(names, help, panel, default=shown, kind=kind, **more)
-    return settings(default, argument, read=_same if read is None else read)
+    return options(default, Argument(names, help, panel, shown, kind, choices, metavar, min, max), read=read)
 
 
-def settings(default: T, *arguments: Argument, read: Callable[..., T]) -> T:
-    """Returns a dataclass field that several options set; ``read`` makes its value of theirs."""
-    made: T = field(default=default, metadata={_SETTING: _Setting(arguments, read)})
+def options(default: T, *arguments: Argument, read: Callable[..., T]) -> T:
+    """Returns a dataclass field that several options set; ``read`` makes its value from theirs."""
+    made: T = field(default=default, metadata={_OPTIONS: _Options(arguments, read)})
     return made
 
 
 def part(cls: type[T]) -> T:
-    """Returns a dataclass field that is an object of a class with settings of its own."""
+    """Returns a dataclass field that is an object of a class with options of its own."""
     made: T = field(default_factory=cls, metadata={_PART: cls})
     return made
 
@@ -103,8 +108,8 @@ def part(cls: type[T]) -> T:
 def arguments_of(cls: Any) -> Iterator[Argument]:
     """Yields the options that set the fields of a dataclass, in the order of its fields."""
     for each in dataclasses.fields(cls):
-        if _SETTING in each.metadata:
-            yield from each.metadata[_SETTING].arguments
+        if _OPTIONS in each.metadata:
+            yield from each.metadata[_OPTIONS].arguments
         elif _PART in each.metadata:
             yield from arguments_of(each.metadata[_PART])
 
@@ -119,17 +124,13 @@ def field_values(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for each in dataclasses.fields(cls):
-        if _SETTING in each.metadata:
-            declared: _Setting = each.metadata[_SETTING]
+        if _OPTIONS in each.metadata:
+            declared: _Options = each.metadata[_OPTIONS]
             found[each.name] = declared.read(*(values[argument.name] for argument in declared.arguments))
         elif _PART in each.metadata:
             inner = each.metadata[_PART]
             found[each.name] = inner(**field_values(inner, values))
     return found
-
-
-def _same(value: T) -> T:
-    return value
 
 
 #

@@ -1,4 +1,4 @@
-"""Writes files so that a crash cannot damage them."""
+"""The user's folders, and writing files so that a crash cannot damage them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import platformdirs
+
 #: age at which an unfinished file is taken for one that nobody writes any more
 ABANDONED_SECONDS = 24 * 3600
+
+_APP = "kvcompose-gguf"
+
+
+def cache_dir() -> Path:
+    """Returns the folder for what can be made or fetched again; it may not exist yet."""
+    return Path(platformdirs.user_cache_dir(_APP))
+
+
+def data_dir() -> Path:
+    """Returns the folder for what the user wants to keep; it may not exist yet."""
+    return Path(platformdirs.user_data_dir(_APP))
 
 
 @contextlib.contextmanager

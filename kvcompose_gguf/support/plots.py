@@ -1,4 +1,4 @@
-"""What all pictures share: file formats, colours and markers. Needs the extra ``plot``, imported on first use."""
+"""What all pictures share: file formats, colours and markers. Needs matplotlib (the extra ``plot``), on first use."""
 
 from __future__ import annotations
 

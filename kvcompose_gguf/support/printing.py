@@ -10,8 +10,8 @@ from rich.text import Text
 
 
 def megabytes(n_bytes: int) -> str:
-    """A size, e.g. ``"12.5 MB"``."""
-    return f"{n_bytes / 1e6:.1f} MB"
+    """A size, e.g. ``"1,012.5 MB"``."""
+    return f"{n_bytes / 1e6:,.1f} MB"
 
 
 def layer_bars(n_kept: Iterable[int], n_tokens: int) -> Table:

@@ -99,7 +99,7 @@ def make_sample(
 
 
 def _largest(size: Callable[[int], int], limit: int, least: int, most: int) -> tuple[int, int]:
-    """Returns the largest n in [least, most] with ``size(n) <= limit``and its size, or those of ``least``.
+    """Returns the largest n in [least, most] with ``size(n) <= limit`` and its size, or those of ``least``.
 
     ``size`` grows almost in proportion to n, so guessing along its slope needs half the calls of bisection.
     """

@@ -22,7 +22,7 @@ from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
 from kvcompose_gguf.evaluation.suites import SUITES
 from kvcompose_gguf.evaluation.worker import SampleJob, SampleWorker
-from kvcompose_gguf.models import known as models
+from kvcompose_gguf.models import known
 
 METHODS = ("kvcompose,n_sink=2", "streaming-llm", "unstructured", "variant,fold=1.0,correct=0.5")
 COLUMNS = {(FULL, 0.0), *((method, ratio) for method in METHODS for ratio in (0.5, 0.9))}
@@ -268,7 +268,7 @@ def test_counts_below_one_are_refused_by_the_parser(model_path: Path, tmp_path: 
 
 
 def test_a_missing_model_is_refused_before_a_folder_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "fetch", lambda name: pytest.fail("downloaded"))
+    monkeypatch.setattr(known, "fetch", lambda name: pytest.fail("downloaded"))
     assert "neither a file nor one of" in failure(arguments(tmp_path / "no.gguf", tmp_path / "run"))
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing else")
     assert "broken.gguf cannot be used" in failure(arguments(tmp_path / "broken.gguf", tmp_path / "run"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from ...load import load_model
 from ...methods.kvcompose import KVCompose
 from ...plan.report import KVReport
+from ...support.timing import timed
 from .questions import QUESTIONS, Question, document
 
 if TYPE_CHECKING:
@@ -101,6 +101,5 @@ def _ask(llm: Llama, text: str, questions: Sequence[Question], show: Callable[[s
 
 def _timed_completion(llm: Llama, prompt: str, max_tokens: int) -> tuple[str, float]:
     """The greedy continuation of ``prompt`` up to the end of the line, and its seconds."""
-    start = time.perf_counter()
-    output = llm.create_completion(prompt, max_tokens=max_tokens, temperature=0, stop=["\n"])
-    return output["choices"][0]["text"], time.perf_counter() - start
+    output, seconds = timed(lambda: llm.create_completion(prompt, max_tokens=max_tokens, temperature=0, stop=["\n"]))
+    return output["choices"][0]["text"], seconds

@@ -27,7 +27,7 @@ def infill_prompt(
     Raises:
         ApiError: the model has no infill tokens, or ``extra`` is invalid.
     """
-    fim = {name: _token(llama, name) for name in ("pre", "suf", "mid", "rep", "sep")}
+    fim = {name: infill_token(llama.model, name) for name in ("pre", "suf", "mid", "rep", "sep")}
     names = {"pre": "prefix", "suf": "suffix", "mid": "middle"}
     if missing := [f"{name} token is missing. " for short, name in names.items() if fim[short] is None]:
         raise not_supported(f"Infill is not supported by this model: {''.join(missing)}")
@@ -61,7 +61,3 @@ def _checked(chunk: Any) -> tuple[str, str]:
     if not isinstance(name, str):
         raise invalid('extra_context chunk\'s "filename" field must be a string')
     return name, text
-
-
-def _token(llama: SlotLlama, name: str) -> int | None:
-    return infill_token(llama.model, name)

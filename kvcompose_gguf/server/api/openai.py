@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..slots.steps import End, Progress, Token
-from .native import completion
-from .parts import About, all_probabilities, extras, probabilities_of, timings, usage
+from .llama_server import completion
+from .parts import About, answer_probabilities, extras, timings, token_probabilities, usage
 
 FINISH = {"none": "stop", "eos": "stop", "word": "stop", "limit": "length"}
 
@@ -29,7 +29,7 @@ class Message:
 
 def text_completion(about: About, end: End, streamed: bool = False) -> dict[str, Any]:
     """Returns the whole answer of /v1/completions, or the last chunk of a streamed one."""
-    logprobs = {"content": all_probabilities(about, end)} if about.what.n_probs and not streamed else None
+    logprobs = {"content": answer_probabilities(about, end)} if about.what.n_probs and not streamed else None
     choice = {
         "text": "" if streamed else end.text, "index": about.index, "logprobs": logprobs,
         "finish_reason": FINISH[end.stop_type],
@@ -45,7 +45,7 @@ def text_completion_part(about: About, step: Token | Progress, timings_per_token
     content = step.text if isinstance(step, Token) else ""
     logprobs = None
     if isinstance(step, Token) and about.what.n_probs:
-        logprobs = {"content": [probabilities_of(about, step)]}
+        logprobs = {"content": [token_probabilities(about, step.chosen, step.text)]}
     choice = {"text": content, "index": about.index, "logprobs": logprobs, "finish_reason": None}
     return {"choices": [choice], **_head(about, "text_completion")} | extras(step, timings_per_token)
 
@@ -61,7 +61,7 @@ def chat_completion(about: About, end: End, said: Message) -> dict[str, Any]:
         "finish_reason": chat_finish(end, bool(said.tool_calls)), "index": about.index, "message": message
     }  # fmt: skip
     if about.logprobs:
-        choice["logprobs"] = {"content": all_probabilities(about, end)}
+        choice["logprobs"] = {"content": answer_probabilities(about, end)}
     body = {"choices": [choice], **_head(about, "chat.completion"), "usage": usage(end, len(about.what.tokens))}
     if about.verbose:
         body["__verbose"] = completion(about, end)
@@ -86,7 +86,7 @@ def chat_finish(end: End, has_calls: bool) -> str:
 
 def chat_logprobs(about: About, step: Token) -> dict[str, Any]:
     """Returns the ``logprobs`` for a token of a streamed chat."""
-    return {"content": [probabilities_of(about, step)]}
+    return {"content": [token_probabilities(about, step.chosen, step.text)]}
 
 
 def _head(about: About, kind: str) -> dict[str, Any]:

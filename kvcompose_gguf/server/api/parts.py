@@ -74,8 +74,9 @@ def usage(end: End, n_prompt: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def probabilities(llama: SlotLlama, chosen: Chosen, text: str, after_sampling: bool) -> dict[str, Any]:
-    """Returns a token with its probability and the most probable tokens."""
+def token_probabilities(about: About, chosen: Chosen, text: str) -> dict[str, Any]:
+    """Returns a token of the answer with its probability, and the most probable tokens in its place."""
+    llama, after_sampling = about.llama, about.what.post_sampling_probs
     value, best = ("prob", "top_probs") if after_sampling else ("logprob", "top_logprobs")
 
     def entry(token: int, probability: float, text: str | None = None) -> dict[str, Any]:
@@ -91,21 +92,13 @@ def probabilities(llama: SlotLlama, chosen: Chosen, text: str, after_sampling: b
     return {**entry(chosen.token, chosen.probability, text), best: others}
 
 
-def probabilities_of(about: About, step: Token) -> dict[str, Any]:
-    """Returns a token of a stream with its probability and the most probable tokens."""
-    return probabilities(about.llama, step.chosen, step.text, about.what.post_sampling_probs)
-
-
-def all_probabilities(about: About, end: End) -> list[dict[str, Any]]:
-    """Returns the probabilities of the answer's tokens, without the stop string."""
+def answer_probabilities(about: About, end: End) -> list[dict[str, Any]]:
+    """Returns ``token_probabilities`` of all tokens of an answer, without the stop string."""
     tokens = list(end.tokens)
     if end.stopping_word:
         n_stop = len(about.llama.tokenize(end.stopping_word.encode(), add_bos=False, special=True))
         tokens = tokens[: max(0, len(tokens) - n_stop)]
-    return [
-        probabilities(about.llama, chosen, text, about.what.post_sampling_probs)
-        for chosen, text in zip(tokens, end.shown, strict=False)
-    ]
+    return [token_probabilities(about, chosen, text) for chosen, text in zip(tokens, end.shown, strict=False)]
 
 
 def prompt_text(llama: SlotLlama, tokens: Sequence[int]) -> str:

@@ -171,7 +171,7 @@ CHOICES = [{"enum": ["auto", "none", "required"]}, _object("function", function=
 
 
 class ChatRequest(GenerationRequest):
-    """Body of /v1/chat/completions. Messages and tools are checked by server/chat, with better error messages."""
+    """Body of /v1/chat/completions. Messages and tools: ``server.chat`` checks them, with better error messages."""
 
     messages: Annotated[Any, WithJsonSchema({"type": "array", "items": MESSAGE})] = None
     tools: Annotated[Any, WithJsonSchema({"type": "array", "items": TOOL})] = None

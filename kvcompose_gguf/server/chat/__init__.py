@@ -1,1 +1,1 @@
-"""Chat templates, tools, grammars and the bodies of chat answers."""
+"""Answers chats: checks messages and tools, and makes messages from the model's text."""

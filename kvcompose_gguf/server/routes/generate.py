@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from ...errors import KVComposeError
 from ...kernels.types import FloatArray
-from ..api import native
+from ..api import llama_server
 from ..api.embeddings import native_body, normalized, openai_body, texts_of
 from ..api.errors import api_error, invalid, not_supported
 from ..api.infill import infill_prompt
@@ -30,7 +30,8 @@ router = APIRouter()
 @router.post("/completions")
 async def completion(server: Serving, http: Request, request: CompletionRequest) -> Response:
     prompts = partial(server.prompts, request)
-    return await complete(server, http, request, prompts, native.completion, native.completion_part, done=False)
+    whole, part = llama_server.completion, llama_server.completion_part
+    return await complete(server, http, request, prompts, whole, part, done=False)
 
 
 @router.post("/v1/completions")
@@ -45,7 +46,7 @@ async def infill(server: Serving, http: Request, request: InfillRequest) -> Resp
         infill_prompt, server.llama, server.reader, request.input_prefix, request.input_suffix, request.input_extra,
         request.prompt, request.n_predict or 0,
     )  # fmt: skip
-    whole, part = native.completion, native.completion_part
+    whole, part = llama_server.completion, llama_server.completion_part
     return await complete(server, http, request, lambda: [tokens()], whole, part, done=False)
 
 

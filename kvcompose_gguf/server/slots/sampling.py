@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ...errors import ConfigError, StateError
 from ...kernels.types import FloatArray
 from ...native.sampler import Candidates, Grammar, SamplerChain, Step, last_logits
-from ...support.arguments import setting
+from ...support.arguments import option
 
 if TYPE_CHECKING:
     from ...llama import Llama
@@ -46,24 +46,24 @@ class Sampling:
     """
 
     # fmt: off
-    seed: int = setting(
-        RANDOM_SEED, "--seed", "-s", panel=SAMPLING, min=-1, typed=-1,
+    seed: int = option(
+        RANDOM_SEED, "--seed", "-s", panel=SAMPLING, min=-1, option_default=-1,
         read=lambda seed: RANDOM_SEED if seed == -1 else seed,
         help="Seed of the sampler. -1 takes another seed each time.",
     )
-    temperature: float = setting(
+    temperature: float = option(
         0.8, "--temp", panel=SAMPLING, min=0, help="Sampling temperature. 0 always takes the most probable token."
     )
     dynatemp_range: float = 0.0
     dynatemp_exponent: float = 1.0
-    top_k: int = setting(
+    top_k: int = option(
         40, "--top-k", panel=SAMPLING, min=0, help="Sample from this many most probable tokens. 0 takes all."
     )
-    top_p: float = setting(
+    top_p: float = option(
         0.95, "--top-p", panel=SAMPLING, min=0, max=1,
         help="Sample from the most probable tokens that reach this total. 1 takes all.",
     )
-    min_p: float = setting(
+    min_p: float = option(
         0.05, "--min-p", panel=SAMPLING, min=0, max=1,
         help="Drop tokens below this fraction of the largest probability. 0 drops none.",
     )
@@ -71,17 +71,17 @@ class Sampling:
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     typical_p: float = 1.0
-    repeat_penalty: float = setting(
+    repeat_penalty: float = option(
         1.0, "--repeat-penalty", panel=SAMPLING, help="Divide the logits of repeated tokens by this. 1 turns it off."
     )
-    repeat_last_n: int = setting(
+    repeat_last_n: int = option(
         64, "--repeat-last-n", panel=SAMPLING, min=0, help="Number of latest tokens that the penalties look at."
     )
-    presence_penalty: float = setting(
+    presence_penalty: float = option(
         0.0, "--presence-penalty", panel=SAMPLING,
         help="Subtract this from the logits of tokens that occurred. 0 turns it off.",
     )
-    frequency_penalty: float = setting(
+    frequency_penalty: float = option(
         0.0, "--frequency-penalty", panel=SAMPLING,
         help="Subtract this from a token's logit each time that it occurred. 0 turns it off.",
     )

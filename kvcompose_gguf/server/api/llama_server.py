@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..slots.steps import End, Progress, Token
-from .parts import About, all_probabilities, extras, probabilities_of, prompt_text, timings
+from .parts import About, answer_probabilities, extras, prompt_text, timings, token_probabilities
 
 
 def completion(about: About, end: End, streamed: bool = False) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def completion(about: About, end: End, streamed: bool = False) -> dict[str, Any]
         "timings": timings(end.timings, end.report),
     }  # fmt: skip
     if what.n_probs and not streamed:
-        body["completion_probabilities"] = all_probabilities(about, end)
+        body["completion_probabilities"] = answer_probabilities(about, end)
     return _selected(body, about.response_fields) if about.response_fields else body
 
 
@@ -37,7 +37,7 @@ def completion_part(about: About, step: Token | Progress, timings_per_token: boo
         "tokens_predicted": n, "tokens_evaluated": len(about.what.tokens),
     }  # fmt: skip
     if isinstance(step, Token) and about.what.n_probs:
-        body["completion_probabilities"] = [probabilities_of(about, step)]
+        body["completion_probabilities"] = [token_probabilities(about, step.chosen, step.text)]
     return body | extras(step, timings_per_token)
 
 
