@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "kvcompose_gguf"
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -116,7 +117,10 @@ def test_files_and_modules_that_a_page_names_exist(document: Path) -> None:
         r"\b(?:tests|scripts|patches|docs|kvcompose_gguf)/[\w/.-]*\w\.(?:py|sh|md|cpp|h|json|svg|png)\b", text
     )
     modules = re.findall(r"\bkvcompose_gguf(?:\.\w+)+", text)
+    rooms = "|".join(folder.name for folder in PACKAGE.iterdir() if folder.is_dir())
+    in_rooms = re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w/.-]*\w\.py\b", text)
     places = {ROOT / name for name in files} | {ROOT / f"{name.replace('.', '/')}.py" for name in modules}
+    places |= {PACKAGE / name for name in in_rooms}
     assert not [place for place in sorted(places) if not place.exists() and not place.with_suffix("").is_dir()]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from kvcompose_gguf import ConfigError, KVCompose, UnsupportedError
+from kvcompose_gguf import ConfigError, KVCompose, Llama, UnsupportedError
 from kvcompose_gguf.load import load_model
 from kvcompose_gguf.native.session import KVSession
 
@@ -51,9 +51,18 @@ def test_fast_attention_needs_a_cache_that_can_be_compressed(
     def refuse(self: KVSession, ctx: object) -> None:
         raise UnsupportedError("not this cache")
 
+    closed: list[Llama] = []
+    close = Llama.close
+
+    def note_closed(self: Llama) -> None:
+        closed.append(self)
+        close(self)
+
+    monkeypatch.setattr(Llama, "close", note_closed)
     monkeypatch.setattr(KVSession, "__init__", refuse)
     with pytest.raises(UnsupportedError, match="not this cache"):
         load_model(tiny_model(tiny.GQA), 512, fast_attention=True)
+    assert closed
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from support import tiny
 from support.conversations import DOCUMENT, GEMMA, METHOD, OTHER, TEXT, Counted, ask, byte_tokens, prompt_of
+from support.llamas import ONE_THREAD
 
 from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, StateError
@@ -50,7 +51,7 @@ def test_answers_are_those_of_the_prompt_on_the_compressed_document(
 ) -> None:
     conversation = talk(repeat_penalty=1.0)
     conversation.read([DOCUMENT])
-    llm = make_llama(tiny.GQA, METHOD, n_ctx=4096, n_threads=1, n_threads_batch=1)
+    llm = make_llama(tiny.GQA, METHOD, n_ctx=4096, **ONE_THREAD)
     llm.compress(list(conversation.llm.eval_tokens))
     written = ask(conversation, "Which colour?")
     prompt = f"<|im_start|>user\nDocument tower.txt:\n\n{TEXT}\n\nWhich colour?<|im_end|>\n<|im_start|>assistant\n"
@@ -301,7 +302,7 @@ def test_a_conversation_reads_the_same_on_another_day(talk: Callable[..., Conver
 def test_a_context_that_was_saved_without_a_chat_is_a_document(
     talk: Callable[..., Conversation], make_llama: Any, tmp_path: Path, template: str | None
 ) -> None:
-    llm = make_llama(tiny.GQA, METHOD, n_ctx=4096, n_threads=1, n_threads_batch=1)
+    llm = make_llama(tiny.GQA, METHOD, n_ctx=4096, **ONE_THREAD)
     llm.compress(byte_tokens(TEXT.encode()))
     llm.save_session(tmp_path / "tower.kvc")
     conversation = talk(template=template)

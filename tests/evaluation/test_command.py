@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import tiny
-from support.commands import failure
+from support.commands import failure, loaded_by_help
 from typer.testing import CliRunner
 
 from kvcompose_gguf import ConfigError
@@ -43,11 +41,6 @@ def invoke(*args: str) -> Any:
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
     return result
-
-
-@pytest.fixture(scope="module")
-def model_path(tiny_model: Callable[[tiny.TinyConfig], Path]) -> Path:
-    return tiny_model(tiny.GQA)
 
 
 @pytest.fixture(scope="module")
@@ -207,18 +200,11 @@ def test_quick_is_a_few_samples_of_small_tasks_and_leaves_the_rest_as_asked_for(
 
 
 def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli.app import app; "
-        "result = CliRunner().invoke(app, ['eval', '--help'], env={'COLUMNS': '200', 'TERM': 'dumb'}); "
-        "assert result.exit_code == 0; print(result.output); "
-        "print([name for name in ('llama_cpp', 'numba', 'psutil') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
-    *text, loaded = done.stdout.strip().splitlines()
-    assert loaded == "[]", done.stderr
+    text, loaded = loaded_by_help(["eval"], ["llama_cpp", "numba", "psutil"])
+    assert loaded == []
     names = ["--method", "--out", "--kv-types", "--question-seen", "--chat", "--no-chat", "--seed", "--threads"]
     for name in (*OPTIONS, *names, "--quick", "--report-only"):
-        assert any(name in line for line in text), f"{name} is not in the help"
+        assert name in text, f"{name} is not in the help"
 
 
 #

@@ -10,7 +10,8 @@ import pytest
 from support import tiny
 from support.arrays import assert_close
 from support.edits import edits_of
-from support.llamas import BF16, F16, F32, Q8_0, decode_one_by_one, stored_rows
+from support.llamas import F32, PLAIN_TYPES, Q8_0, decode_one_by_one, stored_rows
+from support.plans import random_plan
 
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
 from kvcompose_gguf.evaluation.trials import compressed
@@ -22,12 +23,6 @@ from kvcompose_gguf.plan.trial import Trial
 N = 80
 CONTEXT = tiny.tokens(tiny.GQA, N)
 QUERY = tiny.tokens(tiny.GQA, 24, seed=1)
-
-
-def random_plan(n_kept: list[int], seed: int = 0) -> CompositionPlan:
-    rng = np.random.default_rng(seed)
-    heads = [[np.sort(rng.permutation(N)[:n]) for _ in range(2)] for n in n_kept]
-    return CompositionPlan(N, tuple(np.array(h, dtype=np.int32).reshape(2, -1) for h in heads))
 
 
 class Edited(tiny.NumpyLlama):
@@ -64,17 +59,14 @@ def both(make_llama: Any, stored: type = np.float64, **kwargs: Any) -> tuple[Any
     return llama, model
 
 
-TYPES = {"f32": F32, "f16": F16, "bf16": BF16}
-
-
 @pytest.mark.parametrize("n_kept", [[30, 80, 7], [0, 80, 1]], ids=str)
 @pytest.mark.parametrize("flash_attn", [False, True])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", PLAIN_TYPES)
 def test_written_values_are_read_again_and_no_other_byte_is_changed(make_llama, name, flash_attn, n_kept):
-    llama, _ = both(make_llama, type_k=TYPES[name], type_v=TYPES[name], flash_attn=flash_attn)
+    llama, _ = both(make_llama, type_k=PLAIN_TYPES[name], type_v=PLAIN_TYPES[name], flash_attn=flash_attn)
     session = llama.session
     assert session.layers[0].v_trans is not flash_attn
-    llama.compose(random_plan(n_kept))
+    llama.compose(random_plan(N, n_kept))
     llama.eval(QUERY)
     before = [[stored_rows(llama, l, which).copy() for which in "kv"] for l in range(3)]
     rng = np.random.default_rng(1)
@@ -101,9 +93,9 @@ def test_values_of_a_full_cache_are_replaced_in_the_first_rows_alone(make_llama,
 
 
 def test_values_that_were_read_can_be_written_back(make_llama):
-    for name, flash_attn in itertools.product(TYPES, (False, True)):
-        llama, _ = both(make_llama, type_k=TYPES[name], type_v=TYPES[name], flash_attn=flash_attn)
-        llama.compose(random_plan([30, 80, 7]))
+    for name, flash_attn in itertools.product(PLAIN_TYPES, (False, True)):
+        llama, _ = both(make_llama, type_k=PLAIN_TYPES[name], type_v=PLAIN_TYPES[name], flash_attn=flash_attn)
+        llama.compose(random_plan(N, [30, 80, 7]))
         before = [stored_rows(llama, l, "v").copy() for l in range(3)]
         llama.write_values([read_rows(llama.session, l, "v", n) for l, n in enumerate((30, 80, 7))])
         for l in range(3):
@@ -114,7 +106,7 @@ def test_values_that_were_read_can_be_written_back(make_llama):
 @pytest.mark.parametrize("shape", [(1, 5, 32), (2, 5, 31), (2, 31, 32), (5, 32)], ids=str)
 def test_values_of_another_shape_are_not_written(make_llama, shape):
     llama, _ = both(make_llama)
-    llama.compose(random_plan([30, 80, 7]))
+    llama.compose(random_plan(N, [30, 80, 7]))
     before = stored_rows(llama, 0, "v").copy()
     with pytest.raises(ConfigError, match=r"values of layer 0 are .*; \(2, at most 30, 32\) is needed"):
         write_values(llama.session, 0, np.zeros(shape, np.float32))
@@ -128,7 +120,7 @@ def test_evidence_of_a_context_that_is_not_in_the_cache_any_more_cannot_be_read(
     llama.eval(QUERY)
     np.testing.assert_array_equal(evidence.keys(0), want)
     llama.truncate(N)
-    llama.compose(random_plan([30, 80, 7]))
+    llama.compose(random_plan(N, [30, 80, 7]))
     with pytest.raises(StateError, match="80 compressed tokens now: the 80 tokens of the full cache"):
         evidence.keys(0)
     llama.reset()
@@ -158,8 +150,8 @@ def test_values_may_be_replaced_where_only_keys_are_quantized(make_llama):
 @pytest.mark.parametrize(("name", "flash_attn"), [("f32", False), ("f16", False), ("f16", True), ("f32", True)])
 def test_answers_follow_from_the_written_values(make_llama, name, flash_attn, n_kept):
     stored = np.float64 if (name, flash_attn) == ("f32", False) else np.float16
-    llama, model = both(make_llama, stored, type_k=TYPES[name], type_v=TYPES[name], flash_attn=flash_attn)
-    plan = random_plan(n_kept)
+    llama, model = both(make_llama, stored, type_k=PLAIN_TYPES[name], type_v=PLAIN_TYPES[name], flash_attn=flash_attn)
+    plan = random_plan(N, n_kept)
     values = [np.random.default_rng(l).standard_normal((2, n, 32)).astype(np.float32) for l, n in enumerate(n_kept)]
     unchanged = Edited(tiny.GQA_SOFT)
     unchanged.forward(CONTEXT)
@@ -180,7 +172,7 @@ def test_answers_follow_from_the_written_values(make_llama, name, flash_attn, n_
 def test_a_bias_of_log_two_is_the_composite_twice(make_llama, flash_attn, n_room):
     stored = np.float16 if flash_attn else np.float64
     llama, model = both(make_llama, stored, flash_attn=flash_attn)
-    plan, rng = random_plan([30, 80, 7]), np.random.default_rng(1)
+    plan, rng = random_plan(N, [30, 80, 7]), np.random.default_rng(1)
     biases = [np.where(rng.random(cells.shape) < 0.5, np.log(2), 0).astype(np.float32) for cells in plan.cells]
     llama.compose(plan, n_room)
     model.compose(plan, biases=biases)
@@ -201,7 +193,7 @@ def test_a_bias_of_log_two_is_the_composite_twice(make_llama, flash_attn, n_room
 def test_tokens_behind_the_composites_get_no_bias(make_llama):
     """Adds the same number to all composites and nothing to later rows: only the share of the two changes."""
     llama, model = both(make_llama)
-    plan = random_plan([30, 80, 7])
+    plan = random_plan(N, [30, 80, 7])
     llama.compose(plan)
     model.compose(plan)
     llama.eval(QUERY[:-1])
@@ -218,7 +210,7 @@ def test_tokens_behind_the_composites_get_no_bias(make_llama):
 
 def test_a_layer_that_keeps_nothing_takes_an_empty_bias(make_llama):
     llama, model = both(make_llama)
-    plan = random_plan([0, 80, 7])
+    plan = random_plan(N, [0, 80, 7])
     biases = [np.full(cells.shape, 0.7, np.float32) for cells in plan.cells]
     llama.compose(plan)
     model.compose(plan, biases=biases)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from support import tiny
@@ -30,11 +28,6 @@ def options(**changes) -> EvalOptions:
             "methods": ("kvcompose", "snapkv,window=16"), "ratios": (0.5, 0.9), "max_tokens": 8, **changes,
         }
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model_path(tiny_model) -> Path:
-    return tiny_model(tiny.GQA)
 
 
 def test_a_run_has_every_method_and_ratio_of_every_sample(model_path, tmp_path):

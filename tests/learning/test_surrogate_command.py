@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from kvcompose_gguf import ConfigError, KVCompose, Llama
 from kvcompose_gguf.cli.app import app
-from kvcompose_gguf.learning import calibrate
-from kvcompose_gguf.learning import fit as surrogate_fit
+from kvcompose_gguf.learning import calibrate, fit
 from kvcompose_gguf.learning.fit import FitOptions, fit_surrogate
 from kvcompose_gguf.learning.passages import passage
 from kvcompose_gguf.learning.quality import rank_correlation
@@ -79,7 +78,7 @@ def test_an_interrupted_fit_goes_on_and_ends_with_the_same_weights(folder, tiny_
         return passage(llama, number, *args)
 
     path = str(tiny_model(tiny.GQA))
-    monkeypatch.setattr(surrogate_fit, "passage", counted)
+    monkeypatch.setattr(fit, "passage", counted)
     with pytest.raises(KeyboardInterrupt):
         fit_surrogate(path, SMALL, threads=1)
     assert numbers == [0, 1]
@@ -127,14 +126,14 @@ def test_passages_longer_than_the_model_reads_are_refused(folder, tiny_model):
 def test_a_cache_folder_that_cannot_be_written_is_refused_before_anything_is_read(folder, tiny_model, monkeypatch):
     folder.parent.mkdir()
     folder.write_text("a file in its place")
-    monkeypatch.setattr(surrogate_fit, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(fit, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=f"cannot write to {folder}, the folder of the calibrations"):
         fit_surrogate(str(tiny_model(tiny.GQA)), SMALL, threads=1)
 
 
 def test_the_command_measures_for_one_method_or_both(monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setattr(surrogate_fit, "fit_surrogate", lambda *args: seen.append(args))
+    monkeypatch.setattr(fit, "fit_surrogate", lambda *args: seen.append(args))
     monkeypatch.setattr(calibrate, "calibrate", lambda model, *args: seen.append(model))
     options = ["--text", "a.txt", "--text", "b.txt", "--threads", "2"]
     for arguments in ([], ["--only", "surrogate", *options, *ARGUMENTS[2:6]], ["--only", "compresskv"]):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
-import kvcompose_gguf
 from kvcompose_gguf import ConfigError
 from kvcompose_gguf.measurements import calibration
 from kvcompose_gguf.measurements.calibration import Calibration, load_calibration, save_calibration
@@ -53,9 +51,9 @@ def test_something_else_is_refused():
 def test_the_users_own_calibration_comes_before_the_packages(folder, tmp_path, monkeypatch):
     model = tmp_path / "some.gguf"
     model.write_bytes(b"weights")
-    shipped = tmp_path / "package" / "data" / "calibrations"
-    shipped.mkdir(parents=True)
-    monkeypatch.setattr(calibration, "__file__", str(tmp_path / "package" / "measurements" / "calibration.py"))
+    shipped = tmp_path / "package"
+    shipped.mkdir()
+    monkeypatch.setattr(calibration, "shipped_dir", lambda: shipped)
     with pytest.raises(ConfigError, match=f"kvcompose calibrate {model}"):
         load_calibration(model)
     sha256 = model_sha256(model)
@@ -74,7 +72,7 @@ def test_the_users_own_calibration_comes_before_the_packages(folder, tmp_path, m
 
 
 def test_every_calibration_of_the_package_can_be_used():
-    files = [*(Path(kvcompose_gguf.__file__).parent / "data" / "calibrations").glob("*.json")]
+    files = [*calibration.shipped_dir().glob("*.json")]
     assert files
     for file in files:
         assert Calibration.from_json(file.read_text("utf-8")).model_sha256 == file.stem

@@ -241,9 +241,9 @@ def test_a_damaged_surrogate_is_refused(data, words):
 def test_the_users_own_surrogate_comes_before_the_packages(folder, tmp_path, monkeypatch):
     model = tmp_path / "some.gguf"
     model.write_bytes(b"weights")
-    shipped = tmp_path / "package" / "data" / "calibrations"
-    shipped.mkdir(parents=True)
-    monkeypatch.setattr(calibration, "__file__", str(tmp_path / "package" / "measurements" / "calibration.py"))
+    shipped = tmp_path / "package"
+    shipped.mkdir()
+    monkeypatch.setattr(calibration, "shipped_dir", lambda: shipped)
     assert find_surrogate(model) is None
     with pytest.raises(ConfigError, match=f"has no surrogate yet; make one with: kvcompose calibrate {model}"):
         load_surrogate(model)

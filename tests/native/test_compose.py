@@ -6,20 +6,12 @@ import numpy as np
 import pytest
 from support import tiny
 from support.llamas import F16, F32, Q8_0, decode_one_by_one, last_logits
+from support.plans import random_plan
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import CompositionPlan, KVCompose
 
 N = 300
-
-
-def random_plan(config: tiny.TinyConfig, n_kept: list[int], seed: int = 3) -> CompositionPlan:
-    rng = np.random.default_rng(seed)
-    cells = tuple(
-        np.stack([np.sort(rng.choice(N, n, replace=False)) for _ in range(config.n_head_kv)]).astype(np.int32)
-        for n in n_kept
-    )
-    return CompositionPlan(N, cells)
 
 
 def masked(config: tiny.TinyConfig, context: list[int], plan: CompositionPlan) -> NumpyLlama:
@@ -43,7 +35,7 @@ def masked(config: tiny.TinyConfig, context: list[int], plan: CompositionPlan) -
 )
 def test_compacted_equals_masked(make_llama, config, flash_attn, n_kept):
     context, after = tiny.tokens(config, N), tiny.tokens(config, 24, seed=1)
-    plan = random_plan(config, n_kept)
+    plan = random_plan(N, n_kept, config.n_head_kv)
     want = masked(config, context, plan).forward(after)[0]
 
     llama = make_llama(config, flash_attn=flash_attn)
@@ -63,7 +55,7 @@ def test_compacted_equals_masked(make_llama, config, flash_attn, n_kept):
 
 def test_a_batch_after_composing_equals_single_tokens(make_llama):
     context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 50, seed=2)
-    plan = random_plan(tiny.GQA, [50, 100, 10])
+    plan = random_plan(N, [50, 100, 10], tiny.GQA.n_head_kv)
     llama = make_llama()
     llama.context.prefill(context)
     llama.session.compose(plan)
@@ -76,7 +68,7 @@ def test_a_batch_after_composing_equals_single_tokens(make_llama):
 @pytest.mark.parametrize("n_batch", [1, 64], ids=["token-by-token", "batches"])
 def test_the_cache_grows_when_its_room_is_used_up(make_llama, flash_attn, n_batch):
     context, after = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 600, seed=4)
-    plan = random_plan(tiny.GQA, [50, 200, 9])
+    plan = random_plan(N, [50, 200, 9], tiny.GQA.n_head_kv)
     llama = make_llama(flash_attn=flash_attn, n_batch=64)
     llama.context.prefill(context)
     llama.session.compose(plan, n_room=16)
@@ -120,7 +112,7 @@ def test_rows_are_moved_byte_by_byte(make_llama, cache):
     llama = make_llama(config, **cache)
     llama.context.prefill(tiny.tokens(config, N))
     layer = llama.session.layers[1]
-    plan = random_plan(config, [30, 77, 120])
+    plan = random_plan(N, [30, 77, 120], config.n_head_kv)
 
     def rows(which: str) -> np.ndarray:
         """(row, head, bytes) of layer 1, whatever the layout."""
@@ -144,7 +136,7 @@ def test_layers_are_allocated_at_their_own_size(make_llama):
     llama = make_llama(n_ctx=2048, elastic=False)
     full = llama.kv_bytes
     llama.context.prefill(tiny.tokens(tiny.GQA, N))
-    llama.session.compose(random_plan(tiny.GQA, [40, 200, 7]), n_room=100)
+    llama.session.compose(random_plan(N, [40, 200, 7], tiny.GQA.n_head_kv), n_room=100)
     cells = [llama.kv_cells(il) for il in range(3)]
     assert [c.n_rows_used for c in cells] == [40, 200, 7]
     assert [c.n_rows for c in cells] == [40 + 100, 200 + 100, 7 + 100]

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from support.commands import loaded_by_help
 from support.serving import CONFIG, until
 from typer.testing import CliRunner
 
@@ -113,13 +114,9 @@ def test_an_old_name_means_the_new_one_and_says_so(tiny_model, monkeypatch, old,
 
 
 def test_help_loads_neither_the_library_nor_the_server():
-    code = (
-        "import sys; from typer.testing import CliRunner; from kvcompose_gguf.cli.app import app; "
-        "assert CliRunner().invoke(app, ['serve', '--help']).exit_code == 0; "
-        "print([name for name in ('llama_cpp', 'numba', 'fastapi', 'uvicorn') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+    text, loaded = loaded_by_help(["serve"], ["llama_cpp", "numba", "fastapi", "uvicorn"])
+    assert "--kv-budget" in text
+    assert loaded == []
 
 
 def test_every_option_is_declared_once_and_sets_a_field():

@@ -137,7 +137,7 @@ def assert_scores(method: Method, evidence: Evidence, expected: Scores) -> list[
 
 
 def assert_plan(method: Method, evidence: Evidence, scores: list[np.ndarray], n_kept: list[int]) -> None:
-    """Returns each head's sinks, then its highest scores, lowest index first."""
+    """Checks that each head keeps its sinks, then its highest scores, lowest index first."""
     plan = method.plan(evidence)
     for cells, rows, n in zip(plan.cells, scores, n_kept, strict=True):
         for kept, row in zip(cells, rows, strict=True):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 F32, F16, BF16, Q8_0 = 0, 1, 30, 8
 #: every type that llama.cpp stores keys and values in
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2, "iq4_nl": 20}
+PLAIN_TYPES = {name: TYPES[name] for name in ("f32", "f16", "bf16")}
 ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 
 

@@ -1,4 +1,4 @@
-"""The specification of KVCompose's plan: steps 4 to 9 of the method (arXiv 2509.05165), written as plain loops."""
+"""Random plans, and the specification of KVCompose's plan: steps 4 to 9 of arXiv 2509.05165, as plain loops."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ Aggregate = Callable[[Sequence[float]], float]
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def random_plan(n_tokens: int, n_kept: Sequence[int], n_head_kv: int = 2, seed: int = 3) -> CompositionPlan:
+    """Returns a plan in which each head keeps its own random tokens, ``n_kept`` of them in each layer."""
+    rng = np.random.default_rng(seed)
+    heads = [[np.sort(rng.choice(n_tokens, n, replace=False)) for _ in range(n_head_kv)] for n in n_kept]
+    return CompositionPlan(n_tokens, tuple(np.stack(tokens).astype(np.int32) for tokens in heads))
 
 
 def specified_plan(

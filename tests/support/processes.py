@@ -22,10 +22,11 @@ def free_port() -> int:
 
 
 def wait_for(port: int) -> None:
+    """Waits until a process listens on ``port``, up to 20 seconds."""
     for _ in range(200):
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
             return
         except OSError:
             time.sleep(0.1)
-    raise AssertionError(f"no RPC server on port {port}")
+    raise AssertionError(f"nothing listens on port {port}")

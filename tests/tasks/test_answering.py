@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from support import tiny
 from support.llamas import greedy
+from support.plans import random_plan
 
 from kvcompose_gguf import CompositionPlan
 from kvcompose_gguf.evaluation.trials import compressed
@@ -16,12 +17,6 @@ N = 300
 CONTEXT = tiny.tokens(tiny.GQA, N)
 QUESTION = tiny.tokens(tiny.GQA, 20, seed=3)
 N_ANSWER = 12
-
-
-def random_plan(n_kept: list[int], n_tokens: int = N) -> CompositionPlan:
-    rng = np.random.default_rng(0)
-    heads = [[np.sort(rng.permutation(n_tokens)[:n]) for _ in range(2)] for n in n_kept]
-    return CompositionPlan(n_tokens, tuple(np.array(h, dtype=np.int32) for h in heads))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -49,7 +44,7 @@ def test_answering_beside_a_reference_gives_the_caches_own_greedy_answer_and_the
     full = answer(llama, QUESTION, N_ANSWER)
     n_different = 0
     for n_kept in ([300] * n_layer, [299] * n_layer, [150] * n_layer, [5] * n_layer):
-        with compressed(llama, state, Trial(random_plan(n_kept))) as restore:
+        with compressed(llama, state, Trial(random_plan(N, n_kept))) as restore:
             want = answer(llama, QUESTION, N_ANSWER)
             restore()
             reply = answer_again(llama, QUESTION, N_ANSWER, full, restore)
@@ -77,7 +72,7 @@ def test_earlier_answers_change_how_often_an_answer_is_evaluated_and_not_what_it
         return eval_logits(tokens)
 
     monkeypatch.setattr(llama, "eval_logits", counted)
-    with compressed(llama, state, Trial(random_plan([5] * len(llama.kv_layers)))) as restore:
+    with compressed(llama, state, Trial(random_plan(N, [5] * len(llama.kv_layers)))) as restore:
         replies, calls, ends = [], [], []
         own = answer(llama, QUESTION, N_ANSWER).choices
         wrong = [*own[:6], own[6] ^ 1, *own[7:]]
@@ -146,7 +141,7 @@ def test_a_mask_shows_what_it_says(make_llama):
     llama = make_llama()
     llama.prefill(CONTEXT)
     state = llama.save_state()
-    plan = random_plan([100, 100, 100])
+    plan = random_plan(N, [100, 100, 100])
     biases = [np.full((2, N), -np.inf, dtype=np.float32) for _ in range(3)]
     for l in range(3):
         np.put_along_axis(biases[l], plan.cells[l].astype(np.int64), 0, axis=1)

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 from support import tiny
+from support.conversations import METHOD
+from support.llamas import ONE_THREAD
 
-from kvcompose_gguf import KVCompose
 from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.chat.documents import Document
 from kvcompose_gguf.chat.interrupts import Interrupts, Stopped
 from kvcompose_gguf.chat.lines import COMMANDS, Chat
 from kvcompose_gguf.chat.screen import Screen
 
-METHOD = KVCompose(compression_ratio=0.5, min_tokens=64, keep_last=8)
 TEXT = " ".join(f"Room {i} is painted in colour {i * 37 % 101}." for i in range(12))
 
 
@@ -46,7 +46,7 @@ def talk(make_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Re
     monkeypatch.setattr("kvcompose_gguf.sessions.info.sessions_dir", lambda: tmp_path / "sessions")
     (tmp_path / "rooms.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    return Recorded(make_llama(tiny.GQA, METHOD, n_ctx=4096, n_threads=1, n_threads_batch=1))
+    return Recorded(make_llama(tiny.GQA, METHOD, n_ctx=4096, **ONE_THREAD))
 
 
 def test_a_question_is_answered(talk: Recorded) -> None:

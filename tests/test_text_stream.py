@@ -17,7 +17,7 @@ def pieces(text: str, cuts: list[int]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_what_is_shown_is_the_text_before_the_first_stop_wherever_tokens_end(seed):
+def test_what_is_shown_is_the_text_before_the_first_stop_wherever_tokens_end(seed: int) -> None:
     rng = random.Random(seed)
     alphabet = ["a", "b", "é", "語", "🙂", "\n", "ab", "STOP", "STO"]
     text = "".join(rng.choice(alphabet) for _ in range(30))
@@ -33,7 +33,7 @@ def test_what_is_shown_is_the_text_before_the_first_stop_wherever_tokens_end(see
     assert stream.stop == (min(found)[2] if found else None)
 
 
-def test_what_may_be_a_stop_text_waits_and_comes_when_it_is_none():
+def test_what_may_be_a_stop_text_waits_and_comes_when_it_is_none() -> None:
     stream = TextStream(["</end>"])
     assert stream.add(b"Hello <") == "Hello "
     assert not stream.is_whole
@@ -44,7 +44,7 @@ def test_what_may_be_a_stop_text_waits_and_comes_when_it_is_none():
     assert stream.end() == "</en"
 
 
-def test_a_character_that_is_not_whole_waits_and_is_replaced_at_the_end():
+def test_a_character_that_is_not_whole_waits_and_is_replaced_at_the_end() -> None:
     stream = TextStream()
     assert stream.add("é".encode()[:1]) == ""
     assert not stream.is_whole
@@ -53,7 +53,7 @@ def test_a_character_that_is_not_whole_waits_and_is_replaced_at_the_end():
     assert stream.end() == "\ufffd"
 
 
-def test_nothing_comes_after_a_stop():
+def test_nothing_comes_after_a_stop() -> None:
     stream = TextStream(["x", ""])
     assert stream.add(b"abxcd") == "ab"
     assert (stream.stop, stream.add(b"more"), stream.end(), stream.text) == ("x", "", "", "ab")

@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 from typer.testing import CliRunner
 
-from kvcompose_gguf.cli import saved as sessions_command
+from kvcompose_gguf.cli import saved
 from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.sessions import describe
 
@@ -21,7 +21,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty folder of saved sessions."""
     found = tmp_path / "sessions"
     monkeypatch.setattr("kvcompose_gguf.sessions.info.sessions_dir", lambda: found)
-    monkeypatch.setattr(sessions_command, "sessions_dir", lambda: found)
+    monkeypatch.setattr(saved, "sessions_dir", lambda: found)
     return found
 
 
@@ -142,4 +142,4 @@ def test_only_session_files_can_be_deleted(tmp_path: Path) -> None:
     [(0, "now"), (-5, "now"), (59.9, "59 s"), (60, "1 min"), (7200, "2 h"), (86400, "1 day"), (200000, "2 days")],
 )
 def test_an_age_is_in_its_largest_unit(seconds: float, text: str) -> None:
-    assert sessions_command.age(seconds) == text
+    assert saved.age(seconds) == text
