@@ -1,4 +1,4 @@
-"""The way of a prompt: prefill -> scores -> plan -> compose, and the choice between that and continuing."""
+"""Compresses a prompt (prefill -> scores -> plan -> compose), or continues from one that is compressed already."""
 
 from __future__ import annotations
 

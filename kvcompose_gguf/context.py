@@ -1,11 +1,10 @@
-"""The one owner of a live cache: its tokens, what of them is compressed, and the verbs that may change it."""
+"""Owns one live cache: its tokens, its compressed context, and the only methods that change them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from .access import Access, changes_cache, reads_cache
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
 from .kernels.types import FloatArray
-from .native.decoder import Decoder
+from .native.decoder import Decoder, Outputs
 from .native.rows import write_values
 from .native.session import KVSession
 from .native.vocabulary import Vocabulary
@@ -30,8 +29,8 @@ START_CELLS = 256
 class Context:
     """One ``llama_context``, and the tokens in its cache. Only the methods below change either.
 
-    A cache is full: every token has a row in every layer; or it begins with a compressed context, which is one piece:
-    it can be continued, and removed as a whole, but not cut.
+    A full cache has a row for every token in every layer. A compressed cache begins with a compressed context, which
+    can be continued or removed as a whole, but not cut.
 
     Several threads may share one object, as ``Access`` says.
 
@@ -41,7 +40,7 @@ class Context:
         n_ctx: number of cells.
         n_batch: largest number of tokens of one decode.
         elastic: allocate memory only for the tokens in the cache.
-        clears: empty the memory at every ``reset``, as recurrent models need it.
+        clears: whether ``reset`` also clears the native memory, as recurrent models need.
         logits: where to store the logits of every evaluated token, float32 ``(n_ctx, n_vocab)``; None: nowhere.
     Attributes:
         report: figures of the compression; None while the cache is full and nobody asked to compress it.
@@ -65,11 +64,10 @@ class Context:
         self.n_ctx, self.n_batch, self.n_ubatch = n_ctx, n_batch, decoder.n_ubatch
         self._elastic, self._clears, self._logits = elastic, clears, logits
         self._session: KVSession | None = None
-        self._n_read = 0  # tokens that are text; image handlers decode others themselves
+        self._first_image: int | None = None  # place of the first image in the cache
         #: int32 ``(n_ctx,)``; the first ``n_tokens`` are those in the cache
         self.ids: npt.NDArray[np.int32] = np.zeros(n_ctx, dtype=np.int32)
-        self._n_tokens = 0
-        self._needs_eval = True
+        self._n_tokens, self._needs_eval = 0, True
         self._composed: Composed | None = None
         self.report: KVReport | None = None
         self.meter = Meter()
@@ -130,14 +128,17 @@ class Context:
 
     @property
     def has_images(self) -> bool:
-        """Returns whether the bindings have evaluated something else than text, which cannot be evaluated again."""
-        return self.n_tokens > self._n_read
+        """Returns whether the cache holds an image, which only the bindings' own handlers can evaluate."""
+        return self._first_image is not None and self._first_image < self.n_tokens
 
     @property
     @reads_cache
     def can_truncate(self) -> bool:
         """Returns whether ``truncate`` can remove any number of tokens; with sliding windows it cannot."""
-        return not self.session.state().n_cells_swa
+        try:
+            return not self.session.state().n_cells_swa
+        except UnsupportedError:  # unknown, so the cache is read again
+            return False
 
     #
     # reading: the cache stays or becomes full
@@ -145,15 +146,12 @@ class Context:
 
     @changes_cache
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluates ``tokens`` after those in the cache; the logits of the last one can be sampled from."""
-        self._begin(len(tokens))
-        for first in range(0, len(tokens), self.n_batch):
-            part = tokens[first : first + self.n_batch]
-            at = self.n_tokens
-            self._run(part, at, "last" if self._logits is None else "all")
-            if self._logits is not None:
-                self._logits[at : at + len(part)] = self._decoder.logits(len(part))
-            self._append(part)
+        """Evaluates ``tokens`` after those in the cache; the logits of the last one can be sampled from.
+
+        Raises:
+            ContextLengthError: the tokens do not fit into ``n_ctx``.
+        """
+        for _, part in self._read(tokens, "last" if self._logits is None else "all"):
             self._needs_eval = False
             self.meter.add(len(part))
 
@@ -164,16 +162,9 @@ class Context:
         Raises:
             ContextLengthError: the tokens do not fit into ``n_ctx``.
         """
-        if self.n_tokens + len(tokens) > self.n_ctx:
-            raise ContextLengthError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self.n_ctx}")
-        self._needs_eval = True  # after an interruption, the last logits may belong to another token
-        self._begin(len(tokens))
         rows = np.empty((len(tokens), self.vocabulary.n_tokens), dtype=np.float32)
-        for first in range(0, len(tokens), self.n_batch):
-            part = list(tokens[first : first + self.n_batch])
-            self._run(part, self.n_tokens, "all")
+        for first, part in self._read(tokens, "all"):
             rows[first : first + len(part)] = self._decoder.logits(len(part))
-            self._append(part)
         return rows
 
     @changes_cache
@@ -187,13 +178,7 @@ class Context:
         """
         if len(tokens) > self.n_ctx:
             raise ContextLengthError(f"{len(tokens)} tokens do not fit into n_ctx={self.n_ctx}: raise n_ctx")
-        n_reused = 0 if self.composed or not keep_prefix else seam.common_prefix(self.tokens, tokens)
-        if n_reused < self.n_tokens and self.session.state().n_cells_swa:
-            n_reused = 0  # sliding windows cannot go back: they have dropped the tokens before them
-        if n_reused == 0 or not self._decoder.remove(n_reused):
-            self.reset()
-            n_reused = 0
-        self._end_at(n_reused)
+        n_reused = self.rewind(0 if self.composed or not keep_prefix else seam.common_prefix(self.tokens, tokens))
         self.meter.begin("reading", len(tokens) - n_reused)
         if n_reused < len(tokens):
             self.eval(tokens[n_reused:])
@@ -221,17 +206,15 @@ class Context:
         self.meter.add(len(tokens))
 
     @contextlib.contextmanager
-    def on_top(self, pos: int) -> Iterator[None]:
-        """Removes at the end of the ``with`` block all tokens that ``decode`` evaluated from position ``pos`` on."""
+    def on_top(self) -> Iterator[None]:
+        """Removes at the end of the ``with`` block the tokens that ``decode`` evaluated after those in the cache."""
         with self.access.turn("on_top"):
-            partial = self._partial_state()
-            n_tokens = self.n_tokens
+            n_tokens, partial = self.n_tokens, self._partial_state()
             self._end_at(0)  # after an error below, the cache counts as empty
             try:
                 yield
             finally:
-                self._go_back(pos, partial)
-                self._end_at(n_tokens)
+                self._go_back(n_tokens, partial)
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
@@ -242,7 +225,6 @@ class Context:
                 yield
             finally:
                 self._go_back(n_tokens, partial)
-                self._end_at(n_tokens)
 
     #
     # composing, and what follows
@@ -282,10 +264,9 @@ class Context:
             self.reset()
             return 0
         if is_cut and composed is not None and composed.partial is not None:
-            self._end_at(0)  # after an error below, the cache counts as empty
             n_tokens = self.n_context
             self._go_back(n_tokens, composed.partial)
-        elif is_cut and not self._decoder.remove(n_tokens):
+        elif not self._decoder.remove(n_tokens):
             self.reset()
             return 0
         self._end_at(n_tokens)
@@ -309,8 +290,7 @@ class Context:
     def reset(self) -> None:
         """Empties the cache; a compressed cache becomes a full one again, and an elastic cache becomes small."""
         self._end_at(0)
-        self._n_read = 0
-        self.report = None
+        self._first_image, self.report = None, None
         if self.composed is not None or self._elastic or self._clears:
             self._composed = None
             self._decoder.clear()
@@ -318,7 +298,9 @@ class Context:
             self._reserve(0)
 
     def adopt(self, n_tokens: int) -> None:
-        """Notes that the bindings themselves made the cache end after ``n_tokens``, e.g. by evaluating an image."""
+        """Notes that the bindings themselves made the cache end after ``n_tokens``; more can only be an image."""
+        if n_tokens > self._n_tokens and not self.has_images:
+            self._first_image = self._n_tokens
         self._n_tokens = n_tokens
 
     def forget_logits(self) -> None:
@@ -345,8 +327,8 @@ class Context:
     @reads_cache
     def save(self) -> Contents:
         """Returns everything in the cache, as a value."""
-        held = self.ids[: self.n_tokens].copy()
-        return Contents(held, self._decoder.state(), self.composed, self.report)
+        held, state = self.ids[: self.n_tokens].copy(), self._decoder.state()
+        return Contents(held, state, self.composed, self.report, self._first_image)
 
     @changes_cache
     def load(self, contents: Contents, choice: str | None = None) -> None:
@@ -355,7 +337,8 @@ class Context:
         Args:
             choice: the name under which a compressed context continues; None: the saved one.
         Raises:
-            StateError: the contents belong to another model, or do not fit into this cache, which is empty then.
+            StateError: there are too many tokens, and the cache is unchanged; or llama.cpp refuses the state, and the
+                cache is empty.
         """
         n_tokens = len(contents.tokens)
         if n_tokens >= self.n_ctx:
@@ -364,7 +347,7 @@ class Context:
         self._decoder.load_state(contents.state)
         self.ids[:n_tokens] = contents.tokens
         self._end_at(n_tokens)
-        self._n_read = n_tokens
+        self._first_image = contents.first_image
         composed = contents.composed
         self._composed = composed if composed is None or choice is None else replace(composed, choice=choice)
         self.report = contents.report
@@ -384,7 +367,21 @@ class Context:
             self._reserve(self.n_tokens + n + START_CELLS)
         self._decoder.remove(self.n_tokens)
 
-    def _run(self, tokens: Sequence[int], pos: int, outputs: Literal["none", "last", "all"]) -> None:
+    def _read(self, tokens: Sequence[int], outputs: Outputs) -> Iterator[tuple[int, Sequence[int]]]:
+        """Evaluates ``tokens`` after those in the cache; yields each batch with its place in ``tokens``."""
+        if self.n_tokens + len(tokens) > self.n_ctx:
+            raise ContextLengthError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self.n_ctx}")
+        self._begin(len(tokens))
+        for first in range(0, len(tokens), self.n_batch):
+            part, at = tokens[first : first + self.n_batch], self.n_tokens
+            self._needs_eval = True  # after an interruption, the last logits may belong to another token
+            self._run(part, at, outputs)
+            if self._logits is not None and outputs == "all":
+                self._logits[at : at + len(part)] = self._decoder.logits(len(part))
+            self._append(part)
+            yield first, part
+
+    def _run(self, tokens: Sequence[int], pos: int, outputs: Outputs) -> None:
         self.through(lambda: self._decoder.decode(tokens, pos, outputs), len(tokens))
 
     def _end_at(self, n_tokens: int) -> None:
@@ -392,15 +389,18 @@ class Context:
         self._n_tokens, self._needs_eval = n_tokens, True
 
     def _go_back(self, n_tokens: int, partial: bytes | None) -> None:
-        """Removes the native tokens after the first ``n_tokens``; ``partial``: the state of layers that cannot."""
+        """Removes all tokens after the first ``n_tokens``; ``partial``: the state there of layers that cannot."""
+        self._end_at(0)  # after an error below, the cache counts as empty
         self._decoder.remove(n_tokens)
         if partial is not None:
             self._decoder.load_partial_state(partial)
+        self._end_at(n_tokens)
 
     def _append(self, tokens: Sequence[int]) -> None:
+        if not self.has_images:  # one that was there has been removed
+            self._first_image = None
         self.ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
         self._n_tokens += len(tokens)
-        self._n_read = self.n_tokens
 
     def _reserve(self, n_cells: int) -> None:
         """Allocates ``n_cells`` at once; a context that cannot be compressed, or lacks the memory, grows in steps."""
@@ -408,6 +408,6 @@ class Context:
             self.session.reserve(min(n_cells, self.session.state().n_cells))
 
     def _partial_state(self) -> bytes | None:
-        """Returns the state of the layers that cannot go back; None: the model has none."""
+        """Returns the state of the sliding-window layers; None: there are none, or they keep every token."""
         state = self.session.state()
         return self._decoder.partial_state() if 0 < state.n_cells_swa < state.n_cells else None

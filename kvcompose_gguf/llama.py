@@ -39,13 +39,22 @@ class Llama(LlamaBase):
     Attributes:
         context: the owner of the cache, for everything that is not here.
     Raises:
+        ConfigError: ``weights_of`` has another file, or an option of the method is out of range.
         UnsupportedError: compression does not support this model, its cache or the other arguments.
     """
 
-    def __init__(self, model_path: str, *, kv_compressor: Method | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        kv_compressor: Method | None = None,
+        elastic: bool = True,
+        weights_of: LlamaBase | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._method: Method | None = None
         _check_method(kv_compressor)
-        super().__init__(model_path, **kwargs)
+        super().__init__(model_path, elastic=elastic, weights_of=weights_of, **kwargs)
         try:
             self.kv_compressor = kv_compressor
         except Exception:
@@ -150,7 +159,7 @@ class Llama(LlamaBase):
             llama_state_size=len(contents.state),
             seed=self._seed,
         )
-        state.kv_composed, state.kv_report = contents.composed, contents.report
+        state.kv_composed, state.kv_report, state.kv_image = contents.composed, contents.report, contents.first_image
         return state
 
     @changes_cache
@@ -160,8 +169,8 @@ class Llama(LlamaBase):
         Raises:
             StateError: the state belongs to another model, or does not fit into this cache.
         """
-        composed, report = getattr(state, "kv_composed", None), getattr(state, "kv_report", None)
-        contents = Contents(state.input_ids[: state.n_tokens], state.llama_state, composed, report)
+        ours = [getattr(state, name, None) for name in ("kv_composed", "kv_report", "kv_image")]
+        contents = Contents(state.input_ids[: state.n_tokens], state.llama_state, *ours)
         self.context.load(contents, choice_of(self._method))
         if self._logits_all:
             self.scores[: len(state.scores)] = state.scores

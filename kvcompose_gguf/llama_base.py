@@ -13,6 +13,7 @@ import numpy.typing as npt
 from . import __version__
 from .access import Access, changes_cache, inherits, reads_cache, reads_model, seal
 from .context import START_CELLS, Context
+from .errors import ConfigError
 from .models.identity import Identity, model_id
 from .native import library, settings
 from .native.decoder import Decoder
@@ -40,12 +41,16 @@ Prompt = str | bytes | Sequence[int]
     }
 )  # fmt: skip
 class LlamaBase(llama_cpp.Llama):  # type: ignore[misc, name-defined]
-    """llama-cpp-python's ``Llama``; whatever it does to its cache goes through ``context``.
+    """llama-cpp-python's ``Llama``, with a ``context`` that knows what its cache holds.
+
+    The bindings' own ``generate`` and ``embed`` also remove tokens themselves, and then set ``n_tokens``.
 
     Args:
         elastic: allocate memory only for the tokens that the cache holds.
         weights_of: another object of this class, to share its weights; it has to be closed last.
         **kwargs: arguments of ``llama_cpp.Llama``.
+    Raises:
+        ConfigError: ``weights_of`` has another file.
     Attributes:
         access: controls which thread may use the object.
         context: the owner of the cache.
@@ -65,6 +70,8 @@ class LlamaBase(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         self._own_identity: Identity | None = None
         # embed() empties the cache before every batch, so an elastic cache would shrink and grow each time
         self.elastic = elastic and not kwargs.get("embedding", False)
+        if weights_of is not None and Path(weights_of.model_path).resolve() != Path(model_path).resolve():
+            raise ConfigError(f"weights_of has {weights_of.model_path}, not {model_path}: share weights of one file")
         lender = None if weights_of is None else weights_of._model
         with start_small(START_CELLS if self.elastic else 0), shared_weights(lender):
             super().__init__(model_path, **kwargs)
@@ -230,7 +237,9 @@ class LlamaBase(llama_cpp.Llama):  # type: ignore[misc, name-defined]
         return self.context.ids
 
     @input_ids.setter
-    def input_ids(self, ids: npt.NDArray[np.int32]) -> None: ...
+    def input_ids(self, ids: npt.NDArray[np.int32]) -> None:
+        if "context" in self.__dict__:
+            raise AttributeError("input_ids cannot be replaced: use eval(), or write into the array")
 
     @property
     def _requires_eval(self) -> bool:

@@ -1,8 +1,11 @@
-"""Hands on names from their old modules, for one version: each use warns with the new place.
+"""Hands on names from their old modules for one version; each use warns with the new place.
 
 The modules moved into rooms. A module that is gone is found by a finder, which the package registers; an old module
-that is a folder of the same name now hands on its old names with a ``__getattr__``. Modules inside of the programs
-``server`` and ``chat`` moved without an alias.
+that is a folder of the same name now hands on its old names with a ``__getattr__``. These moved or
+changed without an alias: all inside of the programs ``server`` and ``chat``; the module ``states``; ``Llama.decoder``;
+in ``scoring`` ``Decoder``, ``collect_attention`` and ``collect_queries``; ``evaluation.variants.EditedPlan``;
+``bench.run_bench``; ``tables.layer_bars``; and the fields
+``keys``, ``values``, ``states`` and ``unrotate`` of ``Evidence``.
 """
 
 from __future__ import annotations
@@ -10,10 +13,10 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -80,19 +83,23 @@ FOLDERS: dict[str, dict[str, str]] = {
     "plan": {"CompositionPlan": "plan.composition"},
     "scoring": {
         "Attention": "scoring.collect",
-        "Decoder": "native.decoder",
         "chunk_size": "scoring.collect",
-        "collect_queries": "scoring.collect",
         "spread": "scoring.collect",
     },
 }
 
 
-def from_folder(package: str) -> Callable[[str], Any]:
-    """Returns the ``__getattr__`` of a folder that was a module; the folder's ``__init__`` calls this."""
+def from_folder(package: str, lazy: Mapping[str, str] = MappingProxyType({})) -> Callable[[str], Any]:
+    """Returns the ``__getattr__`` of a folder that was a module; the folder's ``__init__`` calls this.
+
+    Args:
+        lazy: names that the folder still has -> their modules, which are imported on first use.
+    """
     old = package.removeprefix(f"{PACKAGE}.")
 
     def find(name: str) -> Any:
+        if name in lazy:
+            return getattr(importlib.import_module(f"{package}.{lazy[name]}"), name)
         place = FOLDERS[old].get(name)
         return _from(old, (place,) if place else (), name)
 

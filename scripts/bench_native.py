@@ -71,7 +71,7 @@ def bench_scores(make: Callable[..., Llama], ids: list[int], repeats: int) -> di
 
     def decode(fast: bool, scored: bool) -> None:
         session.set_fast_attention(fast)
-        with llama.context.on_top(n):
+        with llama.context.on_top():
             if scored:
                 with session.scoring("max", n, 64 << 20):
                     llama.context.decode(ids[:CHUNK], n)

@@ -12,7 +12,7 @@ import pytest
 from support import tiny
 from support.llamas import F32, greedy
 
-from kvcompose_gguf import KVCompose, Llama, StateError
+from kvcompose_gguf import ConfigError, ContextLengthError, KVCompose, Llama, NativeError, StateError
 
 N = 300
 METHOD = KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8, scoring="repeat")
@@ -118,3 +118,104 @@ def test_evidence_is_still_read_by_name_with_a_warning(make_llama: Any) -> None:
         np.testing.assert_array_equal(evidence.read("keys", 0)[0], keys)
     with pytest.warns(DeprecationWarning, match="unrotate"):
         np.testing.assert_array_equal(evidence.read("unrotate", 0)(keys, pos), evidence.unrotate(0, keys, pos))
+
+
+@each_cache
+def test_more_tokens_than_the_context_has_cells_are_refused_before_anything_changes(
+    make_llama: Any, compressed: bool
+) -> None:
+    llama = filled(make_llama, "llama", compressed)
+    untouched = filled(make_llama, "llama", compressed)
+    many = tiny.tokens(tiny.GQA, llama.n_ctx() - llama.n_tokens + 1, seed=9)
+    for call in (llama.eval, llama.eval_logits):
+        with pytest.raises(ContextLengthError, match="do not fit into n_ctx"):
+            call(many)
+    assert llama.context.tokens == [*CONTEXT, *MORE]
+    np.testing.assert_array_equal(llama.eval_logits(OTHER), untouched.eval_logits(OTHER))
+
+
+def with_image(make_llama: Any) -> Llama:
+    """Returns a Llama in whose cache the bindings have put five tokens themselves, as their image handlers do."""
+    llama = make(make_llama, "llama")
+    llama.prefill(CONTEXT)
+    llama.context._decoder.decode(OTHER[:5], N, "none")
+    llama.n_tokens = N + 5
+    return llama
+
+
+def test_a_prompt_with_an_image_is_never_read_again_and_so_not_compressed(make_llama: Any) -> None:
+    llama = with_image(make_llama)
+    llama.eval(MORE)  # text after the image
+    assert llama.context.has_images
+    next(llama.generate(llama.context.tokens, reset=True))
+    assert llama.context.composed is None
+    state = llama.save_state()
+    llama.reset()
+    assert not llama.context.has_images
+    llama.load_state(state)
+    assert llama.context.has_images
+    llama.truncate(N - 10)
+    assert not llama.context.has_images
+    llama.eval(MORE)
+    assert not llama.context.has_images
+
+
+def test_a_session_remembers_that_it_has_an_image(make_llama: Any, tmp_path: Path) -> None:
+    llama = with_image(make_llama)
+    llama.save_session(tmp_path / "a.kvc")
+    llama.reset()
+    llama.load_session(tmp_path / "a.kvc")
+    assert llama.context.has_images
+
+
+def test_a_model_that_cannot_be_compressed_goes_back_to_nothing(make_llama: Any) -> None:
+    llama = make_llama(tiny.REFUSED["mamba"])
+    llama.eval(CONTEXT)
+    assert not llama.can_truncate
+    assert llama.context.rewind(10) == 0
+    llama.eval(CONTEXT)
+    with pytest.raises(StateError, match="call reset"):
+        llama.truncate(10)
+
+
+def test_after_an_error_while_it_goes_back_the_cache_counts_as_empty(
+    make_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = filled(make_llama, "gemma3", False)
+
+    def refuse(state: bytes) -> None:
+        raise NativeError("no windows")
+
+    monkeypatch.setattr(llama.context._decoder, "load_partial_state", refuse)
+    for block in (llama.context.undone, llama.context.on_top):
+        with pytest.raises(NativeError, match="no windows"), block():
+            pass
+        assert llama.n_tokens == 0
+
+
+def test_after_an_interrupted_decode_the_last_logits_count_as_gone(make_llama: Any) -> None:
+    llama = filled(make_llama, "llama", False)
+    assert not llama.context.needs_eval
+
+    def interrupt(decode: Callable[[], None], n_tokens: int) -> None:
+        decode()
+        raise KeyboardInterrupt
+
+    llama.context.through = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        llama.eval(OTHER)
+    assert llama.context.needs_eval
+
+
+def test_an_error_of_a_decode_is_one_of_the_packages_classes(make_llama: Any) -> None:
+    llama = filled(make_llama, "llama", False)
+    with pytest.raises(NativeError, match=f"3 tokens at position {N + 40}"):
+        llama.eval([1, 2, 1 << 30])
+
+
+def test_weights_of_another_file_are_refused(make_llama: Any, tiny_model: Callable[..., Path]) -> None:
+    owner = make_llama(tiny.GQA)
+    with pytest.raises(ConfigError, match="share weights of one file"):
+        Llama(str(tiny_model(tiny.ARCHITECTURES["qwen3"])), weights_of=owner)
+    with pytest.raises(AttributeError, match="input_ids cannot be replaced"):
+        owner.input_ids = np.zeros(3, np.int32)

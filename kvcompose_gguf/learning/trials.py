@@ -176,7 +176,7 @@ def random_trial(llama: Llama, options: CalibrateOptions, number: int) -> dict[s
     session, cache = llama.session, llama.context
     total = [np.zeros(layer.n_head) for layer in session.layers]
     before = [np.zeros((layer.n_head, last.stop), np.float32) for layer in session.layers]
-    with cache.on_top(last.start), session.scoring("sum", last.stop, MAX_SCORE_BYTES):
+    with cache.on_top(), session.scoring("sum", last.stop, MAX_SCORE_BYTES):
         for pos, token in zip(last, repeat, strict=True):
             cache.decode([token], pos)
             columns = [pos - k * n_random + i for k in range(1, N_REPEATS) for i in (0, 1)]
@@ -199,7 +199,7 @@ def attention_to(
     queries, pos = [prompt[-1], *answer[:-1]], n_before
     total = [np.zeros(layer.n_head) for layer in session.layers]
     llama.prefill(prompt[:-1])
-    with cache.on_top(n_before):
+    with cache.on_top():
         for belong, group in itertools.groupby(zip(belongs, queries, strict=True), key=lambda pair: pair[0]):
             part = [query for _, query in group]
             if not belong:
@@ -230,7 +230,7 @@ def eviction_errors(
     nothing = [np.zeros((layer.n_head_kv, 1), np.float32) for layer in session.layers]
 
     def outputs(biases: Sequence[FloatArray], layers: Sequence[int]) -> list[FloatArray]:
-        with cache.on_top(n_tokens), session.biased(biases), session.taps("outputs", len(steps)):
+        with cache.on_top(), session.biased(biases), session.taps("outputs", len(steps)):
             cache.decode(steps, n_tokens)
             return [session.tapped("outputs", l, len(steps)).reshape(len(steps), -1) for l in layers]
 

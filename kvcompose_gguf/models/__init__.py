@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..moved import from_folder
 
@@ -11,10 +11,4 @@ if TYPE_CHECKING:
 
 __all__ = ["fetch", "names"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import known
-
-        return getattr(known, name)
-    return from_folder(__name__)(name)
+__getattr__ = from_folder(__name__, {"fetch": "known", "names": "known"})

@@ -12,9 +12,10 @@ import numpy.typing as npt
 from ..errors import NativeError, StateError
 from . import library
 
-llama_cpp = library.load()
-
 Bytes = npt.NDArray[np.uint8]
+
+#: the tokens of a decode whose logits are computed
+Outputs = Literal["none", "last", "all"]
 
 
 class Decoder:
@@ -38,24 +39,24 @@ class Decoder:
     @property
     def n_ubatch(self) -> int:
         """Returns the largest number of tokens that are computed at once."""
-        return int(llama_cpp.llama_n_ubatch(self.handle))
+        return int(library.load().llama_n_ubatch(self.handle))
 
-    def decode(self, tokens: Sequence[int], pos: int, outputs: Literal["none", "last", "all"]) -> None:
+    def decode(self, tokens: Sequence[int], pos: int, outputs: Outputs) -> None:
         """Evaluates ``tokens`` at positions ``pos, pos + 1, …``.
 
         Args:
             outputs: the tokens whose logits are computed.
         Raises:
-            RuntimeError: llama.cpp failed; the bindings raise it with llama.cpp's number.
+            NativeError: llama.cpp failed.
         """
         self._batch.set_batch(batch=tokens, n_past=pos, logits_all=outputs == "all")
         if outputs == "none":
             self._batch.batch.logits[len(tokens) - 1] = False  # the bindings always ask for the last one
-        self._ctx.decode(self._batch)
+        self._decode_batch(f"{len(tokens)} tokens at position {pos}")
 
     def logits(self, n_rows: int) -> npt.NDArray[np.float32]:
         """Returns the latest decode's logits, float32 ``(n_rows, n_vocab)``: a view, which the next decode changes."""
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.handle), (n_rows, self._n_vocab))
+        return np.ctypeslib.as_array(library.load().llama_get_logits(self.handle), (n_rows, self._n_vocab))
 
     def embed(self, tokens: Sequence[int], n_embd: int, pooled: bool) -> npt.NDArray[np.float32]:
         """Empties the memory, evaluates a text, and returns its vectors.
@@ -64,16 +65,24 @@ class Decoder:
             pooled: return one vector for the text; False: one for each token.
         Returns:
             float32 ``(1 or n_tokens, n_embd)``.
+        Raises:
+            NativeError: llama.cpp failed.
         """
         self.clear()
         self._batch.reset()
         self._batch.add_sequence(tokens, 0, True)
-        self._ctx.decode(self._batch)
+        self._decode_batch(f"a text of {len(tokens)} tokens")
         if pooled:
-            pointer = llama_cpp.llama_get_embeddings_seq(self.handle, 0)
+            pointer = library.load().llama_get_embeddings_seq(self.handle, 0)
         else:
-            pointer = llama_cpp.llama_get_embeddings(self.handle)
+            pointer = library.load().llama_get_embeddings(self.handle)
         return np.ctypeslib.as_array(pointer, (1 if pooled else len(tokens), n_embd)).copy()
+
+    def _decode_batch(self, what: str) -> None:
+        try:
+            self._ctx.decode(self._batch)
+        except RuntimeError as error:  # the bindings raise it with llama.cpp's number
+            raise NativeError(f"llama.cpp cannot evaluate {what}: {error}") from error
 
     def remove(self, first: int) -> bool:
         """Removes all tokens from position ``first`` on; returns False, and does nothing, if the memory cannot."""
@@ -85,8 +94,8 @@ class Decoder:
 
     def state(self) -> Bytes:
         """Returns the whole state, uint8 ``(n_bytes,)``."""
-        data = np.empty(llama_cpp.llama_state_get_size(self.handle), dtype=np.uint8)
-        n_bytes = llama_cpp.llama_state_get_data(self.handle, _pointer(data), data.size)
+        data = np.empty(library.load().llama_state_get_size(self.handle), dtype=np.uint8)
+        n_bytes = library.load().llama_state_get_data(self.handle, _pointer(data), data.size)
         return data[:n_bytes]
 
     def load_state(self, state: bytes | Bytes) -> None:
@@ -96,14 +105,14 @@ class Decoder:
             StateError: the state belongs to another model, or does not fit.
         """
         data = np.frombuffer(state, dtype=np.uint8)
-        if llama_cpp.llama_state_set_data(self.handle, _pointer(data), data.size) != data.size:
+        if library.load().llama_state_set_data(self.handle, _pointer(data), data.size) != data.size:
             raise StateError("the state is damaged or does not fit this context: use the same model and options")
 
     def partial_state(self) -> bytes:
         """Returns the state of the layers that cannot go back: sliding windows and recurrent memory."""
-        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
-        data = np.empty(llama_cpp.llama_state_seq_get_size_ext(self.handle, 0, flags), dtype=np.uint8)
-        n_bytes = llama_cpp.llama_state_seq_get_data_ext(self.handle, _pointer(data), data.size, 0, flags)
+        flags = library.load().LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        data = np.empty(library.load().llama_state_seq_get_size_ext(self.handle, 0, flags), dtype=np.uint8)
+        n_bytes = library.load().llama_state_seq_get_data_ext(self.handle, _pointer(data), data.size, 0, flags)
         return data[:n_bytes].tobytes()
 
     def load_partial_state(self, state: bytes) -> None:
@@ -112,9 +121,9 @@ class Decoder:
         Raises:
             NativeError: llama.cpp refuses the state.
         """
-        flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+        flags = library.load().LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
         data = np.frombuffer(state, dtype=np.uint8)
-        if llama_cpp.llama_state_seq_set_data_ext(self.handle, _pointer(data), data.size, 0, flags) != data.size:
+        if library.load().llama_state_seq_set_data_ext(self.handle, _pointer(data), data.size, 0, flags) != data.size:
             raise NativeError(
                 "llama.cpp cannot restore the sliding-window layers to the end of the context: call reset()"
             )

@@ -18,7 +18,7 @@ TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 #: mirostat's parameter m (common/sampling.cpp)
 MIROSTAT_M = 100
 
-#: the name of a sampler and its parameters, as ``_maker`` takes them
+#: the name of a sampler and its parameters, as ``_make`` takes them
 Step = tuple[Any, ...]
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from ..plan import seam
 from . import library
 
-llama_cpp = library.load()
-
 
 class Vocabulary:
     """The vocabulary of one model.
@@ -55,11 +53,11 @@ class Vocabulary:
         size = 64
         while True:  # the bindings' detokenize() drops tokens of more than 32 bytes
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
+            n = library.load().llama_token_to_piece(self._model.vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n
 
     def is_end(self, token: int) -> bool:
         """Returns whether ``token`` ends a generation: end of text, end of turn, …"""
-        return bool(llama_cpp.llama_vocab_is_eog(self._model.vocab, token))
+        return bool(library.load().llama_vocab_is_eog(self._model.vocab, token))

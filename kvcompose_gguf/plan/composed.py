@@ -44,9 +44,11 @@ class Contents:
         state: uint8 ``(n_bytes,)`` or bytes, the result of ``native.decoder.Decoder.state``.
         composed: the compressed context, or None.
         report: figures of the compression, or None.
+        first_image: place of the first token that is an image's, or None.
     """
 
     tokens: npt.NDArray[np.int32]
     state: npt.NDArray[np.uint8] | bytes
     composed: Composed | None
     report: KVReport | None
+    first_image: int | None = None

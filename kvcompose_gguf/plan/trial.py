@@ -1,4 +1,4 @@
-"""What an evaluation makes of a full cache, as a value."""
+"""The changes that an evaluation makes to a full cache, as a value."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ class Reader(Protocol):
     def decode(self, tokens: Sequence[int], pos: int) -> None:
         """Evaluates at most ``n_batch`` tokens at positions ``pos, pos + 1, …`` without output."""
 
-    def on_top(self, pos: int) -> AbstractContextManager[None]:
-        """Removes at the end of the ``with`` block all tokens that it has decoded from position ``pos`` on."""
+    def on_top(self) -> AbstractContextManager[None]:
+        """Removes at the end of the ``with`` block the tokens that it has decoded after those of the cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,8 @@ class Scorer:
         """Returns the tokens of a text."""
         if not text:
             return []
-        assert self.tokenize is not None
+        if self.tokenize is None:
+            raise ConfigError("these queries have texts: give tokenize")
         return list(self.tokenize(text))
 
     def _scoring(self, n_tokens: int) -> AbstractContextManager[None]:
@@ -187,7 +188,7 @@ class Scorer:
         for judges in [[query] for query in chunks] if own else [chunks]:
             with self._scoring(n_tokens):
                 for query in judges:
-                    with self.reader.on_top(n_tokens):
+                    with self.reader.on_top():
                         self._decode(query, n_tokens)
                 new = self.reader.session.scores(n_tokens)
             if not self.use_max:
@@ -214,11 +215,11 @@ class Scorer:
         if first < n_tokens:
             with self._scoring(n_tokens):
                 n_prefilled += self.reader.prefill(tokens, True)
-                with self.reader.on_top(n_tokens):
+                with self.reader.on_top():
                     self._decode(suffix, n_tokens)
                 scores = self.reader.session.scores(n_tokens)
         else:
-            with self.reader.on_top(n_tokens):
+            with self.reader.on_top():
                 self._decode(suffix[: first - n_tokens], n_tokens)
                 with self._scoring(n_tokens):
                     self._decode(suffix[first - n_tokens :], first)

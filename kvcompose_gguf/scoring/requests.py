@@ -17,7 +17,7 @@ N_TAIL = 8
 
 
 class Queries(ABC):
-    """The tokens whose attention scores a context."""
+    """The tokens whose attention scores a context. Subclasses are frozen dataclasses."""
 
     #: whether the context itself is evaluated while it is scored, so that no earlier prefill can be reused
     scores_while_reading = False
@@ -143,7 +143,7 @@ class AttentionRequest:
 
     def __post_init__(self) -> None:
         if not isinstance(self.queries, Queries):
-            raise ConfigError(f"queries={self.queries!r} is none of Repeat, Prompts, Window and Prefill")
+            raise ConfigError(f"queries={self.queries!r} is not a Queries: use e.g. Repeat(), Window(64) or Prefill()")
         check_choice("aggregation", self.aggregation, ("max", "mean"))
 
     @property

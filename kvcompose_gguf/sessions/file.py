@@ -103,6 +103,7 @@ def _header_of(snapshot: Snapshot, sections: list[tuple[str, Any]], created: flo
         "n_heads": 0 if composed is None else len(composed.kept),
         "method": "" if composed is None else composed.choice,
         "report": None if report is None else report.to_json(),
+        "first_image": snapshot.contents.first_image,
         "kv_bytes": snapshot.kv_bytes,
         "extra": snapshot.extra,
         "sections": [[name, memoryview(data).nbytes] for name, data in sections],
@@ -224,5 +225,6 @@ def _snapshot(
         windows = sections["windows"].tobytes() if "windows" in sections else None
         composed = Composed(tuple(tokens[: info.n_context].tolist()), info.method, kept, windows)
     identity = Identity(info.model_name, info.model_id, dict(header["settings"]), info.versions)
-    contents = Contents(tokens, sections["state"], composed, info.report)
+    image = header.get("first_image")  # older files have none
+    contents = Contents(tokens, sections["state"], composed, info.report, None if image is None else int(image))
     return Snapshot(identity, contents, info.kv_bytes, info.extra), info

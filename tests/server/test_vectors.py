@@ -64,7 +64,7 @@ def test_a_hole_is_filled_from_both_sides(start, monkeypatch):
     body = {"input_prefix": "def f(", "input_suffix": "return x", "n_predict": 3, "temperature": 0}
     assert "prefix token is missing" in post(client, "/infill", 501, **body)["error"]["message"]
     ids = {"pre": 40, "suf": 41, "mid": 42, "rep": None, "sep": 43}
-    monkeypatch.setattr(infill, "_token", lambda llama, name: ids[name])
+    monkeypatch.setattr(infill, "infill_token", lambda model, name: ids[name])
 
     def tokens(text: str) -> list[int]:
         return client.post("/tokenize", json={"content": text, "parse_special": False}).json()["tokens"]

@@ -136,10 +136,9 @@ class Cache:
             self._evaluate(tokens)
 
     @contextmanager
-    def on_top(self, pos: int) -> Iterator[None]:
+    def on_top(self) -> Iterator[None]:
         assert not self.is_on_top
-        assert pos == len(self.held), f"what is kept ends at {pos}, the cache at {len(self.held)}"
-        self.is_on_top = True
+        self.is_on_top, pos = True, len(self.held)
         try:
             yield
         finally:

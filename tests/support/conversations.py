@@ -33,13 +33,13 @@ class Counted:
 
     def __init__(self, llm: Any) -> None:
         self.n = 0
-        evaluate = llm.eval
+        evaluate = llm.context.eval
 
         def count(tokens: Any) -> None:
             self.n += len(tokens)
             evaluate(tokens)
 
-        llm.eval = count
+        llm.context.eval = count
 
     def during(self, work: Callable[[], Any]) -> int:
         """Tokens that ``work`` evaluates."""

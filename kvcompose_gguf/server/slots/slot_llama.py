@@ -48,8 +48,12 @@ class SlotLlama(Llama):
     ) -> None:
         super().__init__(model_path, **kwargs)
         self.context.through = decode_through
-        #: /kv/compress made the context: it is never compressed again, however much follows it
-        self.is_document = False
+        self._document: Composed | None = None
+
+    @property
+    def is_document(self) -> bool:
+        """Whether /kv/compress made the context: then it is never compressed again, however much follows it."""
+        return self._document is not None and self._document is self.context.composed
 
     @property
     def context_tokens(self) -> tuple[int, ...]:
@@ -69,11 +73,6 @@ class SlotLlama(Llama):
         composed = self.context.composed
         return np.zeros(0, dtype=np.float32) if composed is None else composed.shares()
 
-    def reset(self) -> None:
-        """As ``Llama.reset``."""
-        super().reset()
-        self.is_document = False
-
     @reads_cache
     def save_slot(self, file: Path, max_bytes: int | None = None) -> SessionInfo:
         """As ``save_session``; a file of more than ``max_bytes`` is refused."""
@@ -86,7 +85,7 @@ class SlotLlama(Llama):
     def load_slot(self, file: Path) -> SessionInfo:
         """As ``load_session``; the context is continued only under the method that compressed it."""
         info = load_context(self.context, self.identity, file, name=file.name)
-        self.is_document = info.extra.get("is_document") is True
+        self._document = self.context.composed if info.extra.get("is_document") is True else None
         return info
 
     def begins(self, tokens: Sequence[int], context: Sequence[int]) -> bool:
@@ -138,7 +137,7 @@ class SlotLlama(Llama):
         before = self.kv_report
         prepare(self.context, tokens, method)
         if self.kv_report is not before and self.kv_report is not None:
-            n_before, self.is_document = self.n_context - self.kv_report.n_prefilled, False
+            n_before = self.n_context - self.kv_report.n_prefilled
         n_same = self.context.rewind(self._n_reusable(tokens))
         self.eval(tokens[n_same:])
         return min(n_before, n_same)
@@ -149,6 +148,6 @@ class SlotLlama(Llama):
             self.kv_compressor = method
         if self.context_tokens != tuple(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
             self.compress(tokens)
-        self.is_document = True
+        self._document = self.context.composed
         assert self.kv_report is not None
         return self.kv_report
