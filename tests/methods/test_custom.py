@@ -80,7 +80,7 @@ def loose(**options: Any) -> dict[str, Any]:
         (lambda: Prompts(["", "a"]), "is not a list of texts"), (lambda: Prompts(["a"], 0), "chunk=0 is not positive"),
         (lambda: Window(0), "size=0 is not positive"), (lambda: Window(**loose(size=1.5)), "size=1.5 is not an integer"),
         (lambda: AttentionRequest(Window(1), **loose(aggregation="sum")), "aggregation='sum' is none of 'max', 'mean'"),
-        (lambda: AttentionRequest(**loose(queries=Window)), "queries=.* is none of Repeat, Prompts, Window and Prefill"),
+        (lambda: AttentionRequest(**loose(queries=Window)), "queries=.* is not a Queries: use e.g. Repeat"),
         (lambda: StateRequest(0), "n_queries=0 is not positive"), (lambda: StateRequest(**loose(n_queries=None)), "is not an integer"),
     ],
 )  # fmt: skip

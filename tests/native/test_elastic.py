@@ -9,7 +9,7 @@ import pytest
 from support import tiny
 from support.llamas import F16, Q8_0, greedy, last_logits
 
-from kvcompose_gguf import ConfigError, KVCompose
+from kvcompose_gguf import ConfigError, ContextLengthError, KVCompose, NativeError
 from kvcompose_gguf.llama_base import llama_cpp
 
 CONTEXT = tiny.tokens(tiny.GQA, 900)
@@ -81,8 +81,10 @@ def test_the_whole_context_can_be_filled(make_llama):
     llama = make_llama(n_ctx=512, n_batch=64)
     llama.eval(CONTEXT[:512])
     assert rows(llama) == [512] * 3
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ContextLengthError):
         llama.eval([7])
+    with pytest.raises(NativeError):
+        llama.context._decoder.decode([7], 512, "last")
     want = tiny.NumpyLlama(tiny.GQA).forward(CONTEXT[:512])[0][-1]
     llama._ctx.kv_cache_seq_rm(-1, 511, -1)
     llama.n_tokens = 511
