@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .access import Access, changes_cache, reads_cache
-from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
+from .errors import ContextLengthError, NativeError, StateError, UnsupportedError
 from .kernels.types import FloatArray
 from .native.decoder import Decoder, Outputs
 from .native.rows import write_values
@@ -62,6 +62,7 @@ class Context:
     ) -> None:
         self._decoder, self.access, self.vocabulary = decoder, access, vocabulary
         self.n_ctx, self.n_batch, self.n_ubatch = n_ctx, n_batch, decoder.n_ubatch
+        self.n_ctx_train = decoder.n_ctx_train
         self._elastic, self._clears, self._logits = elastic, clears, logits
         self._session: KVSession | None = None
         self._first_image: int | None = None  # place of the first image in the cache
@@ -206,14 +207,16 @@ class Context:
         self.meter.add(len(tokens))
 
     @contextlib.contextmanager
-    def on_top(self) -> Iterator[None]:
-        """Removes at the end of the ``with`` block the tokens that ``decode`` evaluated after those in the cache."""
+    def on_top(self, gap: int = 0) -> Iterator[None]:
+        """Removes at the end of the ``with`` block what ``decode`` evaluated, ``gap`` positions after the cache."""
         with self.access.turn("on_top"):
             n_tokens, partial = self.n_tokens, self._partial_state()
             self._end_at(0)  # after an error below, the cache counts as empty
             try:
+                self.session.skip_to(n_tokens + gap if gap else -1)
                 yield
             finally:
+                self.session.skip_to(-1)
                 self._go_back(n_tokens, partial)
 
     @contextlib.contextmanager
@@ -315,10 +318,7 @@ class Context:
             ConfigError: an array does not fit.
             UnsupportedError: the values are quantized.
         """
-        if len(values) > (n_layer := len(self.session.layers)):
-            raise ConfigError(f"values has {len(values)} layers; give at most the {n_layer} of the cache")
-        for ikv, rows in enumerate(values):
-            write_values(self.session, ikv, rows)
+        write_values(self.session, values)
 
     #
     # saving

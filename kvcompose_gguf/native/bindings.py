@@ -93,6 +93,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_kvc_reserve": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32]),
     # int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32_t on);
     "llama_kvc_set_fast_attention": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32]),
+    # int32_t llama_kvc_skip_to(struct llama_context * ctx, llama_pos pos);
+    "llama_kvc_skip_to": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32]),
     # int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
     "llama_kvc_scores_begin": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32, ctypes.c_uint32, ctypes.c_size_t]),
     # int32_t llama_kvc_scores_get(struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);

@@ -41,6 +41,12 @@ class Decoder:
         """Returns the largest number of tokens that are computed at once."""
         return int(library.load().llama_n_ubatch(self.handle))
 
+    @property
+    def n_ctx_train(self) -> int:
+        """Returns the number of positions that the model was trained for."""
+        llama_cpp = library.load()
+        return int(llama_cpp.llama_model_n_ctx_train(llama_cpp.llama_get_model(self.handle)))
+
     def decode(self, tokens: Sequence[int], pos: int, outputs: Outputs) -> None:
         """Evaluates ``tokens`` at positions ``pos, pos + 1, …``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -79,7 +80,19 @@ def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: in
     return out
 
 
-def write_values(session: KVSession, ikv: int, values: FloatArray) -> None:
+def write_values(session: KVSession, values: Sequence[FloatArray]) -> None:
+    """Replaces the values of the first rows of the first layers, as ``write_layer_values``.
+
+    Raises:
+        ConfigError: there are more arrays than layers, or one does not fit.
+    """
+    if len(values) > len(session.layers):
+        raise ConfigError(f"values has {len(values)} layers; give at most the {len(session.layers)} of the cache")
+    for ikv, rows in enumerate(values):
+        write_layer_values(session, ikv, rows)
+
+
+def write_layer_values(session: KVSession, ikv: int, values: FloatArray) -> None:
     """Replaces the values of layer ``ikv``'s first rows by float32 ``(n_head_kv, n_rows, n_embd_head_v)``.
 
     Raises:

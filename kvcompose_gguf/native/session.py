@@ -153,6 +153,13 @@ class KVSession:
         """Turns the package's own CPU kernel for flash attention of batches on or off; equal up to rounding."""
         self._call("llama_kvc_set_fast_attention", int(on))
 
+    def skip_to(self, pos: int) -> None:
+        """Lets the next decode begin at position ``pos``, with a gap before it; -1: directly after the last token.
+
+        Only ``context.Context.on_top`` calls this.
+        """
+        self._call("llama_kvc_skip_to", pos)
+
     @contextmanager
     def scoring(self, agg: str, n_cells: int, max_bytes: int) -> Iterator[None]:
         """Makes decodes in the ``with`` block collect attention on the cells ``[0, n_cells)``; any exit ends it.

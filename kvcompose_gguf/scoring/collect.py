@@ -15,9 +15,6 @@ from ..kernels.types import FloatArray
 from ..native.session import KVSession
 from ..support.progress import Meter
 
-#: number of tokens per piece for ``scoring_fraction``; each piece is long enough to be text
-PIECE = 64
-
 
 class Reader(Protocol):
     """What scoring needs of a live cache; ``context.Context`` is one."""
@@ -35,6 +32,10 @@ class Reader(Protocol):
         """Largest number of tokens that are computed at once."""
 
     @property
+    def n_ctx_train(self) -> int:
+        """Number of positions that the model was trained for."""
+
+    @property
     def meter(self) -> Meter:
         """Counts the tokens of ``decode``."""
 
@@ -48,8 +49,12 @@ class Reader(Protocol):
     def decode(self, tokens: Sequence[int], pos: int) -> None:
         """Evaluates at most ``n_batch`` tokens at positions ``pos, pos + 1, …`` without output."""
 
-    def on_top(self) -> AbstractContextManager[None]:
-        """Removes at the end of the ``with`` block the tokens that it has decoded after those of the cache."""
+    def on_top(self, gap: int = 0) -> AbstractContextManager[None]:
+        """Removes at the end of the ``with`` block the tokens that it has decoded after those of the cache.
+
+        Args:
+            gap: number of positions to skip before them.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +103,26 @@ def collect_queries(reader: Reader, n_queries: int, tokens: Sequence[int]) -> li
     return queries
 
 
-def spread(tokens: Sequence[int], fraction: float) -> list[int]:
-    """Returns a share of ``tokens``: pieces of PIECE neighbours, evenly spread from the first token to the last."""
-    n_pieces = max(1, round(fraction * len(tokens) / PIECE))
-    if fraction == 1 or n_pieces * PIECE >= len(tokens):
-        return list(tokens)
-    starts = np.linspace(0, len(tokens) - PIECE, n_pieces).round().astype(int)
-    return [token for start in starts for token in tokens[start : start + PIECE]]
+@dataclass(frozen=True)
+class Piece:
+    """Query tokens that are evaluated on top of the context.
+
+    Attributes:
+        place: number of positions between the end of the context and the first of these tokens.
+        tokens: the tokens.
+    """
+
+    place: int
+    tokens: Sequence[int]
+
+
+def spread(n_tokens: int, fraction: float, size: int) -> list[range]:
+    """Returns the places of a share of a context: pieces of ``size`` neighbours, from the first token to the last."""
+    n_pieces = max(1, round(fraction * n_tokens / size))
+    if fraction == 1 or n_pieces * size >= n_tokens:
+        return [range(n_tokens)]
+    starts = np.linspace(0, n_tokens - size, n_pieces).round().astype(int).tolist()
+    return [range(start, start + size) for start in starts]
 
 
 def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: int) -> int:
@@ -152,13 +170,14 @@ class Scorer:
 
     def on_top(
         self,
-        queries: Sequence[list[int]],
+        queries: Sequence[Piece],
         scoring_chunk: int | None,
         tokens: Sequence[int],
         introduction: Callable[[int], list[int]] = lambda first: [],
         own: bool = False,
+        in_place: bool = False,
     ) -> Attention:
-        """Scores with chunks on top of the context: each starts at position N, sees the context and its own beginning.
+        """Scores with chunks on top of the context: each sees the context and its own beginning.
 
         Each chunk is removed before the next. The reference instead evaluates one repeat of N tokens at positions N to
         2N-1 (kvcompose_press.py); ``Repeat(chunk=None)`` does the same.
@@ -166,33 +185,38 @@ class Scorer:
         Args:
             introduction: returns the tokens to put before the chunk that starts at a given token; they are queries too.
             own: score a token only by the chunk that repeats it; the query must be the context.
+            in_place: put each chunk at its place after position N, or as near to it as the positions that the model was
+                trained for allow; False: all at N.
         """
         n_tokens = len(tokens)
-        n_query = max(map(len, queries), default=0)
+        n_query = max((len(query.tokens) for query in queries), default=0)
         if n_query == 0:
             raise ConfigError("there is no query token to score with: give a context and prompts that are not empty")
         n_words = max(len(introduction(0)), len(introduction(n_query)))
         chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.reader.session.state().n_cells)
         chunks = [
-            introduction(first) + query[first : first + chunk]
+            Piece(query.place + first, introduction(first) + list(query.tokens[first : first + chunk]))
             for query in queries
-            for first in range(0, len(query), chunk)
+            for first in range(0, len(query.tokens), chunk)
         ]
 
         start = time.perf_counter()
         n_prefilled = self.reader.prefill(tokens, True)
         prefilled = time.perf_counter()
         self.reader.session.reserve(n_tokens + n_words + chunk)
-        self.reader.meter.begin("scoring", sum(map(len, chunks)))
+        self.reader.meter.begin("scoring", sum(len(query.tokens) for query in chunks))
         scores: list[list[FloatArray]] = []
         for judges in [[query] for query in chunks] if own else [chunks]:
             with self._scoring(n_tokens):
                 for query in judges:
-                    with self.reader.on_top():
-                        self._decode(query, n_tokens)
+                    n_after = max(0, self.reader.n_ctx_train - n_tokens - len(query.tokens))
+                    gap = min(query.place, n_after) if in_place else 0
+                    with self.reader.on_top(gap):
+                        self._decode(query.tokens, n_tokens + gap)
                 new = self.reader.session.scores(n_tokens)
             if not self.use_max:
-                new = [score / np.float32(sum(map(len, judges))) for score in new]
+                n_judges = sum(len(query.tokens) for query in judges)
+                new = [score / np.float32(n_judges) for score in new]
             scores.append(new)
         if own:
             parts = [[score[:, i * chunk : (i + 1) * chunk] for score in new] for i, new in enumerate(scores)]

@@ -10,7 +10,7 @@ from typing import Literal
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
-from .collect import Attention, Reader, Scorer, collect_queries, spread
+from .collect import Attention, Piece, Reader, Scorer, collect_queries, spread
 
 #: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
 N_TAIL = 8
@@ -49,6 +49,10 @@ class Repeat(Queries):
         continuation: text before every chunk but the first, followed by the 8 tokens before the chunk; empty: the
             ``instruction``.
         own: score a token only by the chunk that repeats it, as KVzip does; needs the whole context.
+        in_place: evaluate every chunk and piece at the positions that it has in the whole repeat. So the distances to
+            the context are those of the whole repeat, and its attention is nearly the same. False: each begins directly
+            after the context, and the pieces form one text.
+        piece: number of tokens in a piece.
     Raises:
         ConfigError: an option is out of range. The requests below raise it too.
     """
@@ -58,6 +62,8 @@ class Repeat(Queries):
     instruction: str = ""
     continuation: str = ""
     own: bool = False
+    in_place: bool = False
+    piece: int = 64
 
     def __post_init__(self) -> None:
         _check_chunk(self.chunk)
@@ -67,6 +73,9 @@ class Repeat(Queries):
         for name in ("instruction", "continuation"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a text")
+        check_integer("piece", self.piece)
+        check_positive("piece", self.piece)
+        check_flag("in_place", self.in_place)
         check_flag("own", self.own)
         if self.own and self.fraction != 1:
             raise ConfigError(f"own=True needs the whole context, fraction=1, not {self.fraction}")
@@ -75,13 +84,22 @@ class Repeat(Queries):
         """Evaluates the context again on top of its cache, chunk by chunk."""
         words = scorer.tokens_of(self.instruction)
         later_words = scorer.tokens_of(self.continuation)
-        query = spread(tokens, self.fraction)
+        places = self.places(len(tokens))
+        query = [token for place in places for token in tokens[place.start : place.stop]]
 
         def introduction(first: int) -> list[int]:
             quoted = first > 0 and bool(later_words)
             return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
 
-        return scorer.on_top([query], self.chunk, tokens, introduction, own=self.own)
+        if self.in_place:
+            pieces = [Piece(place.start, tokens[place.start : place.stop]) for place in places]
+        else:
+            pieces = [Piece(0, query)]
+        return scorer.on_top(pieces, self.chunk, tokens, introduction, own=self.own, in_place=self.in_place)
+
+    def places(self, n_tokens: int) -> list[range]:
+        """Returns the places in a context of ``n_tokens`` that are evaluated again."""
+        return spread(n_tokens, self.fraction, self.piece)
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,7 @@ class Prompts(Queries):
 
     def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
         """Evaluates each text on top of the context."""
-        return scorer.on_top([scorer.tokens_of(text) for text in self.texts], self.chunk, tokens)
+        return scorer.on_top([Piece(0, scorer.tokens_of(text)) for text in self.texts], self.chunk, tokens)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from kvcompose_gguf import CompositionPlan, ConfigError, StateError, Unsupported
 from kvcompose_gguf.evaluation.trials import compressed
 from kvcompose_gguf.methods.kvcompose import KVCompose
 from kvcompose_gguf.methods.variant import Variant
-from kvcompose_gguf.native.rows import cached_rows, read_rows, write_values
+from kvcompose_gguf.native.rows import cached_rows, read_rows, write_layer_values
 from kvcompose_gguf.plan.trial import Trial
 
 N = 80
@@ -87,7 +87,7 @@ def test_values_of_a_full_cache_are_replaced_in_the_first_rows_alone(make_llama,
     llama, _ = both(make_llama, flash_attn=flash_attn)
     before = stored_rows(llama, 1, "v").copy()
     values = np.random.default_rng(1).standard_normal((2, 5, 32)).astype(np.float32)
-    write_values(llama.session, 1, values)
+    write_layer_values(llama.session, 1, values)
     np.testing.assert_array_equal(cached_rows(llama.session, 1, "v", 5), values)
     np.testing.assert_array_equal(stored_rows(llama, 1, "v")[:, 5:], before[:, 5:])
 
@@ -109,7 +109,7 @@ def test_values_of_another_shape_are_not_written(make_llama, shape):
     llama.compose(random_plan(N, [30, 80, 7]))
     before = stored_rows(llama, 0, "v").copy()
     with pytest.raises(ConfigError, match=r"values of layer 0 are .*; \(2, at most 30, 32\) is needed"):
-        write_values(llama.session, 0, np.zeros(shape, np.float32))
+        write_layer_values(llama.session, 0, np.zeros(shape, np.float32))
     np.testing.assert_array_equal(stored_rows(llama, 0, "v"), before)
 
 

@@ -10,9 +10,10 @@ import pytest
 from support import tiny
 from support.tiny import NumpyLlama
 
-from kvcompose_gguf import KVCompose
+from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.compression import attend
 from kvcompose_gguf.llama_base import llama_cpp
+from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
 
 
 def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max", **options: Any) -> Any:
@@ -28,9 +29,9 @@ def check(got: np.ndarray, want: np.ndarray, flash_attn: bool) -> None:
     assert error.mean() <= 1e-5, text
 
 
-def attention_on_top(model: NumpyLlama, queries: list[int], n_tokens: int) -> np.ndarray:
+def attention_on_top(model: NumpyLlama, queries: list[int], n_tokens: int, gap: int = 0) -> np.ndarray:
     """Returns (n_layer, n_head, n_query, n_tokens) for queries after the context, which are removed again."""
-    _, attention = model.forward(queries)
+    _, attention = model.forward(queries, gap)
     model.truncate(n_tokens)
     return np.stack(attention)[..., :n_tokens]
 
@@ -112,6 +113,47 @@ def test_a_fraction_of_the_repeat_asks_with_pieces_from_all_of_the_context(make_
     pieces = [token for start in (0, 288, 576) for token in context[start : start + 64]]
     want = attention_on_top(model, pieces, 640).max(axis=2)
     assert np.abs(got - want).max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize(("fraction", "chunk"), [(1.0, 128), (0.5, 512), (0.5, 40)])
+def test_chunks_and_pieces_in_place_stand_where_the_whole_repeat_has_them(make_llama, name, fraction, chunk):
+    config = tiny.ARCHITECTURES[name]
+    context = tiny.tokens(config, 300)
+    llama = make_llama(config)
+    queries = Repeat(chunk, fraction, in_place=True, piece=50)
+    got = attend(llama.context, context, AttentionRequest(queries, "max")).layers
+    model = NumpyLlama(config)
+    model.forward(context)
+    pieces = [range(300)] if fraction == 1 else [range(start, start + 50) for start in (0, 125, 250)]
+    places = [piece[first : first + chunk] for piece in pieces for first in range(0, len(piece), chunk)]
+    seen = [attention_on_top(model, [context[i] for i in piece], 300, piece.start) for piece in places]
+    want = np.concatenate(seen, axis=2).max(axis=2)
+    full = [il for il in range(config.n_layer) if not config.is_swa(il)]
+    assert np.abs(np.stack(got) - want[full]).max() <= 1e-4
+    assert llama.context.tokens == context
+    more = tiny.tokens(config, 5, seed=2)
+    want = NumpyLlama(config).forward([*context, *more])[0][-5:]
+    assert np.abs(llama.eval_logits(more) - want).max() <= 1e-3, "the next token does not follow the context"
+
+
+def test_places_end_where_the_models_positions_end(make_llama):
+    llama = make_llama()
+    llama.context.n_ctx_train = 300 + 60
+    context = tiny.tokens(tiny.GQA, 300)
+    got = attend(llama.context, context, AttentionRequest(Repeat(50, in_place=True), "max")).layers
+    model = NumpyLlama(tiny.GQA)
+    model.forward(context)
+    seen = [attention_on_top(model, context[s : s + 50], 300, min(s, 10)) for s in range(0, 300, 50)]
+    assert np.abs(np.stack(got) - np.concatenate(seen, axis=2).max(axis=2)).max() <= 1e-4
+
+
+def test_a_gap_that_does_not_exist_is_refused(make_llama):
+    llama = make_llama()
+    llama.prefill(tiny.tokens(tiny.GQA, 20))
+    with pytest.raises(ConfigError, match="pos = 19, the last token is at 19"):
+        llama.session.skip_to(19)
+    llama.eval([5])
 
 
 def test_the_whole_repeat_stays_visible_without_chunks(make_llama):

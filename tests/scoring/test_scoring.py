@@ -131,7 +131,9 @@ def test_the_repeat_uses_the_requested_share_of_the_context(
     cache, tokens = Cache(n_cells=n_tokens + n_free), context(n_tokens)
     cache.n_batch = n_batch
     attention = collect(cache, tokens, scoring_fraction=fraction, scoring_chunk=scoring_chunk, agg_task=agg_task)
-    assert [token for token, _ in cache.queries] == spread(tokens, fraction)
+    assert [token for token, _ in cache.queries] == [
+        tokens[i] for places in spread(n_tokens, fraction, 64) for i in places
+    ]
     assert cache.held == tokens
     assert_scores(attention, cache.queries, n_tokens, agg_task)
 

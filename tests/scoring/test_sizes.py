@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompose_gguf.errors import ContextLengthError
-from kvcompose_gguf.scoring.collect import PIECE, chunk_size, spread
+from kvcompose_gguf.scoring.collect import chunk_size, spread
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -54,17 +54,23 @@ def test_one_free_cell_is_enough_to_score() -> None:
 # a fraction of the context
 #
 
+PIECE = 64
+
+
+def flat(places: list[range]) -> list[int]:
+    return [place for piece in places for place in piece]
+
 
 @thorough
 @given(st.integers(1, 5_000))
 def test_a_fraction_of_one_is_the_whole_context(n_tokens: int) -> None:
-    assert spread(range(n_tokens), 1.0) == list(range(n_tokens))
+    assert flat(spread(n_tokens, 1.0, PIECE)) == list(range(n_tokens))
 
 
 @thorough
 @given(st.integers(1, 5_000), st.floats(0, 1, exclude_min=True))
 def test_a_share_is_pieces_of_neighbours_from_the_first_token_to_the_last(n_tokens: int, fraction: float) -> None:
-    share = spread(range(n_tokens), fraction)
+    share = flat(spread(n_tokens, fraction, PIECE))
     assert len(share) <= n_tokens
     assert (np.diff(share) > 0).all(), "a token is taken twice, or out of order"
     if len(share) == n_tokens:
@@ -82,7 +88,7 @@ def test_a_share_is_pieces_of_neighbours_from_the_first_token_to_the_last(n_toke
 def test_a_share_is_the_fraction_asked_for_to_half_a_piece_but_one_piece_at_least(
     n_tokens: int, fraction: float
 ) -> None:
-    n_share = len(spread(range(n_tokens), fraction))
+    n_share = len(flat(spread(n_tokens, fraction, PIECE)))
     assert n_share >= min(PIECE, n_tokens)
     assert n_share == min(PIECE, n_tokens) or abs(n_share - fraction * n_tokens) <= PIECE / 2
 
@@ -100,9 +106,9 @@ def test_a_share_is_the_fraction_asked_for_to_half_a_piece_but_one_piece_at_leas
 )
 def test_pieces_start_where_they_should(n_tokens: int, fraction: float, starts: list[int]) -> None:
     expected = [token for start in starts for token in range(start, start + 64)]
-    assert spread(range(n_tokens), fraction) == expected
+    assert flat(spread(n_tokens, fraction, 64)) == expected
 
 
 @pytest.mark.parametrize("n_tokens", [1, 10, 63])
 def test_a_context_shorter_than_a_piece_is_taken_whole(n_tokens: int) -> None:
-    assert spread(range(n_tokens), 0.1) == list(range(n_tokens))
+    assert flat(spread(n_tokens, 0.1, 64)) == list(range(n_tokens))

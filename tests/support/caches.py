@@ -36,7 +36,7 @@ class Cache:
     """
 
     layers = (layer(4, 2), layer(2, 1))
-    n_batch = n_ubatch = 1 << 20
+    n_batch = n_ubatch = n_ctx_train = 1 << 20
 
     def __init__(self, n_cells: int = 1 << 20, held: Sequence[int] = (), is_composed: bool = False) -> None:
         self.n_cells = n_cells
@@ -136,7 +136,7 @@ class Cache:
             self._evaluate(tokens)
 
     @contextmanager
-    def on_top(self) -> Iterator[None]:
+    def on_top(self, gap: int = 0) -> Iterator[None]:
         assert not self.is_on_top
         self.is_on_top, pos = True, len(self.held)
         try:

@@ -191,10 +191,14 @@ class NumpyLlama:
         self.k = [np.zeros(shape) for _ in range(self.config.n_layer)]
         self.v = [np.zeros(shape) for _ in range(self.config.n_layer)]
 
-    def forward(self, ids: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Appends ``ids``; returns logits (n, n_vocab) and for each layer attention (n_head, n, n_kv)."""
+    def forward(self, ids: list[int], gap: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Appends ``ids``; returns logits (n, n_vocab) and for each layer attention (n_head, n, n_kv).
+
+        Args:
+            gap: number of positions to skip before them.
+        """
         c, w = self.config, self.w
-        n, past = len(ids), len(self.k[0])
+        n, past = len(ids), len(self.k[0]) + gap
         positions = np.arange(past, past + n)
         x = w["token_embd.weight"][ids] * (np.sqrt(c.n_embd) if c.tied else 1)
         attention = []
@@ -237,7 +241,8 @@ class NumpyLlama:
         n_group = c.n_head // c.n_head_kv
         keys = np.repeat(self.k[il], n_group, axis=1)
         logits = _soft_cap(np.einsum("qhd,khd->hqk", q, keys) / np.sqrt(c.n_embd_head), c.attn_softcap)
-        distance = positions[:, None] - np.arange(len(keys))
+        cached = np.concatenate([np.arange(len(keys) - len(positions)), positions])  # these tokens come after a gap
+        distance = positions[:, None] - cached
         allowed = distance >= 0
         if c.is_swa(il):  # llama-hparams.h, is_masked_swa
             allowed &= distance < c.n_swa

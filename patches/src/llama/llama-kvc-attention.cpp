@@ -18,6 +18,19 @@ int32_t llama_kvc_set_fast_attention(llama_context * ctx, int32_t on) {
     return with_cache(ctx, [&](const cache & c) { c.kvc().set_fast(on != 0); });
 }
 
+int32_t llama_kvc_skip_to(llama_context * ctx, llama_pos pos) {
+    return with_cache(ctx, [&](const cache & c) {
+        c.kvc().skip_to(-1);
+
+        const llama_pos last = c.kv.seq_pos_max(0);
+        if (pos != -1 && pos <= last) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("pos = %d, the last token is at %d", pos, last));
+        }
+
+        c.kvc().skip_to(pos);
+    });
+}
+
 int32_t llama_kvc_scores_begin(llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes) {
     return with_cache(ctx, [&](const cache & c) {
         if (agg != LLAMA_KVC_AGG_MAX && agg != LLAMA_KVC_AGG_SUM) {

@@ -73,6 +73,12 @@ public:
     // layout
     //
 
+    // The next batch begins at position pos: llama.cpp wants it directly after the last position that it is told. -1: no gap
+    void skip_to(llama_pos pos) { skip_pos = pos; }
+
+    // returns what llama.cpp is told: the last position of a sequence, or the one before the gap ends
+    llama_pos last_pos(llama_pos pos) const { return pos < 0 ? pos : std::max(pos, skip_pos - 1); }
+
     // true: the layers have other rows than llama.cpp's own code expects
     bool active() const { return composed() || n_alloc < kv.get_size(); }
 
@@ -252,6 +258,8 @@ private:
     uint32_t n_wanted   = 0; // cells for the last batch, which did not fit
 
     std::unique_ptr<plan> pending_plan;
+
+    llama_pos skip_pos = -1; // where the next batch begins, -1: directly after the last token
 
     bool fast = false;
 

@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 3
+#define LLAMA_KVC_ABI 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -143,6 +143,11 @@ LLAMA_API int32_t llama_kvc_reserve(struct llama_context * ctx, uint32_t n_cells
 // on = 1: flash attention of 16 tokens and more uses our own kernel on the CPU. It is the same up to rounding, and faster,
 // most of all with quantized keys and values. 0 is the default: llama.cpp's kernel.
 LLAMA_API int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32_t on);
+
+// The next decode begins at position pos and leaves a gap behind the tokens of the cache, as if there were more of them. Call
+// it again with -1 before the tokens of that decode are removed.
+//   ERR_ARGUMENT  pos is neither -1 nor behind the last token
+LLAMA_API int32_t llama_kvc_skip_to(struct llama_context * ctx, llama_pos pos);
 
 // Starts scoring. Until llama_kvc_scores_end() all decodes collect, for every layer and query head, the attention
 // probabilities of the cells [0, n_cells), reduced over all query tokens.
