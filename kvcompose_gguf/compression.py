@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -48,6 +49,7 @@ def observe(context: Context, tokens: Sequence[int], method: Method, suffix: Seq
     Raises:
         ContextLengthError: the tokens do not fit, or leave no cell for the queries on top of them.
     """
+    method = method.informed()
     attention = attend(context, tokens, method.attention_request, suffix, method.max_score_bytes)
     return _evidence(context, tokens, attention, method.state_request)
 
@@ -64,18 +66,20 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
     if n_tokens >= context.n_ctx:
         raise ContextLengthError(f"{n_tokens} tokens and one more do not fit into n_ctx={context.n_ctx}: raise n_ctx")
 
-    compressing = n_tokens >= method.min_tokens
+    compressing, choice = n_tokens >= method.min_tokens, choice_of(method)
+    method = method.informed()
     request = method.attention_request if compressing else None
     attention = attend(context, tokens, request, suffix, method.max_score_bytes)
     kv_bytes_before = session.state().n_bytes
     n_kept = np.full(len(session.layers), n_tokens)
     forced = (0, 0)
-    state_seconds = score_seconds = plan_seconds = compose_seconds = 0.0
+    state_seconds = taught_seconds = score_seconds = plan_seconds = compose_seconds = 0.0
     if compressing:
         evidence, state_seconds = timed(lambda: _evidence(context, tokens, attention, method.state_request))
-        scores, score_seconds = timed(lambda: method.scores(evidence))
+        method, taught_seconds = timed(partial(method.taught_by, evidence))
+        scores, score_seconds = timed(partial(method.scores, evidence))
         plan, plan_seconds = timed(lambda: method.plan(evidence, scores))
-        _, compose_seconds = timed(lambda: context.compose(plan, choice_of(method), method.n_room))
+        _, compose_seconds = timed(lambda: context.compose(plan, choice, method.n_room))
         n_kept, forced = plan.n_kept, method.forced(session.layers, n_tokens)
 
     context.report = KVReport(
@@ -88,11 +92,12 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
         kv_bytes_before=kv_bytes_before,
         kv_bytes=session.state().n_bytes,
         prefill_seconds=attention.prefill_seconds,
-        score_seconds=attention.score_seconds + state_seconds + score_seconds,
+        score_seconds=attention.score_seconds + state_seconds + taught_seconds + score_seconds,
         plan_seconds=plan_seconds,
         compose_seconds=compose_seconds,
         n_prefilled=attention.n_prefilled,
         scoring_chunk=attention.chunk,
+        scoring=method.note,
     )
     return context.report
 

@@ -75,6 +75,12 @@ def smollm2() -> str:
     return str(known.fetch("smollm2"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps tests apart from each other, and from what the user's models have learnt."""
+    monkeypatch.setenv("KVCOMPOSE_LEARN", "off")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Returns an empty folder that stands for the user's calibrations and surrogates."""

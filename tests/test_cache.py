@@ -41,7 +41,9 @@ class Boom(Exception):
 
 
 def test_an_exception_while_scoring_leaves_a_usable_object(make_llama, monkeypatch):
-    llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8, scoring_chunk=64))
+    llama = make_llama(
+        method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8, scoring="repeat", scoring_chunk=64)
+    )
     decode = llama._ctx.decode
     calls = []
 
@@ -59,7 +61,11 @@ def test_an_exception_while_scoring_leaves_a_usable_object(make_llama, monkeypat
     assert state.n_cells_used == N - 8
     assert state.n_composed == 0
     assert greedy(llama, CONTEXT, 12) == greedy(
-        make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8, scoring_chunk=64)), CONTEXT, 12
+        make_llama(
+            method=KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=8, scoring="repeat", scoring_chunk=64)
+        ),
+        CONTEXT,
+        12,
     )
     assert llama.kv_report.n_prefilled == 0  # the context was still there
 

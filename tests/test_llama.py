@@ -123,7 +123,7 @@ def test_a_pickled_object_keeps_its_compressor(make_llama):
 
     llama = make_llama(method=METHOD)
     other = pickle.loads(pickle.dumps(llama))
-    assert other.kv_compressor == llama.kv_compressor == replace(METHOD, scoring="repeat")
+    assert other.kv_compressor == llama.kv_compressor == replace(METHOD, scoring="learned")
     assert greedy(other, CONTEXT, 4) == greedy(llama, CONTEXT, 4)
     other.close()
 
@@ -150,7 +150,7 @@ def test_a_context_longer_than_n_ctx_is_refused_before_anything_changes(make_lla
     with pytest.raises(ContextLengthError, match="512"):
         llama.compress(tiny.tokens(tiny.GQA, 600))
     assert llama.session.state() == state
-    whole = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, scoring_chunk=None), n_ctx=512)
+    whole = make_llama(method=replace(METHOD, scoring="repeat", scoring_chunk=None), n_ctx=512)
     with pytest.raises(ContextLengthError, match="scoring_chunk"):
         whole.compress(CONTEXT)
     assert not whole.session.state().scoring
@@ -184,7 +184,7 @@ def test_speculative_decoding_gives_the_same_tokens(make_llama):
 
 def test_completions_stream_log_probabilities_and_grammars(make_llama):
     text = "Once upon a time there was a lighthouse keeper who counted the waves. " * 5
-    llama = make_llama(method=METHOD, logits_all=True)
+    llama = make_llama(method=replace(METHOD, scoring="repeat", in_place=False), logits_all=True)
     whole = llama.create_completion(text, max_tokens=8, temperature=0.0, logprobs=2)
     assert llama.session.state().n_composed > 0
     assert len(whole["choices"][0]["logprobs"]["token_logprobs"]) == 8

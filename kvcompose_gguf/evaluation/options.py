@@ -75,7 +75,7 @@ class EvalOptions:
             if quantized and first.simulated:
                 raise ConfigError(f"method={spec!r} is simulated, not for types_kv={','.join(quantized)}")
             if model_path is not None:
-                first = first.for_model(model_path)
+                first = first.for_model(model_path).informed(learn=False)  # the order of samples must not matter
             made[spec] = [replace(first, compression_ratio=ratio) for ratio in self.ratios]
         return made
 

@@ -24,7 +24,7 @@ from ..kernels.linear import weigh_rows
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..plan.geometry import LayerGeometry
-from ..scoring.evidence import Evidence
+from ..scoring.evidence import Evidence, Positions
 from ..support.files import write_file
 from .calibration import calibrations_dir, find_measured
 
@@ -83,20 +83,7 @@ class Surrogate:
         if shapes != needed:
             raise ConfigError(f"the surrogate of {self.model_name} has weights {shapes}; the model needs {needed}")
 
-        def predict(l: int) -> FloatArray:
-            layer = evidence.layers[l]
-            of = dict(zip(FEATURES, np.split(self.weights[l], np.cumsum(_widths(layer))[:-1], axis=1), strict=True))
-            on_cached = of["at_end"] @ _to_end(evidence, l).T
-            parts = [
-                weigh_rows(
-                    part.cached, part.plain, part.values, on_cached, of["plain"], of["plain_squared"], of["values"],
-                    of["values_squared"], of["norms"], of["places"] @ part.places.T + of["constant"],
-                )
-                for part in _parts(evidence, l)
-            ]  # fmt: skip
-            return attention_of(np.concatenate(parts, axis=1))
-
-        return map_layers(predict, len(evidence.layers), N_THREADS)
+        return map_layers(lambda l: predict_layer(self.weights[l], evidence, l), len(evidence.layers), N_THREADS)
 
     def to_bytes(self) -> bytes:
         """Returns the contents of the file that ``from_bytes`` reads: an .npz without pickles."""
@@ -124,6 +111,25 @@ class Surrogate:
             raise ConfigError(f"not a surrogate: {error}") from error
 
 
+def predict_layer(weights: FloatArray, evidence: Evidence, l: int) -> FloatArray:
+    """Returns the attention to a layer's tokens that ``weights`` ``(n_head_kv, n_features)`` predict.
+
+    Returns:
+        float32 ``(n_head_kv, N)``, in [0, 1].
+    """
+    layer = evidence.layers[l]
+    of = dict(zip(FEATURES, np.split(weights, np.cumsum(_widths(layer))[:-1], axis=1), strict=True))
+    on_cached = of["at_end"] @ _to_end(evidence, l).T
+    parts = [
+        weigh_rows(
+            part.cached, part.plain, part.values, on_cached, of["plain"], of["plain_squared"], of["values"],
+            of["values_squared"], of["norms"], of["places"] @ part.places.T + of["constant"],
+        )
+        for part in _parts(evidence, l)
+    ]  # fmt: skip
+    return attention_of(np.concatenate(parts, axis=1))
+
+
 #
 # features
 #
@@ -140,16 +146,19 @@ def n_features(layer: LayerGeometry) -> int:
 
 def _widths(layer: LayerGeometry) -> list[int]:
     d_k, d_v = layer.n_embd_head_k, layer.n_embd_head_v
-    return [d_k, d_k, d_k, d_v, d_v, 3, _position_features(0, 1, 1).shape[1], 1]
+    return [d_k, d_k, d_k, d_v, d_v, 3, _position_features(np.zeros(1, np.int32), 1).shape[1], 1]
 
 
-def features(evidence: Evidence, l: int) -> Iterator[FloatArray]:
+def features(evidence: Evidence, l: int, places: Positions | None = None) -> Iterator[FloatArray]:
     """Yields features of a layer's tokens, some tokens at a time: float32 ``(n_head_kv, n_tokens, n_features)``.
 
     They depend only on the token's own key and value and on the context length, so a prefill could compute them.
+
+    Args:
+        places: the tokens, int32 ``(n,)``; None: all of the context.
     """
     to_end = _to_end(evidence, l)
-    for part in _parts(evidence, l):
+    for part in _parts(evidence, l, places):
         v_norms = np.linalg.norm(part.values, axis=2, keepdims=True)
         columns = [
             part.plain,
@@ -176,17 +185,20 @@ class _Part:
     places: FloatArray
 
 
-def _parts(evidence: Evidence, l: int) -> Iterator[_Part]:
-    n_tokens, layer = evidence.n_tokens, evidence.layers[l]
-    keys = evidence.keys(l)
-    values = plain_values(evidence.values(l), layer)
-    for first in range(0, n_tokens, CHUNK):
+def _parts(evidence: Evidence, l: int, places: Positions | None = None) -> Iterator[_Part]:
+    layer, keys, values = evidence.layers[l], evidence.keys(l), evidence.values(l)
+    if places is None:
+        places = np.arange(evidence.n_tokens, dtype=np.int32)
+    else:
+        keys, values = keys[:, places], values[:, places]
+    values = plain_values(values, layer)
+    for first in range(0, len(places), CHUNK):
         cached = np.ascontiguousarray(keys[:, first : first + CHUNK])
-        pos = np.arange(first, min(first + CHUNK, n_tokens), dtype=np.int32)
+        pos = places[first : first + CHUNK]
         rows, at = cached.reshape(-1, layer.n_embd_head_k), np.tile(pos, layer.n_head_kv)
         plain = evidence.unrotate(l, rows, at).reshape(cached.shape)
-        places = _position_features(first, len(pos), n_tokens)
-        yield _Part(cached, plain, values[:, first : first + CHUNK], places)
+        part = _position_features(pos, evidence.n_tokens)
+        yield _Part(cached, plain, values[:, first : first + CHUNK], part)
 
 
 def _to_end(evidence: Evidence, l: int) -> FloatArray:
@@ -196,9 +208,9 @@ def _to_end(evidence: Evidence, l: int) -> FloatArray:
     return evidence.unrotate(l, np.eye(d, dtype=np.float32), np.full(d, evidence.n_tokens, dtype=np.int32))
 
 
-def _position_features(first: int, n: int, n_tokens: int) -> FloatArray:
-    """Returns the tokens' positions from the beginning, from the end, and as a share; float32 ``(n, 11)``."""
-    i = np.arange(first, first + n, dtype=np.float32)
+def _position_features(places: Positions, n_tokens: int) -> FloatArray:
+    """Returns the positions of tokens from the beginning, from the end, and as a share; float32 ``(n, 11)``."""
+    i = places.astype(np.float32)
     share, before_end = i / n_tokens, n_tokens - i
     columns = [
         share, share**2, share**3, np.exp(-i / 8), np.exp(-i / 2), np.log1p(i), np.log(before_end),

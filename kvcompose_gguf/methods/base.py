@@ -116,6 +116,23 @@ class Method:
         """
         return self
 
+    def informed(self: M, learn: bool = True) -> M:
+        """Returns the method with what is known of the model now; called before every prompt.
+
+        Args:
+            learn: whether ``taught_by`` may keep what it learns.
+        """
+        return self
+
+    def taught_by(self: M, evidence: Evidence) -> M:
+        """Returns the method with what this context teaches about the model; called before ``scores``."""
+        return self
+
+    @property
+    def note(self) -> str:
+        """Returns how the latest context was scored, for reports; empty: as the options say."""
+        return ""
+
     def fingerprint(self) -> bytes:
         """Returns the measurements of the model that decide which tokens the method keeps; empty: it uses none."""
         return b""

@@ -14,12 +14,15 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..measurements.surrogate import Surrogate, find_surrogate, load_surrogate
+from ..measurements.surrogate import Surrogate, load_surrogate
+from ..models.hashes import remembered
+from ..native.vocab_only import family_of
 from ..scoring.evidence import Evidence
-from ..scoring.requests import AttentionRequest, Prefill, Prompts, Queries, Repeat, Window
+from ..scoring.requests import AttentionRequest, Prefill, Prompts, Queries, Repeat, SpotCheck, Window
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .allocation import Allocation, GlobalRanking
 from .base import Method
+from .learnt import Learnt
 
 K = TypeVar("K", bound="KVCompose")
 
@@ -45,6 +48,7 @@ _REPEATED = ("scoring_fraction", "instruction")
 #: the values of the option ``scoring``
 MODES = {
     "auto": Mode(_REPEATED, lambda method: method.repeat()),  # until ``for_model`` decides
+    "learned": Mode((), lambda method: method.check()),
     "repeat": Mode(_REPEATED, lambda method: method.repeat()),
     "prompts": Mode(("prompts",), lambda method: Prompts(tuple(method.prompts), method.scoring_chunk)),
     "window": Mode((), lambda method: Window(method.window)),
@@ -64,8 +68,10 @@ class KVCompose(Method):
             time (the paper's). ``"prompts"``: the given ``prompts`` (task-aware). ``"window"``: the last tokens of the
             prompt. ``"prefill"``: all of the context's own tokens during the prefill. The last two need no second pass;
             with ``agg_task="mean"`` they average for each token only over the queries that can see it. ``"surrogate"``:
-            predicts the repeat's attention from keys and values, for calibrated models. ``"auto"``: ``for_model``
-            replaces it by ``"surrogate"`` if the model has one and the other options allow it, else by ``"repeat"``.
+            predicts the repeat's attention from keys and values, for calibrated models. ``"learned"``: predicts it as
+            well, from what earlier prompts of the model have taught, and repeats some pieces of the context to check
+            and to learn. ``"auto"``: ``for_model`` replaces it by ``"learned"`` if the other options allow it, else by
+            ``"repeat"``.
         scoring_fraction: share of the context that is read a second time, in pieces spread over all of it, for
             ``scoring="repeat"``; trades quality for time.
         instruction: text that every chunk of the repeat begins with, for ``scoring="repeat"``.
@@ -85,7 +91,15 @@ class KVCompose(Method):
         first_layer_rule: layer 0 gets the highest composite score of all layers at every rank. The reference has this
             as a side effect (Hugging Face reads the cache length from layer 0). It costs budget; use it for parity
             checks.
+        in_place: evaluate the chunks of the repeat at the positions that they have in the whole repeat; False: each
+            directly after the context (``scoring.requests.Repeat``).
+        spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a quarter for the first
+            two prompts of a model, later an eighth or, if the prediction is good, a sixteenth, and at most 512 tokens.
+            0: nothing, once two prompts are known.
+        learn: keep what is learnt of the model for later prompts and processes. With ``KVCOMPOSE_LEARN=off`` in the
+            environment nothing is kept or used: every prompt is scored as if it were the model's first.
         surrogate: the model's surrogate, for ``scoring="surrogate"``; None: ``for_model`` loads it.
+        learnt: the model, and what is known of it, for ``scoring="learned"``; ``for_model`` sets it.
     Raises:
         ConfigError: an option is out of range, or the number of budgets given is not one.
     """
@@ -104,7 +118,11 @@ class KVCompose(Method):
     add_mean_across_heads: bool = True
     keep_token_lower_bound: int = 0
     first_layer_rule: bool = False
+    in_place: bool = True
+    spot_check: float | None = None
+    learn: bool = True
     surrogate: Surrogate | None = field(default=None, repr=False)
+    learnt: Learnt = field(default_factory=Learnt, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,7 +136,10 @@ class KVCompose(Method):
             raise ConfigError(f"keep_token_lower_bound={self.keep_token_lower_bound} is negative")
         for name in ("agg_task", "agg_group", "agg_head"):
             check_choice(name, getattr(self, name), ("max", "mean"))
-        for name in ("add_v_norm", "add_mean_across_heads", "first_layer_rule"):
+        check_number("spot_check", self.spot_check, optional=True)
+        if self.spot_check is not None and not 0 <= self.spot_check <= 1:
+            raise ConfigError(f"spot_check={self.spot_check}, a share of the context, is not in [0, 1]")
+        for name in ("add_v_norm", "add_mean_across_heads", "first_layer_rule", "in_place", "learn"):
             check_flag(name, getattr(self, name))
         self._check_scoring()
 
@@ -137,10 +158,9 @@ class KVCompose(Method):
             raise ConfigError(f"prompts={self.prompts!r}: scoring='prompts' needs at least one text, others none")
         if not isinstance(self.surrogate, (Surrogate, NoneType)):
             raise ConfigError(f"surrogate={self.surrogate!r} is not a Surrogate")
-        if self.scoring == "surrogate" and self._aggregations != PREDICTED:
-            raise ConfigError(
-                f"agg_task={self.agg_task!r}, agg_group={self.agg_group!r}: scoring='surrogate' predicts max and mean"
-            )
+        if self.scoring in ("surrogate", "learned") and self._aggregations != PREDICTED:
+            given = f"agg_task={self.agg_task!r}, agg_group={self.agg_group!r}"
+            raise ConfigError(f"{given}: scoring={self.scoring!r} predicts max and mean")
 
     @classmethod
     def paper(cls, **budget: Any) -> KVCompose:
@@ -171,7 +191,11 @@ class KVCompose(Method):
 
     def repeat(self) -> Repeat:
         """Returns the repeat that the options describe."""
-        return Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction)
+        return Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction, in_place=self.in_place)
+
+    def check(self) -> SpotCheck | None:
+        """Returns the pieces of the context that ``scoring="learned"`` repeats; None: it only predicts."""
+        return self.learnt.check(self.spot_check)
 
     @property
     def can_be_predicted(self) -> bool:
@@ -184,16 +208,36 @@ class KVCompose(Method):
         return None if queries is None else AttentionRequest(queries, self.agg_task)  # type: ignore[arg-type]
 
     def for_model(self: K, model_path: Path) -> K:
-        """Returns the method with ``"auto"`` resolved, and with the model's surrogate if it needs one and has none."""
+        """Returns the method with ``"auto"`` resolved, and with what it needs to know about the model."""
         if self.scoring == "surrogate" and self.surrogate is None:
             return replace(self, surrogate=load_surrogate(model_path))
-        if self.scoring != "auto":
+        scoring = self.scoring
+        if scoring == "auto":
+            scoring = "learned" if self.can_be_predicted else "repeat"
+        family = remembered(model_path, "family", family_of) if scoring == "learned" else ""
+        return replace(self, scoring=scoring, learnt=Learnt(family))
+
+    def informed(self: K, learn: bool = True) -> K:
+        """Returns the method with what is known of the model now."""
+        if self.scoring != "learned" or self.learnt.known is not None:
             return self
-        surrogate = (self.surrogate or find_surrogate(model_path)) if self.can_be_predicted else None
-        return replace(self, scoring="surrogate" if surrogate else "repeat", surrogate=surrogate)
+        return replace(self, learnt=self.learnt.informed(), learn=self.learn and learn)
+
+    def taught_by(self: K, evidence: Evidence) -> K:
+        """Returns the method with what the check of this context taught, and keeps that for later prompts."""
+        if self.scoring != "learned":
+            return self
+        learnt = self.learnt.taught_by(evidence, self.check(), self._grouped(evidence), self.learn)
+        return replace(self, learnt=learnt)
+
+    @property
+    def note(self) -> str:
+        return self.learnt.note
 
     def fingerprint(self) -> bytes:
-        """Returns the surrogate's weights as bytes; empty without one."""
+        """Returns the weights of the surrogate, or what is known of the model, as bytes; empty without either."""
+        if self.learnt.known is not None and self.learnt.known.layers:
+            return b"".join(layer.weights.tobytes() for layer in self.learnt.known.layers)
         return b"".join(weights.tobytes() for weights in self.surrogate.weights) if self.surrogate else b""
 
     def rule(self) -> Allocation:
@@ -210,20 +254,30 @@ class KVCompose(Method):
         # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
         norms = [np.linalg.norm(evidence.values(l), axis=2) for l in layers]  # one layer in memory at a time
 
-        predicted = self._predicted(evidence) if self.scoring == "surrogate" else []
+        predicted = self._predicted(evidence)
 
         def score(l: int) -> FloatArray:
-            if predicted:
-                scores = predicted[l]
-            else:
-                scores = aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, self.agg_group)
+            scores = predicted[l] if predicted else self._grouped_layer(evidence, l)
             if self.add_v_norm:
                 scores = scores * norms[l]
             return aggregate.add_mean_across_heads(scores) if self.add_mean_across_heads else scores
 
         return map_layers(score, len(evidence.layers))
 
+    def _grouped(self, evidence: Evidence) -> list[FloatArray]:
+        """Returns the attention that was collected, for each layer ``(n_head_kv, N)``; empty: none was."""
+        return map_layers(lambda l: self._grouped_layer(evidence, l), len(evidence.attention))
+
+    def _grouped_layer(self, evidence: Evidence, l: int) -> FloatArray:
+        return aggregate.aggregate_group(evidence.attention[l], evidence.layers[l].n_head_kv, self.agg_group)
+
     def _predicted(self, evidence: Evidence) -> list[FloatArray]:
+        """Returns the predicted attention, for each layer ``(n_head_kv, N)``; empty: it was collected."""
+        if self.scoring == "learned":
+            method = self if self.note else self.informed().taught_by(evidence)
+            return method.learnt.predict(evidence, self._grouped(evidence))
+        if self.scoring != "surrogate":
+            return []
         if self.surrogate is None:
             raise ConfigError("scoring='surrogate': run kvcompose calibrate MODEL, then for_model(MODEL)")
         return self.surrogate.predict(evidence)

@@ -61,7 +61,7 @@ class Variant(KVCompose):
         return super().can_be_predicted and not self.own and not self.output_norm
 
     def repeat(self) -> Repeat:
-        return replace(super().repeat(), own=self.own)
+        return replace(super().repeat(), own=self.own, in_place=self.in_place and not self.own)
 
     def for_model(self, model_path: Path) -> Variant:
         """Returns the variant with the Gram matrices of the output projections, if it needs them."""

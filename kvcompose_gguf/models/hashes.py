@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -28,15 +29,26 @@ def model_sha256(model_path: Path) -> str:
     Raises:
         ConfigError: the file cannot be read.
     """
+    return remembered(model_path, "", sha256)
+
+
+def remembered(model_path: Path, what: str, compute: Callable[[Path], str]) -> str:
+    """Returns ``compute(model_path)``; computes it again only if the file's path, size or modification time changed.
+
+    Args:
+        what: name of the result, different for every ``compute``; empty: the sha256.
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     try:
         status = model_path.stat()
-        key = f"{model_path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        key = f"{model_path.resolve()} {status.st_size} {status.st_mtime_ns} {what}".rstrip()
         memory = _memory()
         known: dict[str, str] = {}
         with contextlib.suppress(OSError, ValueError):
             known = dict(json.loads(memory.read_text("utf-8")))
         if key not in known:
-            known[key] = sha256(model_path)
+            known[key] = compute(model_path)
             with contextlib.suppress(OSError):  # the folder is not writable: the next call hashes again
                 write_file(memory, json.dumps(known, indent=1))
         return known[key]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,32 @@ def open_vocabulary(model_path: Path) -> Iterator[Any]:
         raise ConfigError(f"{model_path} cannot be used: {error}") from error
     with contextlib.closing(vocabulary):
         yield vocabulary
+
+
+#: metadata that files of one model share, whatever their quantization; parts of the name without the architecture
+FAMILY = (
+    "general.architecture", "general.name", "general.basename", "general.finetune", "general.version",
+    "general.size_label", "tokenizer.ggml.model", "tokenizer.ggml.pre",
+)  # fmt: skip
+FAMILY_OF_ARCHITECTURE = (
+    "block_count", "embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv",
+    "attention.key_length", "attention.value_length", "attention.sliding_window", "vocab_size", "rope.dimension_count",
+    "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+)  # fmt: skip
+
+
+def family_of(model_path: Path) -> str:
+    """Returns a hash of a model's name, shapes, RoPE and tokenizer, the same for all quantizations of the model.
+
+    Raises:
+        ConfigError: llama.cpp cannot load the file.
+    """
+    with open_vocabulary(model_path) as vocabulary:
+        metadata = vocabulary.metadata()
+        architecture = metadata.get("general.architecture")
+        names = [*FAMILY, *(f"{architecture}.{name}" for name in FAMILY_OF_ARCHITECTURE)]
+        facts = {name: metadata[name] for name in names if name in metadata} | {"n_vocab": vocabulary.n_vocab()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def n_ctx_trained(vocabulary: Any) -> int:

@@ -24,6 +24,8 @@ class KVReport:
         scoring_chunk: number of query tokens at a time, as many as ``n_ctx`` allowed; 0: only the prefill's queries.
         n_sink, n_recent: number of first and last context tokens that every head keeps; fewer than the method asks for
             if its budget does not cover them.
+        scoring: how a method that learns got its scores, e.g. ``"predicted, checked 1/8 (agreement 0.90)"``; empty for
+            other methods.
     """
 
     n_tokens: int
@@ -40,6 +42,7 @@ class KVReport:
     scoring_chunk: int
     n_sink: int = 0
     n_recent: int = 0
+    scoring: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values, for ``from_json``."""
@@ -52,7 +55,8 @@ class KVReport:
         Raises:
             KeyError, TypeError, ValueError, OverflowError: the fields or their values are not a report's.
         """
-        kinds = {field.name: int if field.type == "int" else float for field in fields(cls)}
+        kinds: dict[str, type] = {"int": int, "str": str}
+        kinds = {field.name: kinds.get(str(field.type), float) for field in fields(cls)}
         numbers = {name: kinds[name](value) for name, value in values.items() if name != "n_kept"}
         report = cls(**numbers, n_kept=np.array(values["n_kept"], dtype=np.int64))  # type: ignore[arg-type]
         if report.n_tokens < 1 or report.n_kept.ndim != 1 or not report.n_kept.size:
@@ -70,6 +74,7 @@ class KVReport:
             f"(layers keep {self.n_kept.min()} to {self.n_kept.max()}): "
             f"{self.kv_bytes_full / 1e6:.1f} -> {self.kv_bytes_kept / 1e6:.1f} MB of rows, "
             f"{self.kv_bytes_before / 1e6:.1f} -> {self.kv_bytes / 1e6:.1f} MB allocated; "
-            f"prefill {self.prefill_seconds:.2f} s, scores {self.score_seconds:.2f} s, "
+            f"prefill {self.prefill_seconds:.2f} s, scores {self.score_seconds:.2f} s"
+            f"{f' ({self.scoring})' if self.scoring else ''}, "
             f"plan {self.plan_seconds:.3f} s, compose {self.compose_seconds:.3f} s"
         )

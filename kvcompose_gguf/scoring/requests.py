@@ -103,6 +103,38 @@ class Repeat(Queries):
 
 
 @dataclass(frozen=True)
+class SpotCheck(Queries):
+    """Pieces of the context, evaluated a second time in place; a sample of ``Repeat(in_place=True)``.
+
+    Attributes:
+        share: share of the context that is evaluated again, at least one piece.
+        most: largest number of tokens that are evaluated again.
+        piece: number of tokens in a piece.
+    """
+
+    share: float
+    most: int = 512
+    piece: int = 128
+
+    def __post_init__(self) -> None:
+        check_number("share", self.share)
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share={self.share} is not in (0, 1]")
+        for name in ("most", "piece"):
+            check_integer(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
+
+    def places(self, n_tokens: int) -> list[range]:
+        """Returns the places in a context of ``n_tokens`` that are evaluated again."""
+        return spread(n_tokens, min(self.share, self.most / n_tokens), min(self.piece, self.most))
+
+    def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
+        """Evaluates the pieces again on top of the context's cache."""
+        pieces = [Piece(place.start, tokens[place.start : place.stop]) for place in self.places(len(tokens))]
+        return scorer.on_top(pieces, self.piece, tokens, in_place=True)
+
+
+@dataclass(frozen=True)
 class Prompts(Queries):
     """The user's texts, each evaluated on top of the context, ``chunk`` tokens at a time."""
 

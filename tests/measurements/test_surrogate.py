@@ -289,30 +289,12 @@ def test_kvcompose_asks_for_no_attention_and_needs_a_surrogate(folder, make_llam
         make_llama(tiny.GQA, method)
 
 
-def test_auto_is_the_surrogate_where_there_is_one_and_the_repeat_where_not(folder, make_llama):
-    auto, repeat = KVCompose(compression_ratio=0.5), KVCompose(compression_ratio=0.5, scoring="repeat")
-    assert auto.scoring == "auto"
-    assert auto.attention_request == repeat.attention_request  # before a model is known
-    llama = make_llama(tiny.GQA, auto, **ONE_THREAD)
-    assert llama.kv_compressor == repeat
-    save_surrogate(made := fitting_surrogate(llama))
-    llama.kv_compressor = auto
-    assert llama.kv_compressor.scoring == "surrogate"
-    assert llama.kv_compressor.surrogate.to_bytes() == made.to_bytes()
-    report = llama.compress(tiny.tokens(tiny.GQA, 300))
-    assert (report.scoring_chunk, report.n_kept.sum()) == (0, 300 * tiny.GQA.n_layer // 2)
-    llama.kv_compressor = repeat
-    assert llama.kv_compressor == repeat
-
-
 @pytest.mark.parametrize(
     "options", [{"scoring_fraction": 0.5}, {"instruction": "x"}, {"agg_task": "mean"}, {"agg_group": "max"}], ids=str
 )
-def test_auto_is_the_repeat_if_an_option_asks_for_scores_that_no_surrogate_predicts(folder, make_llama, options):
-    llama = make_llama(tiny.GQA, KEYS_ONLY)
-    save_surrogate(fitting_surrogate(llama))
-    path = Path(llama.model_path)
-    assert KVCompose(n_kept=9, agg_head="max").for_model(path).scoring == "surrogate"
+def test_auto_is_the_repeat_if_an_option_asks_for_scores_that_nobody_predicts(make_llama, options):
+    path = Path(make_llama(tiny.GQA, KEYS_ONLY).model_path)
+    assert KVCompose(n_kept=9, agg_head="max").for_model(path).scoring == "learned"
     assert KVCompose(n_kept=9, **options).for_model(path).scoring == "repeat"
     for name in ("own", "output_norm"):
         changed: dict[str, Any] = {name: True}
@@ -320,8 +302,8 @@ def test_auto_is_the_repeat_if_an_option_asks_for_scores_that_no_surrogate_predi
 
 
 def test_a_surrogate_that_was_given_is_taken_without_looking_for_another(folder, tmp_path):
-    method = KVCompose(n_kept=9, surrogate=GOOD).for_model(tmp_path / "no such file")
-    assert (method.scoring, method.surrogate) == ("surrogate", GOOD)
+    method = KVCompose(n_kept=9, scoring="surrogate", surrogate=GOOD).for_model(tmp_path / "no such file")
+    assert method.surrogate == GOOD
 
 
 @pytest.mark.parametrize("options", [{"n_sink": 0}, {"add_v_norm": True, "add_mean_across_heads": False, "n_sink": 3}])

@@ -129,7 +129,7 @@ def test_an_instruction_comes_before_every_chunk_and_its_tokens_judge_as_well(
 
 
 def test_kvcompose_asks_with_its_instruction_before_every_chunk():
-    method = KVCompose(compression_ratio=0.5, instruction="7 8", scoring_chunk=4, agg_task="mean")
+    method = KVCompose(compression_ratio=0.5, instruction="7 8", scoring_chunk=4, agg_task="mean", in_place=False)
     cache, tokens = Cache(), context(10)
     assert method.attention_request is not None
     attention = method.attention_request.collect(cache, tokens, (), words)  # type: ignore[arg-type]

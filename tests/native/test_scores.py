@@ -17,7 +17,9 @@ from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
 
 
 def captured(llama: Any, context: list[int], chunk: int | None, agg: str = "max", **options: Any) -> Any:
-    method = KVCompose(compression_ratio=0.5, scoring_chunk=chunk, agg_task=agg, **options)
+    method = KVCompose(
+        compression_ratio=0.5, scoring="repeat", scoring_chunk=chunk, agg_task=agg, in_place=False, **options
+    )
     return np.stack(llama.observe(context, method).attention)
 
 

@@ -181,7 +181,7 @@ def collect(
     tokenize: Callable[[str], Sequence[int]] = words,
     **options: Any,
 ) -> Attention:
-    method = KVCompose(compression_ratio=0.5, **options)
+    method = KVCompose(**({"compression_ratio": 0.5, "scoring": "repeat", "in_place": False} | options))  # type: ignore[arg-type]
     request = method.attention_request
     assert request is not None
     return request.collect(cache, tokens, suffix, tokenize, method.max_score_bytes)  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.chat.documents import Document
 from support import tiny
 
-METHOD = KVCompose(compression_ratio=0.5, min_tokens=64, keep_last=8)
+#: with it the tiny model's answers are whole characters; other bytes come back as U+FFFD from a saved conversation
+METHOD = KVCompose(compression_ratio=0.5, min_tokens=64, keep_last=8, scoring="repeat", in_place=False)
 
 GEMMA = tiny.ARCHITECTURES["gemma3"]  # sliding windows of 64
 

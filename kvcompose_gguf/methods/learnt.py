@@ -1,0 +1,93 @@
+"""How ``KVCompose(scoring="learned")`` scores a prompt: what it repeats, what that teaches, and what it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..kernels.types import FloatArray
+from ..measurements.learned import Learned, read_learned, update_learned
+from ..scoring.evidence import Evidence
+from ..scoring.requests import SpotCheck
+
+#: number of prompts that teach a model's prediction before it is trusted
+N_FIRST = 2
+
+#: share of these prompts that is repeated, and the largest number of tokens
+FIRST_SHARE, FIRST_MOST = 0.25, 1024
+
+#: the same for later prompts, which only check the prediction
+CHECK_SHARE, CHECK_MOST = 0.125, 512
+
+#: share of a prompt if the prediction agreed so well with the latest ones
+SURE_SHARE, SURE = 0.0625, 0.85
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What is known of a model, and how the latest context was scored with it.
+
+    Attributes:
+        family: the model (``native.vocab_only.family_of``).
+        known: what was learnt of it; None: it is read before the next prompt.
+        note: how the latest context was scored, for reports; empty: none was.
+    """
+
+    family: str = ""
+    known: Learned | None = None
+    note: str = ""
+
+    def informed(self) -> Learnt:
+        """Returns this with what is known of the model now, unless it is given already."""
+        return self if self.known is not None else replace(self, known=read_learned(self.family))
+
+    def check(self, share: float | None) -> SpotCheck | None:
+        """Returns the pieces of a context that are repeated; None: none, everything is predicted.
+
+        Args:
+            share: the share that the user wants; None: as much as the prediction needs.
+        """
+        known = self.known or Learned()
+        if known.n_prompts < N_FIRST:
+            return SpotCheck(share or FIRST_SHARE, FIRST_MOST)
+        if share is None:
+            share = SURE_SHARE if np.mean(known.agreements) >= SURE else CHECK_SHARE
+        return SpotCheck(share, CHECK_MOST) if share else None
+
+    def taught_by(self, evidence: Evidence, check: SpotCheck | None, seen: Sequence[FloatArray], keep: bool) -> Learnt:
+        """Returns this with what the repeated pieces of a context taught.
+
+        Args:
+            check: the pieces.
+            seen: what they paid to the context, for each layer float32 ``(n_head_kv, N)``.
+            keep: also for later prompts and processes.
+        """
+        if check is None:
+            return replace(self, note="predicted")
+        places = np.concatenate([np.array(piece, np.int32) for piece in check.places(evidence.n_tokens)])
+
+        def teach(known: Learned) -> Learned:
+            return known.taught(evidence, places, seen)
+
+        before = self.known or Learned()
+        known = update_learned(self.family, teach) if keep else teach(before)
+        share = f"1/{round(evidence.n_tokens / len(places))}"
+        note = f"repeat {share} (learning)"
+        if before.n_prompts >= N_FIRST:
+            note = f"predicted, checked {share} (agreement {known.agreements[-1]:.2f})"
+        return replace(self, known=known, note=note)
+
+    def predict(self, evidence: Evidence, seen: Sequence[FloatArray]) -> list[FloatArray]:
+        """Returns the attention that a repeat of the context would pay, for each layer float32 ``(n_head_kv, N)``.
+
+        Args:
+            seen: as in ``taught_by``; empty: nothing was repeated.
+        """
+        assert self.known is not None
+        predicted = self.known.predict(evidence)
+        if not seen:
+            return predicted
+        # the rest of the repeat can only pay more
+        return [np.maximum(a, b) for a, b in zip(predicted, seen, strict=True)]

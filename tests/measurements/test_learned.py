@@ -1,0 +1,307 @@
+"""What is learnt of a model from its prompts: the regression, its file, and prompts of a tiny model."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import tiny
+from support.llamas import ONE_THREAD
+from support.surrogates import make_evidence, table_of
+
+from kvcompose_gguf import ConfigError, KVCompose
+from kvcompose_gguf.measurements import learned
+from kvcompose_gguf.measurements.learned import Learned, Regression, read_learned, update_learned
+from kvcompose_gguf.measurements.surrogate import target_of
+from kvcompose_gguf.native.vocab_only import family_of
+from kvcompose_gguf.scoring.evidence import Evidence
+
+PLACES = np.r_[0:30, 50:90].astype(np.int32)
+
+
+@pytest.fixture
+def kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the empty folder in which this test keeps what it learns."""
+    monkeypatch.delenv("KVCOMPOSE_LEARN")
+    return folder.parent / "learned"
+
+
+def attention_to(evidence: Evidence, seed: int = 0) -> list[np.ndarray]:
+    """Returns attention that a linear function of the features predicts, up to noise."""
+    out = []
+    for l in range(len(evidence.layers)):
+        rng, table = np.random.default_rng((seed, l)), table_of(evidence, l)
+        weights = np.random.default_rng(l).standard_normal(table.shape[2]) / table.std(axis=(0, 1)).clip(1e-2) / 20
+        logs = table @ weights + 0.05 * rng.standard_normal(table.shape[:2])
+        out.append(np.exp(np.clip(logs - logs.mean() - 5, -11, -0.1)).astype(np.float32))
+    return out
+
+
+#
+# the regression
+#
+
+
+def test_the_first_prompt_is_a_ridge_regression_of_its_repeated_tokens() -> None:
+    evidence = make_evidence(100)
+    attention = attention_to(evidence)
+    known = Learned().taught(evidence, PLACES, attention)
+    assert (known.n_prompts, known.n_tokens, known.agreements) == (1, len(PLACES), ())
+    for l, layer in enumerate(known.layers):
+        table = table_of(evidence, l)[:, PLACES].astype(np.float64)
+        target = target_of(attention[l])[:, PLACES].astype(np.float64)
+        for h in range(len(table)):
+            scale = np.maximum(table[h].std(axis=0), 1e-3)
+            rows = np.c_[(table[h] - table[h].mean(axis=0))[:, :-1] / scale[:-1], np.ones(len(PLACES))]
+            penalty = np.diag(np.r_[np.full(rows.shape[1] - 1, 1e-2 * len(PLACES)), 1e-6])
+            want = rows @ np.linalg.solve(rows.T @ rows + penalty, rows.T @ target[h])
+            got = table[h] @ layer.plain_weights[h].astype(np.float64)
+            assert np.abs(got - want).max() < 2e-3
+
+
+def test_more_prompts_predict_another_one_better_and_the_agreement_says_so() -> None:
+    known, agreements = Learned(), []
+    for seed in range(4):
+        evidence = make_evidence(100, seed)
+        known = known.taught(evidence, PLACES, attention_to(evidence, seed))
+        agreements.append(known.agreements[-1] if known.agreements else 0)
+    assert agreements[3] > agreements[1] > 0.3
+    assert agreements[3] > 0.7
+    assert known.agreements == tuple(agreements[1:])
+    test = make_evidence(100, seed=9)
+    predicted = known.predict(test)
+    for got, want in zip(predicted, attention_to(test, 9), strict=True):
+        assert got.dtype == np.float32
+        assert learned.rank_correlation(got, want) > 0.6
+
+
+def test_the_agreement_is_spearmans_correlation() -> None:
+    a = np.array([[1, 5, 3, 2.0], [1, 2, 3, 4]], np.float32)
+    b = np.array([[10, 50, 30, 20.0], [4, 3, 2, 1]], np.float32)
+    assert learned.rank_correlation(a[:1], b[:1]) == pytest.approx(1)
+    assert learned.rank_correlation(a, b) == pytest.approx(0)
+    # ranks 0 3 2 1 and 3 2 1 0: covariance -0.25 of 1.25
+    assert learned.rank_correlation(a[:1], b[1:]) == pytest.approx(-0.2)
+
+
+def test_old_prompts_count_less_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned, "MEMORY", 100)
+    known = Learned()
+    for seed in range(4):
+        known = known.taught(make_evidence(100, seed), PLACES, attention_to(make_evidence(100, seed)))
+    assert known.n_tokens == 100 + len(PLACES)
+
+
+def test_the_precision_keeps_its_largest_directions_and_its_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2, 200, 40)) * np.linspace(5, 0.1, 40)
+    rows = (rows @ np.linalg.qr(rng.standard_normal((40, 40))).Q).astype(np.float32)
+    nothing = np.zeros((2, 40), np.float32)
+    empty = Regression(nothing, nothing + 1, nothing, nothing, np.zeros((2, 40, learned.RANK), np.float16))
+    moved = empty.moved(rows, rng.standard_normal((2, 200)).astype(np.float32), 0, 1)
+    precision = rows.transpose(0, 2, 1) @ rows
+    factors = moved.factors.astype(np.float64)
+    got = np.square(factors).sum(axis=2) + moved.diagonal
+    np.testing.assert_allclose(got, np.einsum("hff->hf", precision), rtol=5e-3)
+    largest = np.linalg.eigvalsh(precision)[:, -learned.RANK :].sum()
+    assert np.square(factors).sum() > 0.98 * largest
+
+
+def test_a_model_of_another_shape_is_learnt_anew() -> None:
+    evidence = make_evidence(100)
+    known = Learned().taught(evidence, PLACES, attention_to(evidence))
+    other = replace(evidence, layers=evidence.layers[:1], attention=())
+    assert not known.fits(other.layers)
+    assert known.taught(other, PLACES, attention_to(other)).n_prompts == 1
+
+
+#
+# the file
+#
+
+
+def some() -> Learned:
+    evidence = make_evidence(100)
+    return Learned().taught(evidence, PLACES, attention_to(evidence)).taught(evidence, PLACES, attention_to(evidence))
+
+
+def test_a_file_has_everything_and_no_text() -> None:
+    known = some()
+    again = Learned.from_bytes(known.to_bytes())
+    assert (again.n_prompts, again.n_tokens, again.agreements) == (2, 2 * len(PLACES), known.agreements)
+    for ours, theirs in zip(known.layers, again.layers, strict=True):
+        for name, array in vars(ours).items():
+            np.testing.assert_array_equal(array, getattr(theirs, name))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "version", "nan", "shape", "scale"])
+def test_a_damaged_file_is_set_aside_and_learnt_anew(kept: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = some()
+    first = known.layers[0]
+    if damage == "nan":
+        known = replace(known, layers=(replace(first, weights=first.weights * np.float32(np.nan)), *known.layers[1:]))
+    elif damage == "shape":
+        known = replace(known, layers=(replace(first, weights=first.weights[:, :-1]), *known.layers[1:]))
+    elif damage == "scale":
+        known = replace(known, layers=(replace(first, scale=first.scale * 0), *known.layers[1:]))
+    elif damage == "version":
+        monkeypatch.setattr(learned, "VERSION", 99)
+    data = known.to_bytes()
+    monkeypatch.undo() if damage == "version" else None
+    monkeypatch.delenv("KVCOMPOSE_LEARN", raising=False)
+    data = {"empty": b"", "cut": data[: len(data) // 2]}.get(damage, data)
+    kept.mkdir(parents=True)
+    (kept / "f.npz").write_bytes(data)
+    monkeypatch.setattr(learned, "learned_dir", lambda: kept)
+    with pytest.warns(UserWarning, match=r"f\.npz .* it is now f\.damaged, and is learnt anew"):
+        assert read_learned("f").n_prompts == 0
+    assert (kept / "f.damaged").read_bytes() == data
+    assert read_learned("f").n_prompts == 0
+
+
+def count(known: Learned) -> Learned:
+    return replace(known, n_prompts=known.n_prompts + 1)
+
+
+def test_what_is_learnt_is_there_for_the_next_process(kept: Path) -> None:
+    assert update_learned("f", count).n_prompts == 1
+    assert update_learned("f", count).n_prompts == 2
+    assert read_learned("f").n_prompts == 2
+    assert read_learned("g").n_prompts == 0
+
+
+def test_with_learning_off_nothing_is_kept_or_used(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update_learned("f", count)
+    monkeypatch.setenv("KVCOMPOSE_LEARN", "off")
+    assert read_learned("f").n_prompts == 0
+    assert update_learned("f", count).n_prompts == 1
+    monkeypatch.delenv("KVCOMPOSE_LEARN")
+    assert read_learned("f").n_prompts == 1
+
+
+def test_a_full_disk_loses_only_the_newest_prompt(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update_learned("f", count)
+
+    def full(file: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learned, "write_file", full)
+        with pytest.warns(UserWarning, match="is not kept in .*No space left"):
+            assert update_learned("f", count).n_prompts == 2
+    assert read_learned("f").n_prompts == 1
+
+
+def _count_often(cache: str, n: int) -> None:
+    os.environ["XDG_CACHE_HOME"] = cache
+    os.environ.pop("KVCOMPOSE_LEARN", None)
+    for _ in range(n):
+        update_learned("f", count)
+
+
+def _hold(cache: str, began: Any) -> None:
+    os.environ["XDG_CACHE_HOME"] = cache
+    os.environ.pop("KVCOMPOSE_LEARN", None)
+
+    def teach(known: Learned) -> Learned:
+        began.set()
+        time.sleep(600)  # until it is killed
+        return known
+
+    update_learned("f", teach)
+
+
+def test_processes_take_turns_and_a_killed_one_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("KVCOMPOSE_LEARN")
+    fork: Any = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    workers = [fork.Process(target=_count_often, args=(str(tmp_path), 5)) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert read_learned("f").n_prompts == 40
+    began = fork.Event()
+    holder = fork.Process(target=_hold, args=(str(tmp_path), began))
+    holder.start()
+    assert began.wait(60)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert update_learned("f", count).n_prompts == 41
+
+
+#
+# prompts of a model
+#
+
+
+def prompt(seed: int, n: int = 600) -> list[int]:
+    return tiny.tokens(tiny.GQA, n, seed=seed)
+
+
+def test_prompts_are_learnt_from_and_then_predicted(make_llama: Callable[..., Any], kept: Path) -> None:
+    method = KVCompose(compression_ratio=0.5)
+    llama = make_llama(tiny.GQA, method, n_ctx=2048, **ONE_THREAD)
+    notes = [llama.compress(prompt(seed)).scoring for seed in range(3)]
+    assert notes[:2] == ["repeat 1/5 (learning)", "repeat 1/5 (learning)"]
+    assert notes[2].startswith("predicted, checked 1/5 (agreement 0.")
+    (file,) = kept.glob("*.npz")
+    assert read_learned(file.stem).n_prompts == 3
+    other = make_llama(tiny.GQA, method, n_ctx=2048, **ONE_THREAD)  # another process finds it as well
+    assert other.compress(prompt(5)).scoring.startswith("predicted, checked")
+    other.kv_compressor = replace(method, spot_check=0.0)
+    report = other.compress(prompt(6))
+    assert (report.scoring, report.scoring_chunk) == ("predicted", 0)
+    assert read_learned(file.stem).n_prompts == 4
+
+
+def test_an_object_may_learn_nothing(make_llama: Callable[..., Any], kept: Path) -> None:
+    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5, learn=False), n_ctx=2048, **ONE_THREAD)
+    for seed in range(3):
+        assert llama.compress(prompt(seed)).scoring == "repeat 1/5 (learning)"
+    assert not kept.exists()
+
+
+def test_scores_are_the_prediction_and_at_least_what_was_seen(make_llama: Callable[..., Any]) -> None:
+    method = KVCompose(compression_ratio=0.5, add_mean_across_heads=False, learn=False)
+    llama = make_llama(tiny.GQA, n_ctx=2048, **ONE_THREAD)
+    method = method.for_model(Path(llama.model_path)).informed()
+    evidence = llama.observe(prompt(0), method)
+    taught = method.taught_by(evidence)
+    assert taught.learnt.known is not None
+    predicted = taught.learnt.known.predict(evidence)
+    for l, scores in enumerate(method.scores(evidence)):
+        seen = evidence.attention[l].reshape(2, 2, -1).mean(axis=1)
+        np.testing.assert_array_equal(scores, np.maximum(predicted[l], seen))
+
+
+def test_options_that_nobody_predicts_repeat_the_context(make_llama: Callable[..., Any], kept: Path) -> None:
+    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5, agg_task="mean"), n_ctx=2048)
+    assert llama.kv_compressor.scoring == "repeat"
+    assert llama.compress(prompt(0)).scoring == ""
+    with pytest.raises(ConfigError, match="scoring='learned' predicts max and mean"):
+        KVCompose(compression_ratio=0.5, scoring="learned", agg_group="max")
+    for share in (-0.1, 1.5):
+        with pytest.raises(ConfigError, match="spot_check="):
+            KVCompose(compression_ratio=0.5, spot_check=share)
+
+
+def test_a_family_is_the_model_and_not_its_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    file = tiny_model(tiny.GQA)
+    copy = tmp_path / "renamed.gguf"
+    copy.write_bytes(file.read_bytes())
+    assert family_of(copy) == family_of(file)
+    assert family_of(file) != family_of(tiny_model(tiny.ARCHITECTURES["qwen3"]))
+    assert family_of(file) != family_of(tiny_model(tiny.MHA))
