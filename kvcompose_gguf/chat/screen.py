@@ -84,6 +84,8 @@ class Screen:
         """Show what every layer keeps, and the figures of the whole cache."""
         if report is not None:
             self.show(layer_bars(report.n_kept.tolist(), report.n_tokens))
+            if report.scoring:
+                self.note(f"Scores: {report.scoring}.")
         later = memory.n_tokens - memory.n_context
         self.note(
             f"{memory.n_context:,} tokens are compressed, {later:,} later ones are kept in full. "

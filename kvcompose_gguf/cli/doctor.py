@@ -1,4 +1,4 @@
-"""What ``kvcompose doctor`` reports: the native library, the devices that it can use, and the fetched models."""
+"""What ``kvcompose doctor`` reports: the native library, its devices, the fetched models, and what was learnt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -13,10 +14,12 @@ from rich.text import Text
 
 from .. import __version__
 from ..errors import LibraryError
+from ..measurements.learned import learned_files, read_learned
 from ..models import known
 from ..native import library
 from ..native.about import library_info
 from ..native.devices import Device
+from ..support.printing import megabytes
 
 _KIND_NAMES = {"IGPU": "integrated GPU", "ACCEL": "accelerator"}
 
@@ -49,6 +52,7 @@ def examine() -> list[Finding]:
         *_library_findings(),
         *(Finding(name, _version(name)) for name in ("numba", "numpy")),
         *(_model_finding(name) for name in known.names()),
+        *(_learned_finding(file) for file in learned_files()),
     ]
 
 
@@ -81,6 +85,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _learned_finding(file: Path) -> Finding:
+    learned = read_learned(file.stem)
+    agreement = f", agreement {learned.agreements[-1]:.2f}" if learned.agreements else ""
+    size = megabytes(file.stat().st_size) if file.exists() else "damaged"
+    return Finding("learnt of", f"{file.stem}: {learned.n_prompts} prompts{agreement}, {size}")
 
 
 def _model_finding(name: str) -> Finding:

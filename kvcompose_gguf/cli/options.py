@@ -109,8 +109,8 @@ Scoring = Annotated[
     typer.Option(
         "--scoring",
         rich_help_panel=COMPRESSION,
-        help="How the method kvcompose scores tokens: auto, surrogate, repeat, window or prefill. "
-        "By default auto: surrogate if the model has one, else repeat.",
+        help="How the method kvcompose scores tokens: auto, learned, repeat, window, prefill or surrogate. "
+        "By default auto: learned from earlier prompts, with a check of some pieces of each prompt.",
     ),
 ]
 

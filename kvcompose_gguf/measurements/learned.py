@@ -46,6 +46,9 @@ RIDGE = 1e-2
 #: older tokens count less beyond this number, so that the weights follow what the model is used for
 MEMORY = 20_000
 
+#: agreement from which on what was learnt is of use
+POOR = 0.1
+
 #: number of agreements that are remembered
 N_AGREEMENTS = 3
 
@@ -174,6 +177,8 @@ class Learned:
             return layer.moved(rows, target, before.n_tokens, keep), agreement
 
         layers, agreements = zip(*map_layers(teach, len(evidence.layers), N_THREADS), strict=True)
+        if before.layers and np.mean(agreements) < POOR:
+            return Learned().taught(evidence, places, attention)  # it was learnt from another model of this name
         new = (round(float(np.mean(agreements)), 4),) if before.layers else ()
         n_tokens = keep * before.n_tokens + len(places)
         return Learned(before.n_prompts + 1, n_tokens, (*before.agreements, *new)[-N_AGREEMENTS:], layers)
@@ -238,6 +243,11 @@ PATIENCE = 30.0
 def learned_dir() -> Path:
     """Returns the folder of what was learnt of the user's models."""
     return cache_dir() / "learned"
+
+
+def learned_files() -> list[Path]:
+    """Returns the files of what was learnt, by name."""
+    return sorted(learned_dir().glob("*.npz"))
 
 
 def may_learn() -> bool:

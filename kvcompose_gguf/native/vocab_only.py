@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..models.identity import model_id
 from . import library
 
 
@@ -44,7 +46,9 @@ FAMILY_OF_ARCHITECTURE = (
 
 
 def family_of(model_path: Path) -> str:
-    """Returns a hash of a model's name, shapes, RoPE and tokenizer, the same for all quantizations of the model.
+    """Returns a model's name and a hash of its name, shapes, RoPE and tokenizer: the same for all its quantizations.
+
+    A model without a name has one for each file.
 
     Raises:
         ConfigError: llama.cpp cannot load the file.
@@ -54,7 +58,10 @@ def family_of(model_path: Path) -> str:
         architecture = metadata.get("general.architecture")
         names = [*FAMILY, *(f"{architecture}.{name}" for name in FAMILY_OF_ARCHITECTURE)]
         facts = {name: metadata[name] for name in names if name in metadata} | {"n_vocab": vocabulary.n_vocab()}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    if "general.name" not in facts:  # other models may have the same shapes
+        facts["file"] = model_id(model_path)
+    name = re.sub(r"[^\w.]+", "-", facts.get("general.name", model_path.stem), flags=re.ASCII).strip("-.")[:60]
+    return f"{name}-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def n_ctx_trained(vocabulary: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +21,12 @@ from support.llamas import ONE_THREAD
 from support.surrogates import make_evidence, table_of
 
 from kvcompose_gguf import ConfigError, KVCompose
+from kvcompose_gguf.cli import doctor
 from kvcompose_gguf.measurements import learned
 from kvcompose_gguf.measurements.learned import Learned, Regression, read_learned, update_learned
 from kvcompose_gguf.measurements.surrogate import target_of
-from kvcompose_gguf.native.vocab_only import family_of
+from kvcompose_gguf.native import vocab_only
+from kvcompose_gguf.native.vocab_only import open_vocabulary
 from kvcompose_gguf.scoring.evidence import Evidence
 
 PLACES = np.r_[0:30, 50:90].astype(np.int32)
@@ -298,10 +302,51 @@ def test_options_that_nobody_predicts_repeat_the_context(make_llama: Callable[..
             KVCompose(compression_ratio=0.5, spot_check=share)
 
 
-def test_a_family_is_the_model_and_not_its_file(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    file = tiny_model(tiny.GQA)
-    copy = tmp_path / "renamed.gguf"
-    copy.write_bytes(file.read_bytes())
-    assert family_of(copy) == family_of(file)
-    assert family_of(file) != family_of(tiny_model(tiny.ARCHITECTURES["qwen3"]))
-    assert family_of(file) != family_of(tiny_model(tiny.MHA))
+def family(monkeypatch: pytest.MonkeyPatch, file: Path, **metadata: str) -> str:
+    """Returns the family of a file, as if its metadata had further values."""
+
+    @contextlib.contextmanager
+    def opened(path: Path) -> Any:
+        with open_vocabulary(path) as vocabulary:
+            known = vocabulary.metadata() | {
+                name.replace("general_", "general."): value for name, value in metadata.items()
+            }
+            yield SimpleNamespace(metadata=lambda: known, n_vocab=vocabulary.n_vocab)
+
+    monkeypatch.setattr(vocab_only, "open_vocabulary", opened)
+    return vocab_only.family_of(file)
+
+
+def test_a_family_is_the_model_and_not_its_file(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, other = tiny_model(tiny.GQA), tmp_path / "other.gguf"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1  # another weight, as in another quantization
+    other.write_bytes(data)
+    named = [family(monkeypatch, path, general_name="Tiny Model 1B") for path in (file, other)]
+    assert named[0] == named[1]
+    assert named[0].startswith("Tiny-Model-1B-")
+    assert family(monkeypatch, file, general_name="Tiny Model 2B") != named[0]
+    assert family(monkeypatch, file, general_name="Tiny Model 1B", **{"llama.rope.freq_base": "5"}) != named[0]
+    assert family(monkeypatch, tiny_model(tiny.MHA), general_name="Tiny Model 1B") != named[0]
+    assert family(monkeypatch, file) != family(monkeypatch, other)  # without a name
+
+
+def test_the_doctor_says_what_is_known_of_each_model(make_llama: Callable[..., Any], kept: Path) -> None:
+    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5), n_ctx=2048, **ONE_THREAD)
+    for seed in range(2):
+        llama.compress(prompt(seed))
+    (file,) = kept.glob("*.npz")
+    (finding,) = (finding for finding in doctor.examine() if finding.name == "learnt of")
+    assert finding.value.startswith(f"{file.stem}: 2 prompts, agreement ")
+    assert finding.value.endswith(" MB")
+
+
+def test_what_another_model_of_the_same_name_taught_is_forgotten() -> None:
+    evidence = make_evidence(100)
+    attention = attention_to(evidence)
+    known = Learned().taught(evidence, PLACES, attention)
+    opposite = [np.exp(-10 - np.log(paid)).clip(0, 1) for paid in attention]
+    assert known.taught(evidence, PLACES, attention).n_prompts == 2
+    assert known.taught(evidence, PLACES, opposite).n_prompts == 1
