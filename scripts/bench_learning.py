@@ -64,9 +64,8 @@ def main() -> None:
         for each in (None, method)
     )
     frame, texts, rows = chat_frame(plain), load_texts("auto"), []
-    print(
-        "| prompt | tokens | scores | first token: without, with | ratio | right: without, with |\n|---|---|---|---|---|---|"
-    )
+    print("| prompt | tokens | scores | first token: without, with | ratio | right: without, with |")
+    print("|---|---|---|---|---|---|")
     for number in range(args.prompts + 1):
         if number == args.prompts:
             ours.kv_compressor = replace(method, spot_check=0.0)
@@ -83,7 +82,8 @@ def main() -> None:
         assert report is not None
         row: dict[str, Any] = {
             "task": sample.task, "tokens": len(prompt), "scoring": report.scoring,
-            "score_seconds": report.score_seconds, "prefill_seconds": report.prefill_seconds, "without": without, "with": seconds,
+            "score_seconds": report.score_seconds, "prefill_seconds": report.prefill_seconds, "without": without,
+            "with": seconds,
             "right": [is_right(theirs, sample.references), is_right(text, sample.references)],
         }  # fmt: skip
         rows.append(row)

@@ -31,7 +31,7 @@ TASKS = ("niah_single_2", "niah_multikey_1", "niah_single_3", "niah_multiquery",
 REPEAT = "kvcompose,scoring=repeat,scoring_chunk=None"
 METHODS = (
     "kvcompose,scoring=learned", "kvcompose,scoring=surrogate", "kvcompose,scoring=repeat",
-    "kvcompose,scoring=repeat,in_place=False", "kvcompose,scoring=repeat,scoring_fraction=0.25",
+    "kvcompose,scoring=repeat,in_place=True", "kvcompose,scoring=repeat,in_place=True,scoring_fraction=0.25",
     "kvcompose,scoring=window",
     "kvcompose,scoring=prefill,agg_task=mean", "knorm", "keydiff", "expected-attention", "snapkv", "random",
 )  # fmt: skip

@@ -91,8 +91,8 @@ class KVCompose(Method):
         first_layer_rule: layer 0 gets the highest composite score of all layers at every rank. The reference has this
             as a side effect (Hugging Face reads the cache length from layer 0). It costs budget; use it for parity
             checks.
-        in_place: evaluate the chunks of the repeat at the positions that they have in the whole repeat; False: each
-            directly after the context (``scoring.requests.Repeat``).
+        in_place: evaluate the chunks of the repeat at the positions that they have in the whole repeat, whose attention
+            they then have nearly; False: each directly after the context (``scoring.requests.Repeat``).
         spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a quarter for the first
             two prompts of a model, later an eighth or, if the prediction is good, a sixteenth, and at most 512 tokens.
             0: nothing, once two prompts are known.
@@ -118,7 +118,7 @@ class KVCompose(Method):
     add_mean_across_heads: bool = True
     keep_token_lower_bound: int = 0
     first_layer_rule: bool = False
-    in_place: bool = True
+    in_place: bool = False
     spot_check: float | None = None
     learn: bool = True
     surrogate: Surrogate | None = field(default=None, repr=False)

@@ -241,7 +241,8 @@ def test_only_own_asks_for_another_attention():
     assert asked == AttentionRequest(Repeat(100, 1.0, "x", own=True), "mean")
     for options in ({"pool": 3}, {"output_norm": True}, {"fold": 1.0}, {"correct": 1.0}):
         assert Variant(n_kept=1, **options).attention_request == KVCompose(n_kept=1).attention_request
-    assert KVCompose(n_kept=1).attention_request == AttentionRequest(Repeat(512, in_place=True), "max")
+    assert KVCompose(n_kept=1).attention_request == AttentionRequest(Repeat(512), "max")
+    assert KVCompose(n_kept=1, in_place=True).attention_request == AttentionRequest(Repeat(512, in_place=True), "max")
 
 
 @pytest.mark.parametrize(
