@@ -75,10 +75,12 @@ def smollm2() -> str:
     return str(known.fetch("smollm2"))
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps tests apart from each other, and from what the user's models have learnt."""
-    monkeypatch.setenv("KVCOMPOSE_LEARN", "off")
+@pytest.fixture(autouse=True, scope="session")
+def nothing_is_learnt() -> Iterator[None]:
+    """Keeps tests apart from each other, and from what the user's models have learnt; also fixtures of whole modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVCOMPOSE_LEARN", "off")
+        yield
 
 
 @pytest.fixture
