@@ -132,4 +132,4 @@ def prepare(context: Context, tokens: Sequence[int], method: Method | None) -> N
 def _evidence(context: Context, tokens: Sequence[int], attention: Attention, states: StateRequest | None) -> Evidence:
     queries = [] if states is None else states.collect(context, tokens)
     rows, layers = ContextRows(context.session, len(tokens)), context.session.layers
-    return Evidence(len(tokens), layers, attention.layers, attention.n_window, rows, queries)
+    return Evidence(len(tokens), layers, attention.layers, attention.n_window, rows, queries, attention.repeated)

@@ -17,11 +17,11 @@ import time
 
 import numpy as np
 
-from kvcompose_gguf.learning.quality import rank_correlation
 from kvcompose_gguf.load import load_model
 from kvcompose_gguf.measurements.surrogate import find_surrogate
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.models.resolve import resolve_model
+from kvcompose_gguf.support.ranks import rank_correlation
 from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens
 from kvcompose_gguf.tasks.ruler import make_sample
 from kvcompose_gguf.tasks.texts import load_texts
@@ -76,7 +76,7 @@ def main() -> None:
             for mine, wanted in zip(scores[spec], scores[REPEAT], strict=True):
                 for a, b in zip(mine, wanted, strict=True):
                     a = np.nan_to_num(a, posinf=float(np.finfo(np.float32).max))
-                    rows.append([rank_correlation(a, b), *(overlap(a, b, ratio) for ratio in RATIOS)])
+                    rows.append([float(rank_correlation(a, b)), *(overlap(a, b, ratio) for ratio in RATIOS)])
             figures[spec].append(np.mean(rows, axis=0).tolist())
         print(f"{number + 1} of {args.samples}: {sample.task}, {len(context)} tokens", flush=True)
     print(f"{'':45s} seconds  rank  " + "  ".join(f"{ratio:.1%}" for ratio in RATIOS))

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from ..errors import LibraryError
-from ..measurements.learned import learned_files, read_learned
+from ..errors import ConfigError, LibraryError
+from ..measurements.learned import learned_files, load_learned
 from ..models import known
 from ..native import library
 from ..native.about import library_info
@@ -88,10 +88,14 @@ def _version(package: str) -> str:
 
 
 def _learned_finding(file: Path) -> Finding:
-    learned = read_learned(file.stem)
+    try:
+        learned = load_learned(file)
+    except ConfigError as error:
+        return Finding("learnt of", f"{file.stem}: {error}")
     agreement = f", agreement {learned.agreements[-1]:.2f}" if learned.agreements else ""
-    size = megabytes(file.stat().st_size) if file.exists() else "damaged"
-    return Finding("learnt of", f"{file.stem}: {learned.n_prompts} prompts{agreement}, {size}")
+    return Finding(
+        "learnt of", f"{file.stem}: {learned.n_prompts} prompts{agreement}, {megabytes(file.stat().st_size)}"
+    )
 
 
 def _model_finding(name: str) -> Finding:

@@ -14,6 +14,7 @@ from ..kernels.types import FloatArray
 from ..methods.kvcompose import KVCompose
 from ..plan.composition import CompositionPlan
 from ..scoring.evidence import Evidence
+from ..support.ranks import rank_correlation
 
 #: the fractions removed that are compared
 RATIOS = (0.5, 0.75, 0.9)
@@ -34,7 +35,7 @@ def compare(predicted: Sequence[FloatArray], repeated: Sequence[FloatArray], evi
     rank, overlap = [], []
     for p, r in zip(predicted, repeated, strict=True):
         heads = list(zip(p, r, strict=True))
-        rank.append(float(np.mean([rank_correlation(a, b) for a, b in heads])))
+        rank.append(float(rank_correlation(p, r).mean()))
         overlap.append([float(np.mean([_overlap(a, b, ratio) for a, b in heads])) for ratio in RATIOS])
     wanted_scores = [aggregate.add_mean_across_heads(attention) for attention in repeated]
     given_scores = [aggregate.add_mean_across_heads(attention) for attention in predicted]
@@ -46,11 +47,6 @@ def compare(predicted: Sequence[FloatArray], repeated: Sequence[FloatArray], evi
         attention.append(_sum_kept(given, wanted_scores) / _sum_kept(wanted, wanted_scores))
         budgets.append(_correlation(given.n_kept, wanted.n_kept))
     return {"rank": rank, "overlap": overlap, "kept": kept, "attention": attention, "budgets": budgets}
-
-
-def rank_correlation(a: FloatArray, b: FloatArray) -> float:
-    """Returns Spearman's correlation; equal values rank in index order."""
-    return _correlation(_ranks(a), _ranks(b))
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -99,12 +95,6 @@ def _n_common(a: CompositionPlan, b: CompositionPlan) -> int:
 def _sum_kept(plan: CompositionPlan, scores: Sequence[FloatArray]) -> float:
     kept = [np.take_along_axis(s, cells.astype(np.int64), axis=1) for s, cells in zip(scores, plan.cells, strict=True)]
     return float(sum(values.sum(dtype=np.float64) for values in kept))
-
-
-def _ranks(values: FloatArray) -> npt.NDArray[np.float64]:
-    ranks = np.empty(len(values))
-    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
-    return ranks
 
 
 def _correlation(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:

@@ -3,12 +3,11 @@
 The regression is that of ``measurements.surrogate``: log(attention of the repeat) of a token, from its cached key and
 value. Keeping its sums exactly would take the square of the number of features for every KV head, 200 MB for a model of
 8B parameters. So it keeps the weights, and how sure it is of them: the precision of the weights as a diagonal and
-``RANK`` directions, 8 MB for such a model. Nothing in it is a text, and no text can be read from it.
+``RANK`` directions, 8 MB for such a model. The file has statistics of cached keys and values, and no text.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -28,6 +27,7 @@ from ..kernels.types import FloatArray
 from ..plan.geometry import LayerGeometry
 from ..scoring.evidence import Evidence, Positions
 from ..support.files import cache_dir, write_file
+from ..support.ranks import rank_correlation
 from .surrogate import N_THREADS, features, n_features, predict_layer, target_of
 
 Float64Array = npt.NDArray[np.float64]
@@ -173,8 +173,8 @@ class Learned:
             table = np.concatenate([*features(evidence, l, places)], axis=1)
             layer = before.layers[l] if before.layers else Regression.empty(table)
             rows, target = layer.standardized(table), target_of(attention[l][:, places])
-            agreement = rank_correlation((rows @ layer.weights[:, :, None])[:, :, 0], target) if before.layers else 0.0
-            return layer.moved(rows, target, before.n_tokens, keep), agreement
+            agreement = rank_correlation((rows @ layer.weights[:, :, None])[:, :, 0], target).mean()
+            return layer.moved(rows, target, before.n_tokens, keep), float(agreement)
 
         layers, agreements = zip(*map_layers(teach, len(evidence.layers), N_THREADS), strict=True)
         if before.layers and np.mean(agreements) < POOR:
@@ -223,15 +223,6 @@ def _regression(arrays: Any, l: int) -> Regression:
     return layer
 
 
-def rank_correlation(a: FloatArray, b: FloatArray) -> float:
-    """Returns Spearman's correlation over the last axis of ``(n_head_kv, n)``, mean over the heads; 0 for constants."""
-    ranks = [np.argsort(np.argsort(x, axis=1, kind="stable"), axis=1).astype(np.float64) for x in (a, b)]
-    centred = [rank - rank.mean(axis=1, keepdims=True) for rank in ranks]
-    product = (centred[0] * centred[1]).sum(axis=1)
-    norm = np.sqrt(np.square(centred[0]).sum(axis=1) * np.square(centred[1]).sum(axis=1))
-    return float(np.mean(product / np.maximum(norm, 1e-12)))
-
-
 #
 # files
 #
@@ -255,38 +246,52 @@ def may_learn() -> bool:
     return os.environ.get("KVCOMPOSE_LEARN", "").lower() not in ("off", "0", "no", "false")
 
 
-def read_learned(family: str) -> Learned:
-    """Returns what is known of a family of models (``native.vocab_only.family_of``); sets a damaged file aside."""
-    file = learned_dir() / f"{family}.npz"
-    if not may_learn():
-        return Learned()
+def load_learned(file: Path) -> Learned:
+    """Returns what a file of ``learned_files`` has.
+
+    Raises:
+        ConfigError: the file cannot be read, is damaged, or is of another version.
+    """
     try:
         return Learned.from_bytes(file.read_bytes())
-    except FileNotFoundError:
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error}") from error
+
+
+def read_learned(family: str) -> Learned:
+    """Returns what is known of a family of models (``native.family.family_of``); nothing if its file is damaged."""
+    file = _file_of(family)
+    if not may_learn() or not file.exists():
         return Learned()
-    except (OSError, ConfigError) as error:
-        aside = file.with_suffix(".damaged")
-        warnings.warn(f"{file} {error}: it is now {aside.name}, and is learnt anew", stacklevel=2)
-        with contextlib.suppress(OSError):  # the disk is read-only
-            os.replace(file, aside)
+    try:
+        return load_learned(file)
+    except ConfigError as error:
+        warnings.warn(f"{file} {error}: the model is learnt anew", stacklevel=2)
         return Learned()
 
 
 def update_learned(family: str, teach: Callable[[Learned], Learned]) -> Learned:
     """Replaces what is known of a family of models by ``teach`` of it, and returns that.
 
-    Processes take turns, so that none undoes what another has learnt. Nothing is kept if the folder cannot be written,
-    or the disk is full.
+    Processes take turns, so that none undoes what another has learnt. A damaged file is set aside. Nothing is kept if
+    the folder cannot be written, or the disk is full.
     """
     if not may_learn():
         return teach(Learned())
-    file = learned_dir() / f"{family}.npz"
+    file = _file_of(family)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(file.with_suffix(".lock"), timeout=PATIENCE):
-            new = teach(read_learned(family))
+            known = read_learned(family)
+            if not known.n_prompts and file.exists():
+                os.replace(file, file.with_suffix(".damaged"))
+            new = teach(known)
             write_file(file, new.to_bytes())
             return new
     except (OSError, filelock.Timeout) as error:
         warnings.warn(f"what this prompt taught is not kept in {file}: {error}", stacklevel=2)
         return teach(read_learned(family))
+
+
+def _file_of(family: str) -> Path:
+    return learned_dir() / f"{family}.npz"

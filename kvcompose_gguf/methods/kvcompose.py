@@ -16,13 +16,13 @@ from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..measurements.surrogate import Surrogate, load_surrogate
 from ..models.hashes import remembered
-from ..native.vocab_only import family_of
+from ..native.family import family_of
 from ..scoring.evidence import Evidence
 from ..scoring.requests import AttentionRequest, Prefill, Prompts, Queries, Repeat, SpotCheck, Window
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .allocation import Allocation, GlobalRanking
 from .base import Method
-from .learnt import Learnt
+from .predictor import Predictor
 
 K = TypeVar("K", bound="KVCompose")
 
@@ -93,13 +93,13 @@ class KVCompose(Method):
             checks.
         in_place: evaluate the chunks of the repeat at the positions that they have in the whole repeat, whose attention
             they then have nearly; False: each directly after the context (``scoring.requests.Repeat``).
-        spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a quarter for the first
-            two prompts of a model, later an eighth or, if the prediction is good, a sixteenth, and at most 512 tokens.
-            0: nothing, once two prompts are known.
+        spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a quarter of the first two
+            prompts of a model, at most 1,024 tokens; later an eighth or, if the prediction is good, a sixteenth, at
+            most 512 tokens. 0: nothing, once two prompts are known.
         learn: keep what is learnt of the model for later prompts and processes. With ``KVCOMPOSE_LEARN=off`` in the
             environment nothing is kept or used: every prompt is scored as if it were the model's first.
         surrogate: the model's surrogate, for ``scoring="surrogate"``; None: ``for_model`` loads it.
-        learnt: the model, and what is known of it, for ``scoring="learned"``; ``for_model`` sets it.
+        predictor: the model, and what is known of it, for ``scoring="learned"``; ``for_model`` sets it.
     Raises:
         ConfigError: an option is out of range, or the number of budgets given is not one.
     """
@@ -122,7 +122,7 @@ class KVCompose(Method):
     spot_check: float | None = None
     learn: bool = True
     surrogate: Surrogate | None = field(default=None, repr=False)
-    learnt: Learnt = field(default_factory=Learnt, repr=False, compare=False)
+    predictor: Predictor = field(default_factory=Predictor, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,7 +195,7 @@ class KVCompose(Method):
 
     def check(self) -> SpotCheck | None:
         """Returns the pieces of the context that ``scoring="learned"`` repeats; None: it only predicts."""
-        return self.learnt.check(self.spot_check)
+        return self.predictor.check(self.spot_check)
 
     @property
     def can_be_predicted(self) -> bool:
@@ -215,29 +215,29 @@ class KVCompose(Method):
         if scoring == "auto":
             scoring = "learned" if self.can_be_predicted else "repeat"
         family = remembered(model_path, "family", family_of) if scoring == "learned" else ""
-        return replace(self, scoring=scoring, learnt=Learnt(family))
+        return replace(self, scoring=scoring, predictor=Predictor(family))
 
     def informed(self: K, learn: bool = True) -> K:
         """Returns the method with what is known of the model now."""
-        if self.scoring != "learned" or self.learnt.known is not None:
+        if self.scoring != "learned" or self.predictor.known is not None:
             return self
-        return replace(self, learnt=self.learnt.informed(), learn=self.learn and learn)
+        return replace(self, predictor=self.predictor.informed(), learn=self.learn and learn)
 
     def taught_by(self: K, evidence: Evidence) -> K:
         """Returns the method with what the check of this context taught, and keeps that for later prompts."""
         if self.scoring != "learned":
             return self
-        learnt = self.learnt.taught_by(evidence, self.check(), self._grouped(evidence), self.learn)
-        return replace(self, learnt=learnt)
+        predictor = self.predictor.taught_by(evidence, self._grouped(evidence), self.learn)
+        return replace(self, predictor=predictor)
 
     @property
     def note(self) -> str:
-        return self.learnt.note
+        return self.predictor.note
 
     def fingerprint(self) -> bytes:
         """Returns the weights of the surrogate, or what is known of the model, as bytes; empty without either."""
-        if self.learnt.known is not None and self.learnt.known.layers:
-            return b"".join(layer.weights.tobytes() for layer in self.learnt.known.layers)
+        if self.predictor.known is not None and self.predictor.known.layers:
+            return b"".join(layer.weights.tobytes() for layer in self.predictor.known.layers)
         return b"".join(weights.tobytes() for weights in self.surrogate.weights) if self.surrogate else b""
 
     def rule(self) -> Allocation:
@@ -275,7 +275,7 @@ class KVCompose(Method):
         """Returns the predicted attention, for each layer ``(n_head_kv, N)``; empty: it was collected."""
         if self.scoring == "learned":
             method = self if self.note else self.informed().taught_by(evidence)
-            return method.learnt.predict(evidence, self._grouped(evidence))
+            return method.predictor.predict(evidence, self._grouped(evidence))
         if self.scoring != "surrogate":
             return []
         if self.surrogate is None:

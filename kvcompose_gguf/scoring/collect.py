@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..errors import ConfigError, ContextLengthError
 from ..kernels.types import FloatArray
 from ..native.session import KVSession
 from ..support.progress import Meter
+from .evidence import Positions
 
 
 class Reader(Protocol):
@@ -69,6 +70,7 @@ class Attention:
             belong to both and count as scoring; queries of ``Prefill`` count as prefill.
         chunk: number of queries at a time: a chunk of the repeat or the prompts, or the whole window; otherwise 0.
         n_window: number of last context tokens that are queries of a ``Window``.
+        repeated: the context tokens that a ``SpotCheck`` has evaluated again, int32 ``(n,)``.
     """
 
     layers: list[FloatArray]
@@ -77,6 +79,7 @@ class Attention:
     score_seconds: float
     chunk: int
     n_window: int = 0
+    repeated: Positions = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 def collect_queries(reader: Reader, n_queries: int, tokens: Sequence[int]) -> list[FloatArray]:
@@ -123,6 +126,11 @@ def spread(n_tokens: int, fraction: float, size: int) -> list[range]:
         return [range(n_tokens)]
     starts = np.linspace(0, n_tokens - size, n_pieces).round().astype(int).tolist()
     return [range(start, start + size) for start in starts]
+
+
+def pieces_at(places: Sequence[range], tokens: Sequence[int]) -> list[Piece]:
+    """Returns the tokens of a context at ``places``."""
+    return [Piece(place.start, tokens[place.start : place.stop]) for place in places]
 
 
 def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -62,6 +62,7 @@ class Evidence:
             over the requested queries and not renormalised. Empty if the method requests no attention.
         n_window: number of last context tokens that are queries of a ``Window``; later queries cannot see all of them.
         rows: reads the cached keys and values; None: the evidence has none.
+        repeated: the context tokens that a ``SpotCheck`` has evaluated again, int32 ``(n,)``.
         queries: for each layer the queries of ``QueryStates``; empty if the method has no ``state_request``.
     """
 
@@ -71,6 +72,7 @@ class Evidence:
     n_window: int = 0
     rows: RowReader | None = None
     queries: Sequence[FloatArray] = ()
+    repeated: Positions = field(default_factory=lambda: np.empty(0, np.int32))
 
     def __post_init__(self) -> None:
         if self.attention:

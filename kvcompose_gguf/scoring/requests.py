@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
+
+import numpy as np
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
-from .collect import Attention, Piece, Reader, Scorer, collect_queries, spread
+from .collect import Attention, Piece, Reader, Scorer, collect_queries, pieces_at, spread
 
 #: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
 N_TAIL = 8
+
+
+#: number of tokens in a piece of ``Repeat(fraction=...)``; each is long enough to be text
+PIECE = 64
 
 
 class Queries(ABC):
@@ -52,7 +58,6 @@ class Repeat(Queries):
         in_place: evaluate every chunk and piece at the positions that it has in the whole repeat. So the distances to
             the context are those of the whole repeat, and its attention is nearly the same. False: each begins directly
             after the context, and the pieces form one text.
-        piece: number of tokens in a piece.
     Raises:
         ConfigError: an option is out of range. The requests below raise it too.
     """
@@ -63,7 +68,6 @@ class Repeat(Queries):
     continuation: str = ""
     own: bool = False
     in_place: bool = False
-    piece: int = 64
 
     def __post_init__(self) -> None:
         _check_chunk(self.chunk)
@@ -73,8 +77,6 @@ class Repeat(Queries):
         for name in ("instruction", "continuation"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a text")
-        check_integer("piece", self.piece)
-        check_positive("piece", self.piece)
         check_flag("in_place", self.in_place)
         check_flag("own", self.own)
         if self.own and self.fraction != 1:
@@ -84,22 +86,15 @@ class Repeat(Queries):
         """Evaluates the context again on top of its cache, chunk by chunk."""
         words = scorer.tokens_of(self.instruction)
         later_words = scorer.tokens_of(self.continuation)
-        places = self.places(len(tokens))
+        places = spread(len(tokens), self.fraction, PIECE)
         query = [token for place in places for token in tokens[place.start : place.stop]]
 
         def introduction(first: int) -> list[int]:
             quoted = first > 0 and bool(later_words)
             return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
 
-        if self.in_place:
-            pieces = [Piece(place.start, tokens[place.start : place.stop]) for place in places]
-        else:
-            pieces = [Piece(0, query)]
+        pieces = pieces_at(places, tokens) if self.in_place else [Piece(0, query)]
         return scorer.on_top(pieces, self.chunk, tokens, introduction, own=self.own, in_place=self.in_place)
-
-    def places(self, n_tokens: int) -> list[range]:
-        """Returns the places in a context of ``n_tokens`` that are evaluated again."""
-        return spread(n_tokens, self.fraction, self.piece)
 
 
 @dataclass(frozen=True)
@@ -108,30 +103,29 @@ class SpotCheck(Queries):
 
     Attributes:
         share: share of the context that is evaluated again, at least one piece.
-        most: largest number of tokens that are evaluated again.
+        most: largest number of tokens that are evaluated again; None: no limit.
         piece: number of tokens in a piece.
     """
 
     share: float
-    most: int = 512
+    most: int | None = None
     piece: int = 128
 
     def __post_init__(self) -> None:
         check_number("share", self.share)
         if not 0 < self.share <= 1:
             raise ConfigError(f"share={self.share} is not in (0, 1]")
+        check_integer("most", self.most, optional=True)
+        check_integer("piece", self.piece)
         for name in ("most", "piece"):
-            check_integer(name, getattr(self, name))
             check_positive(name, getattr(self, name))
-
-    def places(self, n_tokens: int) -> list[range]:
-        """Returns the places in a context of ``n_tokens`` that are evaluated again."""
-        return spread(n_tokens, min(self.share, self.most / n_tokens), min(self.piece, self.most))
 
     def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
         """Evaluates the pieces again on top of the context's cache."""
-        pieces = [Piece(place.start, tokens[place.start : place.stop]) for place in self.places(len(tokens))]
-        return scorer.on_top(pieces, self.piece, tokens, in_place=True)
+        share = self.share if self.most is None else min(self.share, self.most / len(tokens))
+        places = spread(len(tokens), share, min(self.piece, self.most or self.piece))
+        attention = scorer.on_top(pieces_at(places, tokens), self.piece, tokens, in_place=True)
+        return replace(attention, repeated=np.concatenate([np.array(place, np.int32) for place in places]))
 
 
 @dataclass(frozen=True)

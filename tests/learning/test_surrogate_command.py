@@ -18,8 +18,8 @@ from kvcompose_gguf.cli.app import app
 from kvcompose_gguf.learning import calibrate, fit
 from kvcompose_gguf.learning.fit import FitOptions, fit_surrogate
 from kvcompose_gguf.learning.passages import passage
-from kvcompose_gguf.learning.quality import rank_correlation
 from kvcompose_gguf.measurements.surrogate import Surrogate, features, load_surrogate
+from kvcompose_gguf.support.ranks import rank_correlation
 
 REPEAT = KVCompose(compression_ratio=0.0)
 

@@ -14,12 +14,13 @@ from rich.console import Console
 from support.rows import rows_of
 from support.surrogates import assert_ridge, make_evidence, random_weights, table_of, targets_of
 
-from kvcompose_gguf.learning.quality import RATIOS, compare, quality_tables, rank_correlation, summary
+from kvcompose_gguf.learning.quality import RATIOS, compare, quality_tables, summary
 from kvcompose_gguf.learning.sums import Sums
 from kvcompose_gguf.measurements import surrogate
 from kvcompose_gguf.measurements.surrogate import Surrogate
 from kvcompose_gguf.plan.geometry import LayerGeometry
 from kvcompose_gguf.scoring.evidence import Evidence
+from kvcompose_gguf.support.ranks import rank_correlation
 
 #
 # regression

@@ -25,9 +25,10 @@ from kvcompose_gguf.cli import doctor
 from kvcompose_gguf.measurements import learned
 from kvcompose_gguf.measurements.learned import Learned, Regression, read_learned, update_learned
 from kvcompose_gguf.measurements.surrogate import target_of
-from kvcompose_gguf.native import vocab_only
+from kvcompose_gguf.native import family as family_module
 from kvcompose_gguf.native.vocab_only import open_vocabulary
 from kvcompose_gguf.scoring.evidence import Evidence
+from kvcompose_gguf.support.ranks import rank_correlation
 
 PLACES = np.r_[0:30, 50:90].astype(np.int32)
 
@@ -85,16 +86,16 @@ def test_more_prompts_predict_another_one_better_and_the_agreement_says_so() -> 
     predicted = known.predict(test)
     for got, want in zip(predicted, attention_to(test, 9), strict=True):
         assert got.dtype == np.float32
-        assert learned.rank_correlation(got, want) > 0.6
+        assert rank_correlation(got, want).mean() > 0.6
 
 
 def test_the_agreement_is_spearmans_correlation() -> None:
     a = np.array([[1, 5, 3, 2.0], [1, 2, 3, 4]], np.float32)
     b = np.array([[10, 50, 30, 20.0], [4, 3, 2, 1]], np.float32)
-    assert learned.rank_correlation(a[:1], b[:1]) == pytest.approx(1)
-    assert learned.rank_correlation(a, b) == pytest.approx(0)
+    assert rank_correlation(a[:1], b[:1]) == pytest.approx(1)
+    assert rank_correlation(a, b) == pytest.approx([1, -1])
     # ranks 0 3 2 1 and 3 2 1 0: covariance -0.25 of 1.25
-    assert learned.rank_correlation(a[:1], b[1:]) == pytest.approx(-0.2)
+    assert rank_correlation(a[:1], b[1:]) == pytest.approx(-0.2)
 
 
 def test_old_prompts_count_less_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,25 +152,28 @@ def test_a_file_has_everything_and_no_text() -> None:
 def test_a_damaged_file_is_set_aside_and_learnt_anew(kept: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = some()
     first = known.layers[0]
-    if damage == "nan":
-        known = replace(known, layers=(replace(first, weights=first.weights * np.float32(np.nan)), *known.layers[1:]))
-    elif damage == "shape":
-        known = replace(known, layers=(replace(first, weights=first.weights[:, :-1]), *known.layers[1:]))
-    elif damage == "scale":
-        known = replace(known, layers=(replace(first, scale=first.scale * 0), *known.layers[1:]))
-    elif damage == "version":
-        monkeypatch.setattr(learned, "VERSION", 99)
-    data = known.to_bytes()
-    monkeypatch.undo() if damage == "version" else None
-    monkeypatch.delenv("KVCOMPOSE_LEARN", raising=False)
+    changed = {
+        "nan": replace(first, weights=first.weights * np.float32(np.nan)),
+        "shape": replace(first, weights=first.weights[:, :-1]),
+        "scale": replace(first, scale=first.scale * 0),
+    }
+    known = replace(known, layers=(changed.get(damage, first), *known.layers[1:]))
+    with monkeypatch.context() as patch:
+        patch.setattr(learned, "VERSION", 99 if damage == "version" else learned.VERSION)
+        data = known.to_bytes()
     data = {"empty": b"", "cut": data[: len(data) // 2]}.get(damage, data)
     kept.mkdir(parents=True)
     (kept / "f.npz").write_bytes(data)
-    monkeypatch.setattr(learned, "learned_dir", lambda: kept)
-    with pytest.warns(UserWarning, match=r"f\.npz .* it is now f\.damaged, and is learnt anew"):
+    with pytest.warns(UserWarning, match=r"f\.npz .*: the model is learnt anew"):
         assert read_learned("f").n_prompts == 0
+    assert (kept / "f.npz").read_bytes() == data, "reading changes nothing: another process may be writing"
+    (finding,) = (finding for finding in doctor.examine() if finding.name == "learnt of")
+    assert finding.value.startswith("f: ")
+    assert "prompts" not in finding.value
+    with pytest.warns(UserWarning, match="learnt anew"):
+        assert update_learned("f", count).n_prompts == 1
     assert (kept / "f.damaged").read_bytes() == data
-    assert read_learned("f").n_prompts == 0
+    assert read_learned("f").n_prompts == 1
 
 
 def count(known: Learned) -> Learned:
@@ -284,8 +288,8 @@ def test_scores_are_the_prediction_and_at_least_what_was_seen(make_llama: Callab
     method = method.for_model(Path(llama.model_path)).informed()
     evidence = llama.observe(prompt(0), method)
     taught = method.taught_by(evidence)
-    assert taught.learnt.known is not None
-    predicted = taught.learnt.known.predict(evidence)
+    assert taught.predictor.known is not None
+    predicted = taught.predictor.known.predict(evidence)
     for l, scores in enumerate(method.scores(evidence)):
         seen = evidence.attention[l].reshape(2, 2, -1).mean(axis=1)
         np.testing.assert_array_equal(scores, np.maximum(predicted[l], seen))
@@ -313,8 +317,8 @@ def family(monkeypatch: pytest.MonkeyPatch, file: Path, **metadata: str) -> str:
             }
             yield SimpleNamespace(metadata=lambda: known, n_vocab=vocabulary.n_vocab)
 
-    monkeypatch.setattr(vocab_only, "open_vocabulary", opened)
-    return vocab_only.family_of(file)
+    monkeypatch.setattr(family_module, "open_vocabulary", opened)
+    return family_module.family_of(file)
 
 
 def test_a_family_is_the_model_and_not_its_file(
@@ -350,3 +354,27 @@ def test_what_another_model_of_the_same_name_taught_is_forgotten() -> None:
     opposite = [np.exp(-10 - np.log(paid)).clip(0, 1) for paid in attention]
     assert known.taught(evidence, PLACES, attention).n_prompts == 2
     assert known.taught(evidence, PLACES, opposite).n_prompts == 1
+
+
+def test_a_prompt_of_another_model_of_the_same_name_begins_to_learn_again(
+    make_llama: Callable[..., Any], kept: Path
+) -> None:
+    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5), n_ctx=2048, **ONE_THREAD)
+    for seed in range(3):
+        llama.compress(prompt(seed))
+    (file,) = kept.glob("*.npz")
+
+    def turned(known: Learned) -> Learned:  # whatever was predicted high is now predicted low
+        return replace(known, layers=tuple(replace(layer, weights=-layer.weights) for layer in known.layers))
+
+    update_learned(file.stem, turned)
+    assert llama.compress(prompt(5)).scoring == "repeat 1/5 (learning)"
+    assert read_learned(file.stem).n_prompts == 1
+
+
+def test_the_users_share_has_no_limit(make_llama: Callable[..., Any]) -> None:
+    method = KVCompose(compression_ratio=0.5, spot_check=1.0)
+    llama = make_llama(tiny.GQA, method, n_ctx=4096, **ONE_THREAD)
+    evidence = llama.observe(prompt(0, 1300), llama.kv_compressor)
+    assert evidence.repeated.tolist() == list(range(1300))
+    assert llama.compress(prompt(0, 1300)).scoring == "repeat 1/1 (learning)"

@@ -13,6 +13,7 @@ from support.tiny import NumpyLlama
 from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.compression import attend
 from kvcompose_gguf.llama_base import llama_cpp
+from kvcompose_gguf.scoring import requests
 from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
 
 
@@ -119,11 +120,14 @@ def test_a_fraction_of_the_repeat_asks_with_pieces_from_all_of_the_context(make_
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize(("fraction", "chunk"), [(1.0, 128), (0.5, 512), (0.5, 40)])
-def test_chunks_and_pieces_in_place_stand_where_the_whole_repeat_has_them(make_llama, name, fraction, chunk):
+def test_chunks_and_pieces_in_place_stand_where_the_whole_repeat_has_them(
+    make_llama, monkeypatch, name, fraction, chunk
+):
     config = tiny.ARCHITECTURES[name]
     context = tiny.tokens(config, 300)
     llama = make_llama(config)
-    queries = Repeat(chunk, fraction, in_place=True, piece=50)
+    monkeypatch.setattr(requests, "PIECE", 50)
+    queries = Repeat(chunk, fraction, in_place=True)
     got = attend(llama.context, context, AttentionRequest(queries, "max")).layers
     model = NumpyLlama(config)
     model.forward(context)

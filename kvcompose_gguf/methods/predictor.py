@@ -26,11 +26,11 @@ SURE_SHARE, SURE = 0.0625, 0.85
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Predictor:
     """What is known of a model, and how the latest context was scored with it.
 
     Attributes:
-        family: the model (``native.vocab_only.family_of``).
+        family: the model (``native.family.family_of``).
         known: what was learnt of it; None: it is read before the next prompt.
         note: how the latest context was scored, for reports; empty: none was.
     """
@@ -39,7 +39,7 @@ class Learnt:
     known: Learned | None = None
     note: str = ""
 
-    def informed(self) -> Learnt:
+    def informed(self) -> Predictor:
         """Returns this with what is known of the model now, unless it is given already."""
         return self if self.known is not None else replace(self, known=read_learned(self.family))
 
@@ -51,31 +51,28 @@ class Learnt:
         """
         known = self.known or Learned()
         if known.n_prompts < N_FIRST:
-            return SpotCheck(share or FIRST_SHARE, FIRST_MOST)
+            return SpotCheck(share) if share else SpotCheck(FIRST_SHARE, FIRST_MOST)
         if share is None:
-            share = SURE_SHARE if np.mean(known.agreements) >= SURE else CHECK_SHARE
-        return SpotCheck(share, CHECK_MOST) if share else None
+            return SpotCheck(SURE_SHARE if np.mean(known.agreements) >= SURE else CHECK_SHARE, CHECK_MOST)
+        return SpotCheck(share) if share else None
 
-    def taught_by(self, evidence: Evidence, check: SpotCheck | None, seen: Sequence[FloatArray], keep: bool) -> Learnt:
+    def taught_by(self, evidence: Evidence, seen: Sequence[FloatArray], keep: bool) -> Predictor:
         """Returns this with what the repeated pieces of a context taught.
 
         Args:
-            check: the pieces.
-            seen: what they paid to the context, for each layer float32 ``(n_head_kv, N)``.
+            seen: what they paid to the context, for each layer float32 ``(n_head_kv, N)``; empty: nothing was repeated.
             keep: also for later prompts and processes.
         """
-        if check is None:
+        if not seen:
             return replace(self, note="predicted")
-        places = np.concatenate([np.array(piece, np.int32) for piece in check.places(evidence.n_tokens)])
 
         def teach(known: Learned) -> Learned:
-            return known.taught(evidence, places, seen)
+            return known.taught(evidence, evidence.repeated, seen)
 
-        before = self.known or Learned()
-        known = update_learned(self.family, teach) if keep else teach(before)
-        share = f"1/{round(evidence.n_tokens / len(places))}"
+        known = update_learned(self.family, teach) if keep else teach(self.known or Learned())
+        share = f"1/{round(evidence.n_tokens / len(evidence.repeated))}"
         note = f"repeat {share} (learning)"
-        if before.n_prompts >= N_FIRST:
+        if known.n_prompts > N_FIRST:
             note = f"predicted, checked {share} (agreement {known.agreements[-1]:.2f})"
         return replace(self, known=known, note=note)
 
