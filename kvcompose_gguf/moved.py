@@ -3,6 +3,7 @@
 The modules moved into rooms. A module that is gone is found by a finder, which the package registers; an old module
 that is a folder of the same name now hands on its old names with a ``__getattr__``. These moved or
 changed without an alias: all inside of the programs ``server`` and ``chat``; the module ``states``; ``Llama.decoder``;
+``surrogate`` and ``surrogate_fit``, whose work ``measurements.learned`` does;
 in ``scoring`` ``Decoder``, ``collect_attention`` and ``collect_queries``; ``evaluation.variants.EditedPlan``;
 ``bench.run_bench``; ``tables.layer_bars``; and the fields
 ``keys``, ``values``, ``states`` and ``unrotate`` of ``Evidence``.
@@ -57,8 +58,6 @@ GONE: dict[str, tuple[str, ...]] = {
     "seam": ("plan.seam",),
     "serve": ("cli.serve",),
     "sessions_command": ("cli.saved",),
-    "surrogate": ("measurements.surrogate",),
-    "surrogate_fit": ("learning.fit", "learning.sums"),
     "surrogate_quality": ("learning.quality",),
     "tables": ("bench.table", "cli.demo.tables"),
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How long until the first token, with and without compression?
 
-    python scripts/bench_ttft.py MODEL [--method kvcompose,scoring=surrogate] [--n-tokens 4000,8000] [--repeats 5]
+    python scripts/bench_ttft.py MODEL [--method kvcompose,scoring=learned] [--n-tokens 4000,8000] [--repeats 5]
 
 Regime: one process and one context. A prompt of N seeded tokens of prose is read, greedy, until the first token. Every
 repeat measures the same prompt, each time from an empty cache: unmodified llama.cpp ("plain"), our attention kernel
@@ -40,7 +40,7 @@ def first_token_seconds(llama: Llama, tokens: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a fetched model's name or a .gguf file")
-    parser.add_argument("--method", default="kvcompose,scoring=surrogate")
+    parser.add_argument("--method", default="kvcompose,scoring=learned")
     parser.add_argument("--ratio", type=float, default=0.75)
     parser.add_argument("--n-tokens", default="4000,8000")
     parser.add_argument("--repeats", type=int, default=5)

@@ -32,7 +32,7 @@ METHODS = (
     "kvcompose,scoring=prefill,agg_task=mean,add_mean_across_heads=False,first_layer_rule=True",
     "kvcompose,scoring=prompts,prompts=['What now?','And then?']",
     "kvcompose,scoring=auto,allocation=uniform,n_recent=16",
-    "kvcompose,scoring=surrogate",
+    "kvcompose,scoring=learned",
     "streaming-llm", "observed-attention", "tova", "snapkv,window=24", "pyramidkv", "knorm", "keydiff",
     "expected-attention", "kvzip", "unstructured,scoring=repeat", "variant,scoring=repeat,fold=1.0,correct=0.5",
     "random", "compresskv", "compresskv,per_head=True", "nothing",

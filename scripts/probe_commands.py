@@ -33,14 +33,15 @@ WRONG = (
     "eval MODEL -hf a/b", "serve", "serve -m MODEL --kv-budget much", "serve -m MODEL --cache-type-k f7",
     "serve -m MODEL --compression-ratio 0.5 --method nothing", "serve -m MODEL --api-key-file missing",
     "serve -m MODEL --host nowhere.invalid", "serve -m text.txt", "bench MODEL --n-tokens many", "bench --from missing",
-    "fetch nothing", "calibrate MODEL --only nothing", "sessions show missing", "sessions delete missing --yes",
+    "fetch nothing", "learn MODEL --for nothing",
+    "calibrate MODEL", "sessions show missing", "sessions delete missing --yes",
     "rpc-server --port 0", "--version",
 )  # fmt: skip
 
 #: what works, in this order: later lines use the files of earlier ones
 RIGHT = (
-    "calibrate MODEL --only compresskv --data-free --random-tokens 64 --errors 2 -t 1",
-    "calibrate MODEL --only surrogate --passages 6 --passage-tokens 400 -t 1",
+    "learn MODEL --for compresskv --data-free --random-tokens 64 --errors 2 -t 1",
+    "learn MODEL --passages 6 --passage-tokens 400 -t 1",
     "compress MODEL text.txt -o one.kvc --compression-ratio 0.5 -t 1",
     "compress MODEL text.txt -o two.kvc --method snapkv --max-kv-bytes 300kB -t 1",
     "sessions show one.kvc", "sessions show two.kvc",
@@ -48,7 +49,7 @@ RIGHT = (
     "chat MODEL --session one.kvc -q Who? -t 1 --max-tokens 12",
     "eval MODEL --out run --tasks passkey,niah_single_1 --n-tokens 760 --samples 1 --compression-ratio 0.5,0.9 "
     "--texts generated --jobs 1 --seed 3 --method kvcompose,scoring=repeat --method compresskv "
-    "--method kvcompose,scoring=surrogate --method unstructured --method variant,fold=1.0,correct=0.5 --method snapkv",
+    "--method kvcompose,scoring=learned --method unstructured --method variant,fold=1.0,correct=0.5 --method snapkv",
     "eval MODEL --out run --report-only",
     "eval MODEL --out typed --tasks passkey --n-tokens 760 --samples 1 --compression-ratio 0.5 --texts generated "
     "--jobs 1 --kv-types f16,q8_0 --method @quick --question-seen --no-chat",

@@ -18,7 +18,6 @@ import time
 import numpy as np
 
 from kvcompose_gguf.load import load_model
-from kvcompose_gguf.measurements.surrogate import find_surrogate
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.models.resolve import resolve_model
 from kvcompose_gguf.support.ranks import rank_correlation
@@ -30,7 +29,7 @@ RATIOS = (0.5, 0.75, 0.875)
 TASKS = ("niah_single_2", "niah_multikey_1", "niah_single_3", "niah_multiquery", "qa_1", "niah_multivalue")
 REPEAT = "kvcompose,scoring=repeat,scoring_chunk=None"
 METHODS = (
-    "kvcompose,scoring=learned", "kvcompose,scoring=surrogate", "kvcompose,scoring=repeat",
+    "kvcompose,scoring=learned", "kvcompose,scoring=learned,spot_check=0.0", "kvcompose,scoring=repeat",
     "kvcompose,scoring=repeat,in_place=True", "kvcompose,scoring=repeat,in_place=True,scoring_fraction=0.25",
     "kvcompose,scoring=window",
     "kvcompose,scoring=prefill,agg_task=mean", "knorm", "keydiff", "expected-attention", "snapkv", "random",
@@ -53,10 +52,9 @@ def main() -> None:
     args = parser.parse_args()
 
     path, texts = resolve_model(args.model), load_texts("auto")
-    able = [spec for spec in METHODS if "surrogate" not in spec or find_surrogate(path) is not None]
-    methods = {spec: make_method(spec, compression_ratio=0.5).for_model(path) for spec in (REPEAT, *able)}
+    methods = {spec: make_method(spec, compression_ratio=0.5).for_model(path) for spec in (REPEAT, *METHODS)}
     llama = load_model(path, 2 * args.n_tokens + 512, fast_attention=True, threads=args.threads)
-    figures: dict[str, list[list[float]]] = {spec: [] for spec in able}
+    figures: dict[str, list[list[float]]] = {spec: [] for spec in METHODS}
     seconds: dict[str, list[float]] = {spec: [] for spec in methods}
     for number in range(args.samples):
         sample = make_sample(
@@ -71,7 +69,7 @@ def main() -> None:
             start = time.perf_counter()
             scores[spec] = method.scores(llama.observe(context, method))
             seconds[spec].append(time.perf_counter() - start)
-        for spec in able:
+        for spec in METHODS:
             rows = []
             for mine, wanted in zip(scores[spec], scores[REPEAT], strict=True):
                 for a, b in zip(mine, wanted, strict=True):
@@ -81,7 +79,7 @@ def main() -> None:
         print(f"{number + 1} of {args.samples}: {sample.task}, {len(context)} tokens", flush=True)
     print(f"{'':45s} seconds  rank  " + "  ".join(f"{ratio:.1%}" for ratio in RATIOS))
     result = {}
-    for spec in able:
+    for spec in METHODS:
         row = np.mean(figures[spec], axis=0)
         result[spec] = {"seconds": float(np.median(seconds[spec])), "rank": row[0], "overlap": row[1:].tolist()}
         shares = "  ".join(f"{share:5.1%}" for share in row[1:])

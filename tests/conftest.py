@@ -85,6 +85,13 @@ def nothing_is_learnt() -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns an empty folder that stands for the user's calibrations and surrogates."""
+    """Returns an empty folder that stands for the user's calibrations."""
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     return tmp_path / "kvcompose-gguf" / "calibrations"
+
+
+@pytest.fixture
+def kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the empty folder in which this test keeps what it learns."""
+    monkeypatch.delenv("KVCOMPOSE_LEARN")
+    return folder.parent / "learned"

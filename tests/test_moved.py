@@ -26,8 +26,8 @@ NAMES = [
     "queries.AttentionRequest", "queries.Evidence", "queries.Prefill", "queries.Prompts", "queries.QueryStates",
     "queries.Repeat", "queries.StateRequest", "queries.Window", "report.KVReport", "rows.cached_rows",
     "rpc.add_rpc_server", "run.load_model", "run.open_vocabulary", "run.resolve_model", "scoring.Attention",
-    "seam.common_prefix", "serve.serve", "surrogate.Surrogate", "surrogate.load_surrogate",
-    "surrogate_fit.FitOptions", "tables.bench_table",
+    "seam.common_prefix", "serve.serve",
+    "surrogate_quality.compare", "tables.bench_table",
 ]  # fmt: skip
 #: names that kept their modules, though these became folders
 KEPT = ["models.fetch", "models.names", "sessions.SessionInfo", "sessions.sessions_dir", "methods.base.Method"]

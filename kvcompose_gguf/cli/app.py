@@ -15,9 +15,9 @@ from ..errors import KVComposeError
 from . import options as shared
 from . import sessions
 from .bench import bench
-from .calibrate import calibrate
 from .chat import chat, compress, run
 from .evaluate import evaluate
+from .learn import calibrate, learn
 from .serve import serve
 
 
@@ -68,7 +68,8 @@ def fetch(name: Annotated[str, typer.Argument(help="Name of the model, e.g. smol
     typer.echo(fetch(name))
 
 
-app.command()(calibrate)
+app.command()(learn)
+app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate)
 app.command()(serve)
 
 

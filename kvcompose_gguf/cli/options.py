@@ -109,7 +109,7 @@ Scoring = Annotated[
     typer.Option(
         "--scoring",
         rich_help_panel=COMPRESSION,
-        help="How the method kvcompose scores tokens: auto, learned, repeat, window, prefill or surrogate. "
+        help="How the method kvcompose scores tokens: auto, learned, repeat, window or prefill. "
         "By default auto: learned from earlier prompts, with a check of some pieces of each prompt.",
     ),
 ]

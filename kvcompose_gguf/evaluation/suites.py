@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import ConfigError
 
-#: each entry states its scoring, so it does not depend on this machine's surrogates; "quick" shows the default
+#: each entry states its scoring, so it does not depend on what was learnt here; "quick" shows the default
 SUITES: dict[str, tuple[str, ...]] = {
     "none": (),
     "quick": ("kvcompose", "kvcompose,scoring=repeat", "snapkv", "streaming-llm"),

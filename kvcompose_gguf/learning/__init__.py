@@ -1,1 +1,1 @@
-"""Measures a model: fits the surrogate, finds retrieval heads and eviction errors."""
+"""Teaches the prediction of a model's scores; finds its retrieval heads and eviction errors."""

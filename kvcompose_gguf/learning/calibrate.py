@@ -1,4 +1,4 @@
-"""Implements ``kvcompose calibrate``: measures once what CompressKV needs to know about a model."""
+"""Implements ``kvcompose learn --for compresskv``: measures once what CompressKV needs to know about a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of many kinds to fit a surrogate to: from files that come with Python, and from the model itself."""
+"""Texts of many kinds to learn from: files that come with Python, and what the model itself writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MIN_TOKENS = 64
 
 @dataclass(frozen=True)
 class Passage:
-    """A text for fitting or validation."""
+    """A text to learn from, or to measure the quality with."""
 
     kind: str
     tokens: list[int]
@@ -54,7 +54,7 @@ def passage(llama: Llama, number: int, longest: int, files: Sequence[Path] = ())
     if files and number % 2:
         turn = number // 2
         file = files[(turn + turn // len(files)) % len(files)]  # every round begins with another file
-        return Passage("text", _cut(llama, _from_anywhere(_read(file), rng), length, str(file)))
+        return Passage("text", _cut(llama, _from_anywhere(read_text(file), rng), length, str(file)))
     kind = list(KINDS)[number % len(KINDS)]
     if kind == "written":
         return Passage(kind, written(llama, rng, length))
@@ -195,7 +195,8 @@ def _cut(llama: Llama, text: str, n_tokens: int, name: str) -> list[int]:
     return tokens[:n_tokens]
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Returns a file's text; what is not UTF-8 is replaced. Raises ConfigError if it cannot be read."""
     try:
         return file.read_text("utf-8", errors="replace")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Compares predicted attention with the repeat's, per layer and in the resulting plans."""
+"""Compares predicted attention with the repeat's, for each layer and in the resulting plans."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def load_calibration(model_path: Path) -> Calibration:
     """
     calibration = find_measured(model_path, ".json", lambda data: Calibration.from_json(data.decode()))
     if calibration is None:
-        raise ConfigError(f"{model_path} has no calibration yet; make one with: kvcompose calibrate {model_path}")
+        command = f"kvcompose learn {model_path} --for compresskv"
+        raise ConfigError(f"{model_path} has no calibration yet; make one with: {command}")
     return calibration
 
 

@@ -1,9 +1,6 @@
-"""What was learnt of a model from its own prompts: a ridge regression that every repeated piece of text moves.
+"""What was learnt of a model from its own prompts: a regression for every layer, and the file that keeps it.
 
-The regression is that of ``measurements.surrogate``: log(attention of the repeat) of a token, from its cached key and
-value. Keeping its sums exactly would take the square of the number of features for every KV head, 200 MB for a model of
-8B parameters. So it keeps the weights, and how sure it is of them: the precision of the weights as a diagonal and
-``RANK`` directions, 8 MB for such a model. The file has statistics of cached keys and values, and no text.
+The file has statistics of cached keys and values, and no text.
 """
 
 from __future__ import annotations
@@ -13,35 +10,27 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..plan.geometry import LayerGeometry
-from ..scoring.evidence import Evidence, Positions
+from ..scoring.evidence import Evidence
 from ..support.files import cache_dir, write_file
 from ..support.ranks import rank_correlation
-from .surrogate import N_THREADS, features, n_features, predict_layer, target_of
-
-Float64Array = npt.NDArray[np.float64]
+from .features import N_THREADS, features, n_features, predict_layer, target_of
+from .regression import RANK, Regression
 
 VERSION = 1  # version of features and file
 
-#: number of directions in which the precision is kept
-RANK = 16
-
-#: smallest scale: features that hardly differ in the first prompt may do so in later ones, e.g. places near the end
-MIN_SCALE = np.float32(1e-3)
-
-#: ridge penalty per token, for features with variance 1
-RIDGE = 1e-2
+#: largest number of a prompt's tokens that teach: it limits the memory, and one prompt's share
+MOST_TOKENS = 1024
 
 #: older tokens count less beyond this number, so that the weights follow what the model is used for
 MEMORY = 20_000
@@ -51,85 +40,6 @@ POOR = 0.1
 
 #: number of agreements that are remembered
 N_AGREEMENTS = 3
-
-#: steps of the power iteration that finds the directions; it begins with those of the prompt before
-N_POWER = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Regression:
-    """The regression of one layer. Features are standardized by ``mean`` and ``scale``, those of the first prompt.
-
-    Attributes:
-        mean, scale: float32 ``(n_head_kv, n_features)``; 0 and 1 for the constant, which is the last feature.
-        weights: of standardized features, float32 ``(n_head_kv, n_features)``.
-        diagonal, factors: precision of the weights, ``diag(diagonal) + factors @ factors.T``; float32
-            ``(n_head_kv, n_features)`` and float16 ``(n_head_kv, n_features, RANK)``.
-    """
-
-    mean: FloatArray
-    scale: FloatArray
-    weights: FloatArray
-    diagonal: FloatArray
-    factors: npt.NDArray[np.float16]
-
-    @classmethod
-    def empty(cls, table: FloatArray) -> Regression:
-        """Returns a regression that knows nothing, standardized for features ``(n_head_kv, n, n_features)``."""
-        mean, scale = table.mean(axis=1, dtype=np.float64).astype(np.float32), table.std(axis=1)
-        mean[:, -1], scale[:, -1] = 0, 1
-        scale = np.maximum(scale, MIN_SCALE)
-        nothing = np.zeros_like(mean)
-        return cls(mean, scale, nothing, nothing, np.zeros((*mean.shape, RANK), np.float16))
-
-    @property
-    def plain_weights(self) -> FloatArray:
-        """Returns the weights of features that are not standardized."""
-        weights = self.weights / self.scale
-        weights[:, -1] -= (weights * self.mean).sum(axis=1)
-        return weights
-
-    def standardized(self, table: FloatArray) -> FloatArray:
-        """Returns features ``(n_head_kv, n, n_features)`` with the mean and scale of the first prompt."""
-        out: FloatArray = (table - self.mean[:, None]) / self.scale[:, None]
-        return out
-
-    def moved(self, rows: FloatArray, target: FloatArray, n_before: float, keep: float) -> Regression:
-        """Returns the regression after more tokens.
-
-        Args:
-            rows: standardized features ``(n_head_kv, n, n_features)``.
-            target: ``(n_head_kv, n)``.
-            n_before: number of tokens learnt before.
-            keep: how much these count now, at most 1.
-        """
-        n_features = rows.shape[2]
-        factors = self.factors.astype(np.float64)
-        diagonal = np.einsum("hf,fg->hfg", self.diagonal.astype(np.float64), np.eye(n_features))
-        old = keep * (diagonal + factors @ factors.transpose(0, 2, 1))
-        precision = old + (rows.transpose(0, 2, 1) @ rows).astype(np.float64)
-        penalty = np.full(n_features, RIDGE * (keep * n_before + rows.shape[1]))
-        penalty[-1] = 1e-6  # the constant is free
-        wanted = old @ self.weights[:, :, None] + (rows.transpose(0, 2, 1) @ target[:, :, None]).astype(np.float64)
-        weights = np.linalg.solve(precision + np.diag(penalty), wanted)[:, :, 0]
-        factors = _largest(precision, factors)
-        rest = np.maximum(np.einsum("hff->hf", precision) - np.square(factors).sum(axis=2), 0)
-        return replace(
-            self, weights=weights.astype(np.float32), diagonal=rest.astype(np.float32),
-            factors=factors.astype(np.float16),
-        )  # fmt: skip
-
-
-def _largest(matrices: Float64Array, start: Float64Array) -> Float64Array:
-    """Returns the ``RANK`` largest components of symmetric ``(n, f, f)``, as ``(n, f, RANK)`` times its transpose."""
-    n_features, rank = matrices.shape[1], min(RANK, matrices.shape[1])
-    basis = start[:, :, :rank] + np.random.default_rng(0).standard_normal((n_features, rank))
-    for _ in range(N_POWER):
-        basis = np.linalg.qr(matrices @ basis).Q
-    values, vectors = np.linalg.eigh(basis.transpose(0, 2, 1) @ matrices @ basis)
-    out = np.zeros((len(matrices), n_features, RANK))
-    out[:, :, :rank] = basis @ (vectors * np.sqrt(np.maximum(values, 0))[:, None])
-    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,15 +69,17 @@ class Learned:
         weights = [layer.plain_weights for layer in self.layers]
         return map_layers(lambda l: predict_layer(weights[l], evidence, l), len(weights), N_THREADS)
 
-    def taught(self, evidence: Evidence, places: Positions, attention: Sequence[FloatArray]) -> Learned:
-        """Returns what is known after one more prompt.
+    def taught(self, evidence: Evidence, attention: Sequence[FloatArray]) -> Learned:
+        """Returns what is known after one more prompt; ``MOST_TOKENS`` of those in ``evidence.repeated`` teach.
 
         Args:
-            places: the tokens that were evaluated again, int32 ``(n,)``.
-            attention: what these paid to the context, for each layer float32 ``(n_head_kv, N)``.
+            attention: what these tokens paid to the context, for each layer float32 ``(n_head_kv, N)``.
         """
         before = self if self.fits(evidence.layers) else Learned()
         keep = min(1.0, MEMORY / max(1.0, before.n_tokens))
+        places = evidence.repeated
+        if len(places) > MOST_TOKENS:
+            places = places[np.linspace(0, len(places) - 1, MOST_TOKENS).astype(int)]
 
         def teach(l: int) -> tuple[Regression, float]:
             table = np.concatenate([*features(evidence, l, places)], axis=1)
@@ -178,7 +90,7 @@ class Learned:
 
         layers, agreements = zip(*map_layers(teach, len(evidence.layers), N_THREADS), strict=True)
         if before.layers and np.mean(agreements) < POOR:
-            return Learned().taught(evidence, places, attention)  # it was learnt from another model of this name
+            return Learned().taught(evidence, attention)  # it was learnt from another model of this name
         new = (round(float(np.mean(agreements)), 4),) if before.layers else ()
         n_tokens = keep * before.n_tokens + len(places)
         return Learned(before.n_prompts + 1, n_tokens, (*before.agreements, *new)[-N_AGREEMENTS:], layers)
@@ -260,7 +172,7 @@ def load_learned(file: Path) -> Learned:
 
 def read_learned(family: str) -> Learned:
     """Returns what is known of a family of models (``native.family.family_of``); nothing if its file is damaged."""
-    file = _file_of(family)
+    file = file_of(family)
     if not may_learn() or not file.exists():
         return Learned()
     try:
@@ -278,7 +190,7 @@ def update_learned(family: str, teach: Callable[[Learned], Learned]) -> Learned:
     """
     if not may_learn():
         return teach(Learned())
-    file = _file_of(family)
+    file = file_of(family)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(file.with_suffix(".lock"), timeout=PATIENCE):
@@ -293,5 +205,6 @@ def update_learned(family: str, teach: Callable[[Learned], Learned]) -> Learned:
         return teach(read_learned(family))
 
 
-def _file_of(family: str) -> Path:
+def file_of(family: str) -> Path:
+    """Returns the file of what was learnt of a family of models."""
     return learned_dir() / f"{family}.npz"

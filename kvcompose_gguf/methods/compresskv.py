@@ -94,5 +94,6 @@ class CompressKV(Method):
 
     def _calibration(self) -> Calibration:
         if self.calibration is None:
-            raise ConfigError("CompressKV has no calibration: run kvcompose calibrate MODEL, then for_model(MODEL)")
+            command = "kvcompose learn MODEL --for compresskv"
+            raise ConfigError(f"CompressKV has no calibration: run {command}, then for_model(MODEL)")
         return self.calibration

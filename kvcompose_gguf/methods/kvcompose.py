@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..measurements.surrogate import Surrogate, load_surrogate
+from ..measurements.learned import may_learn
 from ..models.hashes import remembered
 from ..native.family import family_of
 from ..scoring.evidence import Evidence
@@ -26,7 +25,7 @@ from .predictor import Predictor
 
 K = TypeVar("K", bound="KVCompose")
 
-#: the agg_task and agg_group that surrogates are fitted to
+#: the agg_task and agg_group that are learnt
 PREDICTED = ("max", "mean")
 
 
@@ -53,7 +52,6 @@ MODES = {
     "prompts": Mode(("prompts",), lambda method: Prompts(tuple(method.prompts), method.scoring_chunk)),
     "window": Mode((), lambda method: Window(method.window)),
     "prefill": Mode((), lambda method: Prefill()),
-    "surrogate": Mode((), lambda method: None),
 }
 
 
@@ -67,11 +65,10 @@ class KVCompose(Method):
         scoring: the source of the attention that scores the context. ``"repeat"``: the context itself, read a second
             time (the paper's). ``"prompts"``: the given ``prompts`` (task-aware). ``"window"``: the last tokens of the
             prompt. ``"prefill"``: all of the context's own tokens during the prefill. The last two need no second pass;
-            with ``agg_task="mean"`` they average for each token only over the queries that can see it. ``"surrogate"``:
-            predicts the repeat's attention from keys and values, for calibrated models. ``"learned"``: predicts it as
-            well, from what earlier prompts of the model have taught, and repeats some pieces of the context to check
-            and to learn. ``"auto"``: ``for_model`` replaces it by ``"learned"`` if the other options allow it, else by
-            ``"repeat"``.
+            with ``agg_task="mean"`` they average for each token only over the queries that can see it. ``"learned"``:
+            predicts the repeat's attention from keys and values, with what earlier prompts of the model have taught,
+            and repeats some pieces of the context to check and to learn. ``"auto"``: ``for_model`` replaces it by
+            ``"learned"`` if the other options allow it, else by ``"repeat"``.
         scoring_fraction: share of the context that is read a second time, in pieces spread over all of it, for
             ``scoring="repeat"``; trades quality for time.
         instruction: text that every chunk of the repeat begins with, for ``scoring="repeat"``.
@@ -96,9 +93,9 @@ class KVCompose(Method):
         spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a quarter of the first two
             prompts of a model, at most 1,024 tokens; later an eighth or, if the prediction is good, a sixteenth, at
             most 512 tokens. 0: nothing, once two prompts are known.
-        learn: keep what is learnt of the model for later prompts and processes. With ``KVCOMPOSE_LEARN=off`` in the
-            environment nothing is kept or used: every prompt is scored as if it were the model's first.
-        surrogate: the model's surrogate, for ``scoring="surrogate"``; None: ``for_model`` loads it.
+        learn: keep what is learnt of the model for later prompts and processes. ``scoring="repeat"`` teaches as well,
+            if it is ``in_place`` or whole (``scoring_chunk=None``). With ``KVCOMPOSE_LEARN=off`` in the environment
+            nothing is kept or used: every prompt is scored as if it were the model's first.
         predictor: the model, and what is known of it, for ``scoring="learned"``; ``for_model`` sets it.
     Raises:
         ConfigError: an option is out of range, or the number of budgets given is not one.
@@ -121,7 +118,6 @@ class KVCompose(Method):
     in_place: bool = False
     spot_check: float | None = None
     learn: bool = True
-    surrogate: Surrogate | None = field(default=None, repr=False)
     predictor: Predictor = field(default_factory=Predictor, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +140,8 @@ class KVCompose(Method):
         self._check_scoring()
 
     def _check_scoring(self) -> None:
+        if self.scoring == "surrogate":
+            raise ConfigError("scoring='surrogate' is now scoring='learned', which needs no calibration")
         check_choice("scoring", self.scoring, tuple(MODES))
         if not 0 < self.scoring_fraction <= 1:
             raise ConfigError(f"scoring_fraction={self.scoring_fraction} is not in (0, 1]")
@@ -156,11 +154,9 @@ class KVCompose(Method):
             raise ConfigError(f"prompts={self.prompts!r} must be a list of texts that are not empty")
         if self.takes("prompts") != bool(self.prompts):
             raise ConfigError(f"prompts={self.prompts!r}: scoring='prompts' needs at least one text, others none")
-        if not isinstance(self.surrogate, (Surrogate, NoneType)):
-            raise ConfigError(f"surrogate={self.surrogate!r} is not a Surrogate")
-        if self.scoring in ("surrogate", "learned") and self._aggregations != PREDICTED:
+        if self.scoring == "learned" and self._aggregations != PREDICTED:
             given = f"agg_task={self.agg_task!r}, agg_group={self.agg_group!r}"
-            raise ConfigError(f"{given}: scoring={self.scoring!r} predicts max and mean")
+            raise ConfigError(f"{given}: scoring='learned' predicts max and mean")
 
     @classmethod
     def paper(cls, **budget: Any) -> KVCompose:
@@ -199,7 +195,7 @@ class KVCompose(Method):
 
     @property
     def can_be_predicted(self) -> bool:
-        """Returns whether the options ask for the same repeat that surrogates are fitted to."""
+        """Returns whether the options ask for the repeat that is learnt."""
         return (self.scoring_fraction, self.instruction, *self._aggregations) == (1, "", *PREDICTED)
 
     @property
@@ -209,36 +205,36 @@ class KVCompose(Method):
 
     def for_model(self: K, model_path: Path) -> K:
         """Returns the method with ``"auto"`` resolved, and with what it needs to know about the model."""
-        if self.scoring == "surrogate" and self.surrogate is None:
-            return replace(self, surrogate=load_surrogate(model_path))
         scoring = self.scoring
         if scoring == "auto":
             scoring = "learned" if self.can_be_predicted else "repeat"
-        family = remembered(model_path, "family", family_of) if scoring == "learned" else ""
-        return replace(self, scoring=scoring, predictor=Predictor(family))
+        repeats = scoring == "repeat" and self.can_be_predicted and self.repeat().is_at_its_places
+        learns = scoring == "learned" or repeats
+        family = remembered(model_path, "family", family_of) if learns else ""
+        return replace(self, scoring=scoring, predictor=replace(self.predictor, family=family))
 
     def informed(self: K, learn: bool = True) -> K:
         """Returns the method with what is known of the model now."""
-        if self.scoring != "learned" or self.predictor.known is not None:
-            return self
-        return replace(self, predictor=self.predictor.informed(), learn=self.learn and learn)
+        predictor = self.predictor.informed() if self.scoring == "learned" else self.predictor
+        return replace(self, predictor=predictor, learn=self.learn and learn)
 
     def taught_by(self: K, evidence: Evidence) -> K:
         """Returns the method with what the check of this context taught, and keeps that for later prompts."""
-        if self.scoring != "learned":
-            return self
-        predictor = self.predictor.taught_by(evidence, self._grouped(evidence), self.learn)
-        return replace(self, predictor=predictor)
+        if self.scoring == "learned":
+            predictor = self.predictor.taught_by(evidence, self._grouped(evidence), self.learn)
+            return replace(self, predictor=predictor)
+        if self.learn and may_learn() and self.predictor.family and len(evidence.repeated):
+            self.predictor.learn_from(evidence, self._grouped(evidence))  # a repeat that was asked for teaches as well
+        return self
 
     @property
     def note(self) -> str:
         return self.predictor.note
 
     def fingerprint(self) -> bytes:
-        """Returns the weights of the surrogate, or what is known of the model, as bytes; empty without either."""
-        if self.predictor.known is not None and self.predictor.known.layers:
-            return b"".join(layer.weights.tobytes() for layer in self.predictor.known.layers)
-        return b"".join(weights.tobytes() for weights in self.surrogate.weights) if self.surrogate else b""
+        """Returns what is known of the model, as bytes; empty: nothing."""
+        known = self.predictor.known
+        return b"".join(layer.weights.tobytes() for layer in known.layers) if known else b""
 
     def rule(self) -> Allocation:
         """Same as ``Method.rule``, but ``"global"`` is the method's own rule, with its options."""
@@ -276,8 +272,4 @@ class KVCompose(Method):
         if self.scoring == "learned":
             method = self if self.note else self.informed().taught_by(evidence)
             return method.predictor.predict(evidence, self._grouped(evidence))
-        if self.scoring != "surrogate":
-            return []
-        if self.surrogate is None:
-            raise ConfigError("scoring='surrogate': run kvcompose calibrate MODEL, then for_model(MODEL)")
-        return self.surrogate.predict(evidence)
+        return []

@@ -66,15 +66,16 @@ class Predictor:
         if not seen:
             return replace(self, note="predicted")
 
-        def teach(known: Learned) -> Learned:
-            return known.taught(evidence, evidence.repeated, seen)
-
-        known = update_learned(self.family, teach) if keep else teach(self.known or Learned())
+        known = self.learn_from(evidence, seen) if keep else (self.known or Learned()).taught(evidence, seen)
         share = f"1/{round(evidence.n_tokens / len(evidence.repeated))}"
         note = f"repeat {share} (learning)"
         if known.n_prompts > N_FIRST:
             note = f"predicted, checked {share} (agreement {known.agreements[-1]:.2f})"
         return replace(self, known=known, note=note)
+
+    def learn_from(self, evidence: Evidence, seen: Sequence[FloatArray]) -> Learned:
+        """Returns what is known of the model after this context, and keeps it for later prompts and processes."""
+        return update_learned(self.family, lambda known: known.taught(evidence, seen))
 
     def predict(self, evidence: Evidence, seen: Sequence[FloatArray]) -> list[FloatArray]:
         """Returns the attention that a repeat of the context would pay, for each layer float32 ``(n_head_kv, N)``.

@@ -53,8 +53,8 @@ class Variant(KVCompose):
                 raise ConfigError(f"{name}={getattr(self, name)} is not a finite number of at least 0")
         if self.own and not (self.takes("scoring_fraction") and self.scoring_fraction == 1):
             raise ConfigError("own=True needs scoring='repeat' of the whole context")
-        if self.output_norm and self.scoring == "surrogate":
-            raise ConfigError("output_norm=True weighs attention, but scoring='surrogate' collects none")
+        if self.output_norm and self.scoring == "learned":
+            raise ConfigError("output_norm=True weighs attention, but scoring='learned' predicts it")
 
     @property
     def can_be_predicted(self) -> bool:

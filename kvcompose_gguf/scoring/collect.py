@@ -70,7 +70,8 @@ class Attention:
             belong to both and count as scoring; queries of ``Prefill`` count as prefill.
         chunk: number of queries at a time: a chunk of the repeat or the prompts, or the whole window; otherwise 0.
         n_window: number of last context tokens that are queries of a ``Window``.
-        repeated: the context tokens that a ``SpotCheck`` has evaluated again, int32 ``(n,)``.
+        repeated: the context tokens that were evaluated again at the positions that they have in the whole repeat,
+            int32 ``(n,)``.
     """
 
     layers: list[FloatArray]

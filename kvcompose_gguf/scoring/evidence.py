@@ -62,7 +62,8 @@ class Evidence:
             over the requested queries and not renormalised. Empty if the method requests no attention.
         n_window: number of last context tokens that are queries of a ``Window``; later queries cannot see all of them.
         rows: reads the cached keys and values; None: the evidence has none.
-        repeated: the context tokens that a ``SpotCheck`` has evaluated again, int32 ``(n,)``.
+        repeated: the context tokens that were evaluated again at the positions that they have in the whole repeat,
+            int32 ``(n,)``.
         queries: for each layer the queries of ``QueryStates``; empty if the method has no ``state_request``.
     """
 

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..kernels.types import FloatArray
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .collect import Attention, Piece, Reader, Scorer, collect_queries, pieces_at, spread
+from .evidence import Positions
 
 #: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
 N_TAIL = 8
@@ -94,7 +95,14 @@ class Repeat(Queries):
             return later_words + query[max(0, first - N_TAIL) : first] if quoted else words
 
         pieces = pieces_at(places, tokens) if self.in_place else [Piece(0, query)]
-        return scorer.on_top(pieces, self.chunk, tokens, introduction, own=self.own, in_place=self.in_place)
+        attention = scorer.on_top(pieces, self.chunk, tokens, introduction, own=self.own, in_place=self.in_place)
+        return replace(attention, repeated=_positions(places)) if self.is_at_its_places else attention
+
+    @property
+    def is_at_its_places(self) -> bool:
+        """Returns whether every query has the position that it has in the whole repeat, and no text comes before it."""
+        alone = not self.instruction and not self.continuation
+        return alone and (self.in_place or (self.chunk is None and self.fraction == 1))
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class SpotCheck(Queries):
         share = self.share if self.most is None else min(self.share, self.most / len(tokens))
         places = spread(len(tokens), share, min(self.piece, self.most or self.piece))
         attention = scorer.on_top(pieces_at(places, tokens), self.piece, tokens, in_place=True)
-        return replace(attention, repeated=np.concatenate([np.array(place, np.int32) for place in places]))
+        return replace(attention, repeated=_positions(places))
 
 
 @dataclass(frozen=True)
@@ -234,6 +242,10 @@ class StateRequest:
     def collect(self, reader: Reader, tokens: Sequence[int]) -> list[FloatArray]:
         """Evaluates the last context tokens again; returns ``Evidence.queries``."""
         return collect_queries(reader, self.n_queries, tokens)
+
+
+def _positions(places: Sequence[range]) -> Positions:
+    return np.concatenate([np.array(place, np.int32) for place in places])
 
 
 def _check_chunk(chunk: int | None) -> None:

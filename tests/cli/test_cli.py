@@ -39,7 +39,7 @@ def context(tmp_path: Path) -> Path:
 #: every command and what a user can call it with, hidden ones excepted
 COMMANDS = [
     [], ["chat"], ["compress"], ["serve"], ["sessions"], ["sessions", "list"], ["sessions", "show"], ["sessions", "delete"],
-    ["demo"], ["fetch"], ["bench"], ["eval"], ["calibrate"], ["doctor"], ["rpc-server"],
+    ["demo"], ["fetch"], ["bench"], ["eval"], ["learn"], ["doctor"], ["rpc-server"],
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kvcompose_gguf import ConfigError, UnsupportedError
 from kvcompose_gguf.cli.app import app
-from kvcompose_gguf.learning import calibrate, fit, trials
+from kvcompose_gguf.learning import calibrate, trials
 from kvcompose_gguf.learning.trials import CalibrateOptions
 from kvcompose_gguf.measurements.calibration import Calibration, load_calibration
 from kvcompose_gguf.methods.allocation import Uniform
@@ -210,14 +210,13 @@ def test_tokens_that_do_not_reproduce_their_text_are_refused(make_llama):
 def test_the_command_hands_its_options_on(monkeypatch):
     seen = []
     monkeypatch.setattr(calibrate, "calibrate", lambda *args: seen.append(args))
-    monkeypatch.setattr(fit, "fit_surrogate", lambda *args: None)
     for arguments in (["m"], ["m", "--needles", "1", "--data-free", "--threads", "2", "--longest", "999"]):
-        assert CliRunner().invoke(app, ["calibrate", *arguments]).exit_code == 0
+        assert CliRunner().invoke(app, ["learn", "--for", "compresskv", *arguments]).exit_code == 0
     assert seen == [
         ("m", CalibrateOptions(), None),
         ("m", CalibrateOptions(n_needles=1, longest=999, n_random=256), 2),
     ]
     monkeypatch.undo()
-    result = CliRunner().invoke(app, ["calibrate", "nowhere.gguf"])
+    result = CliRunner().invoke(app, ["learn", "nowhere.gguf", "--for", "compresskv"])
     assert result.exit_code == 1
     assert result.stderr.startswith("error: model='nowhere.gguf' is neither a file")

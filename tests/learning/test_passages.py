@@ -1,4 +1,4 @@
-"""The texts that a surrogate is fitted to."""
+"""The texts that `kvcompose learn` reads."""
 
 from __future__ import annotations
 

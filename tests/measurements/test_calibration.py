@@ -54,7 +54,7 @@ def test_the_users_own_calibration_comes_before_the_packages(folder, tmp_path, m
     shipped = tmp_path / "package"
     shipped.mkdir()
     monkeypatch.setattr(calibration, "shipped_dir", lambda: shipped)
-    with pytest.raises(ConfigError, match=f"kvcompose calibrate {model}"):
+    with pytest.raises(ConfigError, match=f"kvcompose learn {model} --for compresskv"):
         load_calibration(model)
     sha256 = model_sha256(model)
     of_package = Calibration("shipped", sha256, GOOD.heads, GOOD.errors)

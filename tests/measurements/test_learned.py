@@ -1,43 +1,34 @@
-"""What is learnt of a model from its prompts: the regression, its file, and prompts of a tiny model."""
+"""What is learnt of a model: the regression, and its file."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from support import tiny
-from support.llamas import ONE_THREAD
-from support.surrogates import make_evidence, table_of
+from support.features import make_evidence, table_of
 
-from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.cli import doctor
 from kvcompose_gguf.measurements import learned
-from kvcompose_gguf.measurements.learned import Learned, Regression, read_learned, update_learned
-from kvcompose_gguf.measurements.surrogate import target_of
-from kvcompose_gguf.native import family as family_module
-from kvcompose_gguf.native.vocab_only import open_vocabulary
+from kvcompose_gguf.measurements.features import target_of
+from kvcompose_gguf.measurements.learned import Learned, read_learned, update_learned
+from kvcompose_gguf.measurements.regression import RANK, Regression
 from kvcompose_gguf.scoring.evidence import Evidence
 from kvcompose_gguf.support.ranks import rank_correlation
 
 PLACES = np.r_[0:30, 50:90].astype(np.int32)
 
 
-@pytest.fixture
-def kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns the empty folder in which this test keeps what it learns."""
-    monkeypatch.delenv("KVCOMPOSE_LEARN")
-    return folder.parent / "learned"
+def repeated(n: int, seed: int = 0) -> Evidence:
+    """Returns random evidence whose tokens at ``PLACES`` were repeated."""
+    return replace(make_evidence(n, seed), repeated=PLACES)
 
 
 def attention_to(evidence: Evidence, seed: int = 0) -> list[np.ndarray]:
@@ -57,9 +48,9 @@ def attention_to(evidence: Evidence, seed: int = 0) -> list[np.ndarray]:
 
 
 def test_the_first_prompt_is_a_ridge_regression_of_its_repeated_tokens() -> None:
-    evidence = make_evidence(100)
+    evidence = repeated(100)
     attention = attention_to(evidence)
-    known = Learned().taught(evidence, PLACES, attention)
+    known = Learned().taught(evidence, attention)
     assert (known.n_prompts, known.n_tokens, known.agreements) == (1, len(PLACES), ())
     for l, layer in enumerate(known.layers):
         table = table_of(evidence, l)[:, PLACES].astype(np.float64)
@@ -76,13 +67,13 @@ def test_the_first_prompt_is_a_ridge_regression_of_its_repeated_tokens() -> None
 def test_more_prompts_predict_another_one_better_and_the_agreement_says_so() -> None:
     known, agreements = Learned(), []
     for seed in range(4):
-        evidence = make_evidence(100, seed)
-        known = known.taught(evidence, PLACES, attention_to(evidence, seed))
+        evidence = repeated(100, seed)
+        known = known.taught(evidence, attention_to(evidence, seed))
         agreements.append(known.agreements[-1] if known.agreements else 0)
     assert agreements[3] > agreements[1] > 0.3
     assert agreements[3] > 0.7
     assert known.agreements == tuple(agreements[1:])
-    test = make_evidence(100, seed=9)
+    test = repeated(100, seed=9)
     predicted = known.predict(test)
     for got, want in zip(predicted, attention_to(test, 9), strict=True):
         assert got.dtype == np.float32
@@ -102,7 +93,7 @@ def test_old_prompts_count_less_beyond_the_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(learned, "MEMORY", 100)
     known = Learned()
     for seed in range(4):
-        known = known.taught(make_evidence(100, seed), PLACES, attention_to(make_evidence(100, seed)))
+        known = known.taught(repeated(100, seed), attention_to(repeated(100, seed)))
     assert known.n_tokens == 100 + len(PLACES)
 
 
@@ -111,22 +102,31 @@ def test_the_precision_keeps_its_largest_directions_and_its_diagonal(monkeypatch
     rows = rng.standard_normal((2, 200, 40)) * np.linspace(5, 0.1, 40)
     rows = (rows @ np.linalg.qr(rng.standard_normal((40, 40))).Q).astype(np.float32)
     nothing = np.zeros((2, 40), np.float32)
-    empty = Regression(nothing, nothing + 1, nothing, nothing, np.zeros((2, 40, learned.RANK), np.float16))
+    empty = Regression(nothing, nothing + 1, nothing, nothing, np.zeros((2, 40, RANK), np.float16))
     moved = empty.moved(rows, rng.standard_normal((2, 200)).astype(np.float32), 0, 1)
     precision = rows.transpose(0, 2, 1) @ rows
     factors = moved.factors.astype(np.float64)
     got = np.square(factors).sum(axis=2) + moved.diagonal
     np.testing.assert_allclose(got, np.einsum("hff->hf", precision), rtol=5e-3)
-    largest = np.linalg.eigvalsh(precision)[:, -learned.RANK :].sum()
+    largest = np.linalg.eigvalsh(precision)[:, -RANK:].sum()
     assert np.square(factors).sum() > 0.98 * largest
 
 
 def test_a_model_of_another_shape_is_learnt_anew() -> None:
-    evidence = make_evidence(100)
-    known = Learned().taught(evidence, PLACES, attention_to(evidence))
+    evidence = repeated(100)
+    known = Learned().taught(evidence, attention_to(evidence))
     other = replace(evidence, layers=evidence.layers[:1], attention=())
     assert not known.fits(other.layers)
-    assert known.taught(other, PLACES, attention_to(other)).n_prompts == 1
+    assert known.taught(other, attention_to(other)).n_prompts == 1
+
+
+def test_what_another_model_of_the_same_name_taught_is_forgotten() -> None:
+    evidence = repeated(100)
+    attention = attention_to(evidence)
+    known = Learned().taught(evidence, attention)
+    opposite = [np.exp(-10 - np.log(paid)).clip(0, 1) for paid in attention]
+    assert known.taught(evidence, attention).n_prompts == 2
+    assert known.taught(evidence, opposite).n_prompts == 1
 
 
 #
@@ -135,8 +135,8 @@ def test_a_model_of_another_shape_is_learnt_anew() -> None:
 
 
 def some() -> Learned:
-    evidence = make_evidence(100)
-    return Learned().taught(evidence, PLACES, attention_to(evidence)).taught(evidence, PLACES, attention_to(evidence))
+    evidence = repeated(100)
+    return Learned().taught(evidence, attention_to(evidence)).taught(evidence, attention_to(evidence))
 
 
 def test_a_file_has_everything_and_no_text() -> None:
@@ -248,133 +248,3 @@ def test_processes_take_turns_and_a_killed_one_leaves_what_was_there(
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     assert update_learned("f", count).n_prompts == 41
-
-
-#
-# prompts of a model
-#
-
-
-def prompt(seed: int, n: int = 600) -> list[int]:
-    return tiny.tokens(tiny.GQA, n, seed=seed)
-
-
-def test_prompts_are_learnt_from_and_then_predicted(make_llama: Callable[..., Any], kept: Path) -> None:
-    method = KVCompose(compression_ratio=0.5)
-    llama = make_llama(tiny.GQA, method, n_ctx=2048, **ONE_THREAD)
-    notes = [llama.compress(prompt(seed)).scoring for seed in range(3)]
-    assert notes[:2] == ["repeat 1/5 (learning)", "repeat 1/5 (learning)"]
-    assert notes[2].startswith("predicted, checked 1/5 (agreement 0.")
-    (file,) = kept.glob("*.npz")
-    assert read_learned(file.stem).n_prompts == 3
-    other = make_llama(tiny.GQA, method, n_ctx=2048, **ONE_THREAD)  # another process finds it as well
-    assert other.compress(prompt(5)).scoring.startswith("predicted, checked")
-    other.kv_compressor = replace(method, spot_check=0.0)
-    report = other.compress(prompt(6))
-    assert (report.scoring, report.scoring_chunk) == ("predicted", 0)
-    assert read_learned(file.stem).n_prompts == 4
-
-
-def test_an_object_may_learn_nothing(make_llama: Callable[..., Any], kept: Path) -> None:
-    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5, learn=False), n_ctx=2048, **ONE_THREAD)
-    for seed in range(3):
-        assert llama.compress(prompt(seed)).scoring == "repeat 1/5 (learning)"
-    assert not kept.exists()
-
-
-def test_scores_are_the_prediction_and_at_least_what_was_seen(make_llama: Callable[..., Any]) -> None:
-    method = KVCompose(compression_ratio=0.5, add_mean_across_heads=False, learn=False)
-    llama = make_llama(tiny.GQA, n_ctx=2048, **ONE_THREAD)
-    method = method.for_model(Path(llama.model_path)).informed()
-    evidence = llama.observe(prompt(0), method)
-    taught = method.taught_by(evidence)
-    assert taught.predictor.known is not None
-    predicted = taught.predictor.known.predict(evidence)
-    for l, scores in enumerate(method.scores(evidence)):
-        seen = evidence.attention[l].reshape(2, 2, -1).mean(axis=1)
-        np.testing.assert_array_equal(scores, np.maximum(predicted[l], seen))
-
-
-def test_options_that_nobody_predicts_repeat_the_context(make_llama: Callable[..., Any], kept: Path) -> None:
-    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5, agg_task="mean"), n_ctx=2048)
-    assert llama.kv_compressor.scoring == "repeat"
-    assert llama.compress(prompt(0)).scoring == ""
-    with pytest.raises(ConfigError, match="scoring='learned' predicts max and mean"):
-        KVCompose(compression_ratio=0.5, scoring="learned", agg_group="max")
-    for share in (-0.1, 1.5):
-        with pytest.raises(ConfigError, match="spot_check="):
-            KVCompose(compression_ratio=0.5, spot_check=share)
-
-
-def family(monkeypatch: pytest.MonkeyPatch, file: Path, **metadata: str) -> str:
-    """Returns the family of a file, as if its metadata had further values."""
-
-    @contextlib.contextmanager
-    def opened(path: Path) -> Any:
-        with open_vocabulary(path) as vocabulary:
-            known = vocabulary.metadata() | {
-                name.replace("general_", "general."): value for name, value in metadata.items()
-            }
-            yield SimpleNamespace(metadata=lambda: known, n_vocab=vocabulary.n_vocab)
-
-    monkeypatch.setattr(family_module, "open_vocabulary", opened)
-    return family_module.family_of(file)
-
-
-def test_a_family_is_the_model_and_not_its_file(
-    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file, other = tiny_model(tiny.GQA), tmp_path / "other.gguf"
-    data = bytearray(file.read_bytes())
-    data[-5] ^= 1  # another weight, as in another quantization
-    other.write_bytes(data)
-    named = [family(monkeypatch, path, general_name="Tiny Model 1B") for path in (file, other)]
-    assert named[0] == named[1]
-    assert named[0].startswith("Tiny-Model-1B-")
-    assert family(monkeypatch, file, general_name="Tiny Model 2B") != named[0]
-    assert family(monkeypatch, file, general_name="Tiny Model 1B", **{"llama.rope.freq_base": "5"}) != named[0]
-    assert family(monkeypatch, tiny_model(tiny.MHA), general_name="Tiny Model 1B") != named[0]
-    assert family(monkeypatch, file) != family(monkeypatch, other)  # without a name
-
-
-def test_the_doctor_says_what_is_known_of_each_model(make_llama: Callable[..., Any], kept: Path) -> None:
-    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5), n_ctx=2048, **ONE_THREAD)
-    for seed in range(2):
-        llama.compress(prompt(seed))
-    (file,) = kept.glob("*.npz")
-    (finding,) = (finding for finding in doctor.examine() if finding.name == "learnt of")
-    assert finding.value.startswith(f"{file.stem}: 2 prompts, agreement ")
-    assert finding.value.endswith(" MB")
-
-
-def test_what_another_model_of_the_same_name_taught_is_forgotten() -> None:
-    evidence = make_evidence(100)
-    attention = attention_to(evidence)
-    known = Learned().taught(evidence, PLACES, attention)
-    opposite = [np.exp(-10 - np.log(paid)).clip(0, 1) for paid in attention]
-    assert known.taught(evidence, PLACES, attention).n_prompts == 2
-    assert known.taught(evidence, PLACES, opposite).n_prompts == 1
-
-
-def test_a_prompt_of_another_model_of_the_same_name_begins_to_learn_again(
-    make_llama: Callable[..., Any], kept: Path
-) -> None:
-    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5), n_ctx=2048, **ONE_THREAD)
-    for seed in range(3):
-        llama.compress(prompt(seed))
-    (file,) = kept.glob("*.npz")
-
-    def turned(known: Learned) -> Learned:  # whatever was predicted high is now predicted low
-        return replace(known, layers=tuple(replace(layer, weights=-layer.weights) for layer in known.layers))
-
-    update_learned(file.stem, turned)
-    assert llama.compress(prompt(5)).scoring == "repeat 1/5 (learning)"
-    assert read_learned(file.stem).n_prompts == 1
-
-
-def test_the_users_share_has_no_limit(make_llama: Callable[..., Any]) -> None:
-    method = KVCompose(compression_ratio=0.5, spot_check=1.0)
-    llama = make_llama(tiny.GQA, method, n_ctx=4096, **ONE_THREAD)
-    evidence = llama.observe(prompt(0, 1300), llama.kv_compressor)
-    assert evidence.repeated.tolist() == list(range(1300))
-    assert llama.compress(prompt(0, 1300)).scoring == "repeat 1/1 (learning)"

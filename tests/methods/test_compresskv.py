@@ -229,10 +229,10 @@ def test_without_a_calibration_the_command_is_named(tmp_path: Path, monkeypatch:
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     method = CompressKV(n_kept=9)
-    with pytest.raises(ConfigError, match=f"kvcompose calibrate {model}"):
+    with pytest.raises(ConfigError, match=f"kvcompose learn {model} --for compresskv"):
         method.for_model(model)
     for call in (method.default_allocation, lambda: method.plan(make_evidence("GQA", 40, 8))):
-        with pytest.raises(ConfigError, match="kvcompose calibrate MODEL"):
+        with pytest.raises(ConfigError, match="kvcompose learn MODEL --for compresskv"):
             call()
     made = make_calibration("GQA")
     made = Calibration("model", model_sha256(model), made.heads, made.errors)

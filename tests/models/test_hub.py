@@ -242,8 +242,8 @@ def test_a_model_of_the_hub_answers_a_question(client, tmp_path):
     [
         ["bench", "-hf", "u/r:Q8_0"],
         ["eval", "-hf", "u/r:Q8_0", "--out"],
-        ["calibrate", "-hf", "u/r:Q8_0"],
-        ["calibrate", "--hf-repo", "u/r:Q8_0", "--only", "compresskv"],
+        ["learn", "-hf", "u/r:Q8_0"],
+        ["learn", "--hf-repo", "u/r:Q8_0", "--for", "compresskv"],
         ["serve", "-hf", "u/r:Q8_0"],
         ["chat", "-hf", "u/r:Q8_0", "-q", "Why?"],
         ["compress", "-hf", "u/r:Q8_0", "-o", "s.kvc", "FILE"],
@@ -259,6 +259,7 @@ def test_every_command_with_a_model_takes_one_of_the_hub(monkeypatch, tmp_path, 
         raise DownloadError(f"asked for {spec}")
 
     monkeypatch.setattr(hub_module, "fetch_hub", found)
+    monkeypatch.delenv("KVCOMPOSE_LEARN")
     arguments = [str(file) if word == "FILE" else word for word in command]
     result = CliRunner().invoke(app, [*arguments, str(tmp_path / "out")] if command[-1] == "--out" else arguments)
     assert result.exit_code == 1
@@ -266,7 +267,7 @@ def test_every_command_with_a_model_takes_one_of_the_hub(monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "command", [["bench"], ["eval"], ["calibrate"], ["chat"], ["compress", "-o", "s.kvc"], ["serve", "-m"]], ids=str
+    "command", [["bench"], ["eval"], ["chat"], ["compress", "-o", "s.kvc"], ["serve", "-m"]], ids=str
 )
 def test_a_model_and_one_of_the_hub_exclude_each_other(command):
     result = CliRunner().invoke(app, [*command, "smollm2", "-hf", "u/r"])
@@ -274,9 +275,7 @@ def test_a_model_and_one_of_the_hub_exclude_each_other(command):
     assert "are two models: give one of them" in result.stderr
 
 
-@pytest.mark.parametrize(
-    "command", [["bench"], ["calibrate"], ["chat"], ["compress", "-o", "s.kvc"], ["serve"]], ids=str
-)
+@pytest.mark.parametrize("command", [["bench"], ["learn"], ["chat"], ["compress", "-o", "s.kvc"], ["serve"]], ids=str)
 def test_a_command_without_a_model_says_what_to_give(command):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1

@@ -91,7 +91,7 @@ def test_what_is_no_prompt_is_refused(start, prompt, words):
         ({"kv_compress": {"ratio": 1.5}}, "ratio"), ({"kv_compress": {"method": "os:system"}}, "is none of"),
         ({"kv_compress": {"ratio": 0.5, "n_kept": 3}}, "exactly one"), ({"kv_compress": {"budget": 3}}, "budget"),
         ({"kv_compress": True}, "without a budget"), ({"kv_compress": {}}, "exactly one"),
-        ({"kv_compress": {"ratio": 0.5, "method": "unstructured"}}, "simulated"), ({"kv_compress": {"ratio": 0.9, "method": "compresskv"}}, "calibrat"),
+        ({"kv_compress": {"ratio": 0.5, "method": "unstructured"}}, "simulated"), ({"kv_compress": {"ratio": 0.9, "method": "compresskv"}}, "kvcompose learn"),
         ({"temperature": float("nan")}, ""), ({"presence_penalty": 1e999}, ""), ({"dry_sequence_breakers": []}, "dry_sequence_breakers"),
     ],
     ids=str,

@@ -1,22 +1,16 @@
-"""Compares the surrogates' features, prediction and file with plain loops; tests KVCompose with a surrogate."""
+"""Compares features and predictions with plain loops; tests KVCompose with predictions alone."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support import tiny, tiny_gguf
-from support.llamas import ONE_THREAD, TYPES, greedy, last_logits, stored_rows
-from support.plans import specified_plan
-from support.rows import rows_of
-from support.surrogates import (
+from support.features import (
     make_evidence,
     random_weights,
     rotated,
@@ -24,25 +18,29 @@ from support.surrogates import (
     specified_prediction,
     table_of,
 )
+from support.llamas import ONE_THREAD, TYPES, greedy, last_logits, stored_rows
+from support.plans import specified_plan
 
-from kvcompose_gguf import ConfigError, KVCompose
-from kvcompose_gguf.measurements import calibration, surrogate
-from kvcompose_gguf.measurements.surrogate import Surrogate, features, find_surrogate, load_surrogate, save_surrogate
-from kvcompose_gguf.methods import make_method
+from kvcompose_gguf import KVCompose
+from kvcompose_gguf.measurements import features as module
+from kvcompose_gguf.measurements.features import features
+from kvcompose_gguf.measurements.learned import Learned
+from kvcompose_gguf.measurements.regression import RANK, Regression
 from kvcompose_gguf.methods.knorm import KNorm
-from kvcompose_gguf.methods.variant import Variant
-from kvcompose_gguf.models.hashes import model_sha256
+from kvcompose_gguf.methods.predictor import Predictor
 from kvcompose_gguf.native.rows import cached_rows
 
 N = 90
 KEYS_ONLY = KNorm(n_kept=1)  # a method that asks for no attention
-GOOD = Surrogate("m.gguf", "abc", (np.ones((2, 5), np.float32), np.zeros((1, 3), np.float32)), {"n": 3}, {"rank": [1]})
 
 
-def fitting_surrogate(llama: Any) -> Surrogate:
-    """Returns random weights with a loaded model's shape, as from its file."""
-    evidence = llama.observe(tiny.tokens(tiny.GQA, 20), KEYS_ONLY)
-    return Surrogate("m", model_sha256(Path(llama.model_path)), random_weights(evidence, 0.5))
+def known_weights(weights: Sequence[np.ndarray]) -> Predictor:
+    """Returns a predictor that knows these weights of features that are not standardized, from enough prompts."""
+    layers = []
+    for w in weights:
+        none, one = np.zeros_like(w), np.ones_like(w)
+        layers.append(Regression(none, one, w, none, np.zeros((*w.shape, RANK), np.float16)))
+    return Predictor("tiny", Learned(2, 2000.0, (0.9,), tuple(layers)))
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
@@ -60,13 +58,13 @@ def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 16, 48, 2048])
 @pytest.mark.parametrize("n_tokens", [1, 48])
 def test_features_are_the_specified_ones_whatever_the_chunks(monkeypatch, chunk, n_tokens):
-    monkeypatch.setattr(surrogate, "CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK", chunk)
     evidence = make_evidence(n_tokens)
     for l, layer in enumerate(evidence.layers):
         parts = [*features(evidence, l)]
         assert [part.shape[1] for part in parts] == [min(chunk, n_tokens - i) for i in range(0, n_tokens, chunk)]
         assert_close(np.concatenate(parts, axis=1), table_of(evidence, l), 1e-5)
-        assert parts[0].shape[2] == surrogate.n_features(layer)
+        assert parts[0].shape[2] == module.n_features(layer)
 
 
 def plain_freqs(base: float, n_rot: int) -> np.ndarray:
@@ -159,10 +157,10 @@ def test_features_of_stored_types_are_those_of_f16_up_to_rounding(make_llama, n_
 
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_predictions_are_the_specified_ones(monkeypatch, size):
-    monkeypatch.setattr(surrogate, "CHUNK", 40)
+    monkeypatch.setattr(module, "CHUNK", 40)
     evidence = make_evidence(100)
     weights = random_weights(evidence, size)
-    got = Surrogate("m", "abc", weights).predict(replace(evidence, attention=()))
+    got = known_weights(weights).predict(replace(evidence, attention=()), ())
     for l, attention in enumerate(got):
         assert_close(attention, specified_prediction(table_of(evidence, l), weights[l]), 1e-4)
         assert attention.min() >= 0
@@ -172,145 +170,18 @@ def test_predictions_are_the_specified_ones(monkeypatch, size):
         assert max(a.max() for a in got) > 0.999
 
 
-def test_a_surrogate_of_another_shape_is_refused():
-    evidence = make_evidence(10)
-    one, two = random_weights(evidence, 1)
-    for weights in ((one,), (two, one), (one, two[:1]), (one, two[:, 1:]), (one, two, two)):
-        with pytest.raises(ConfigError, match=r"tiny\.gguf has weights .*; the model needs \[\(2, 41\), \(3, 46\)\]"):
-            Surrogate("tiny.gguf", "abc", weights).predict(evidence)
-    with pytest.raises(ConfigError, match="the evidence has no unrotate"):
-        Surrogate("tiny.gguf", "abc", (one, two)).predict(
-            replace(evidence, rows=replace(rows_of(evidence), turn_back=None))
-        )
-
-
-def test_wrong_weights_and_versions_are_refused():
-    good = np.ones((2, 3), np.float32)
-    wrong: Any
-    for wrong in (good * np.nan, good * np.inf, good.astype(np.float64), good.astype(np.int32), good[0]):
-        with pytest.raises(ConfigError, match="weights of layer 1 are not finite float32"):
-            Surrogate("m", "abc", (good, wrong))
-    with pytest.raises(ConfigError, match=r"version=2 .* 1 is needed: calibrate again"):
-        Surrogate("m", "abc", (good,), version=2)
-
-
-#
-# files
-#
-
-
-def changed(**arrays: Any) -> bytes:
-    """Returns the file of GOOD with other arrays."""
-    with np.load(io.BytesIO(GOOD.to_bytes())) as file:
-        stream = io.BytesIO()
-        np.savez(stream, **(dict(file) | arrays))
-    return stream.getvalue()
-
-
-def about(**fields: Any) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(GOOD.to_bytes())) as file:
-        return {"about": np.array(json.dumps(json.loads(str(file["about"])) | fields))}
-
-
-def test_a_surrogate_comes_back_from_its_file(folder):
-    file = save_surrogate(GOOD)
-    assert file == folder / "abc.surrogate.npz"
-    assert [path.name for path in folder.iterdir()] == [file.name]
-    for made in (Surrogate.from_bytes(file.read_bytes()), Surrogate.from_bytes(changed())):
-        assert (made.model_name, made.model_sha256, made.settings, made.quality) == ("m.gguf", "abc", {"n": 3}, {"rank": [1]})  # fmt: skip
-        assert [w.tolist() for w in made.weights] == [[[1] * 5] * 2, [[0] * 3]]
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"", "not a surrogate"), (b"PK\x03\x04", "not a surrogate"), (b"\x80\x04N.", "not a surrogate"),
-        (GOOD.to_bytes()[:-30], "not a surrogate"), (bytes(byte ^ (i == 300) for i, byte in enumerate(GOOD.to_bytes())), "not a surrogate.*CRC"),
-        (changed(weights1=np.array([{"a": 1}], dtype=object)), "not a surrogate.*allow_pickle"),
-        (changed(about=np.array("{")), "not a surrogate"), (changed(about=np.array("[1]")), "not a surrogate"),
-        (changed(**about(unknown=1)), "not a surrogate.*unknown"), (changed(**about(version=2)), "version=2"),
-        (changed(more=np.zeros(1)), "not a surrogate"), (changed(weights1=np.full((1, 3), np.nan, np.float32)), "layer 1"),
-    ],
-    ids=["empty", "head", "pickle", "cut", "flipped", "object", "about", "list", "unknown", "version", "more", "nan"],
-)  # fmt: skip
-def test_a_damaged_surrogate_is_refused(data, words):
-    with pytest.raises(ConfigError, match=words):
-        Surrogate.from_bytes(data)
-
-
-def test_the_users_own_surrogate_comes_before_the_packages(folder, tmp_path, monkeypatch):
-    model = tmp_path / "some.gguf"
-    model.write_bytes(b"weights")
-    shipped = tmp_path / "package"
-    shipped.mkdir()
-    monkeypatch.setattr(calibration, "shipped_dir", lambda: shipped)
-    assert find_surrogate(model) is None
-    with pytest.raises(ConfigError, match=f"has no surrogate yet; make one with: kvcompose calibrate {model}"):
-        load_surrogate(model)
-    sha256 = model_sha256(model)
-    of_package = replace(GOOD, model_name="shipped", model_sha256=sha256)
-    (shipped / f"{sha256}.surrogate.npz").write_bytes(of_package.to_bytes())
-    assert load_surrogate(model).model_name == "shipped"
-    own = save_surrogate(replace(GOOD, model_name="own", model_sha256=sha256))
-    assert load_surrogate(model).model_name == "own"
-    own.write_bytes(GOOD.to_bytes())
-    with pytest.raises(ConfigError, match=r"another model, m\.gguf"):
-        load_surrogate(model)
-    own.write_bytes(b"")
-    with pytest.raises(ConfigError, match=f"{sha256}.surrogate.npz: not a surrogate"):
-        load_surrogate(model)
-
-
 #
 # KVCompose
 #
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"agg_task": "mean"}, "agg_task='mean', agg_group='mean': .* predicts max and mean"),
-        ({"agg_group": "max"}, "agg_group='max'"), ({"surrogate": "m.npz"}, "surrogate='m.npz' is not a Surrogate"),
-        ({"scoring_fraction": 0.5}, "scoring_fraction"), ({"instruction": "x"}, "instruction"), ({"prompts": ["x"]}, "prompts"),
-    ],
-)  # fmt: skip
-def test_options_that_a_surrogate_cannot_have_are_refused(options, words):
-    with pytest.raises(ConfigError, match=words):
-        KVCompose(compression_ratio=0.5, scoring="surrogate", **options)
-
-
-def test_kvcompose_asks_for_no_attention_and_needs_a_surrogate(folder, make_llama):
-    method = make_method("kvcompose,scoring=surrogate", compression_ratio=0.5)
-    assert method == KVCompose(compression_ratio=0.5, scoring="surrogate")
-    assert method.attention_request is None
-    with pytest.raises(ConfigError, match="kvcompose calibrate MODEL"):
-        method.scores(make_evidence(10))
-    with pytest.raises(ConfigError, match="no surrogate yet"):
-        make_llama(tiny.GQA, method)
-
-
-@pytest.mark.parametrize(
-    "options", [{"scoring_fraction": 0.5}, {"instruction": "x"}, {"agg_task": "mean"}, {"agg_group": "max"}], ids=str
-)
-def test_auto_is_the_repeat_if_an_option_asks_for_scores_that_nobody_predicts(make_llama, options):
-    path = Path(make_llama(tiny.GQA, KEYS_ONLY).model_path)
-    assert KVCompose(n_kept=9, agg_head="max").for_model(path).scoring == "learned"
-    assert KVCompose(n_kept=9, **options).for_model(path).scoring == "repeat"
-    for name in ("own", "output_norm"):
-        changed: dict[str, Any] = {name: True}
-        assert Variant(n_kept=9, **changed).for_model(path).scoring == "repeat"
-
-
-def test_a_surrogate_that_was_given_is_taken_without_looking_for_another(folder, tmp_path):
-    method = KVCompose(n_kept=9, scoring="surrogate", surrogate=GOOD).for_model(tmp_path / "no such file")
-    assert method.surrogate == GOOD
 
 
 @pytest.mark.parametrize("options", [{"n_sink": 0}, {"add_v_norm": True, "add_mean_across_heads": False, "n_sink": 3}])
 def test_scores_are_the_predictions_and_what_kvcompose_makes_of_attention(options):
     evidence = make_evidence(60)
     weights = random_weights(evidence, 1)
-    method = KVCompose(compression_ratio=0.7, scoring="surrogate", surrogate=Surrogate("m", "abc", weights), **options)
+    predictor = known_weights(weights)
+    method = KVCompose(compression_ratio=0.7, scoring="learned", spot_check=0.0, predictor=predictor, **options)
+    evidence = replace(evidence, attention=())
     predicted = [specified_prediction(table_of(evidence, l), weights[l]).astype(np.float32) for l in range(2)]
     norms = [np.linalg.norm(evidence.values(l), axis=2) for l in range(2)]
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
@@ -336,8 +207,9 @@ def test_a_prompt_is_read_once_and_the_predicted_tokens_are_kept(make_llama, mon
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
     want = specified_plan(predicted, layers, [], compression_ratio=0.5)
 
-    method = KVCompose(scoring="surrogate", surrogate=Surrogate("m", "abc", weights), compression_ratio=0.5, n_sink=0)
+    method = KVCompose(scoring="learned", spot_check=0.0, compression_ratio=0.5, n_sink=0)
     llama = make_llama(config, method, **ONE_THREAD)
+    llama.kv_compressor = replace(llama.kv_compressor, predictor=known_weights(weights))
     n_read, decode = [], llama._ctx.decode
     monkeypatch.setattr(llama._ctx, "decode", lambda batch: n_read.append(batch.n_tokens()) or decode(batch))
     report = llama.compress(context)

@@ -1,34 +1,24 @@
-"""Predicts the attention of a repeat of the context from cached data: ``KVCompose(scoring="surrogate")``.
+"""Predicts the attention that a repeat of the context would pay to its tokens, from cached keys and values.
 
-A ridge regression of log(attention + EPS) for every layer and KV head. The target is the highest attention that
-KVCompose's repeat pays to a token, mean over the group. The features contain a token's key twice: before its rotation,
-and as a query at the end of the context sees it, R(i - N) k_i. The second generalises to longer contexts, because a
-query's logit is linear in it and includes the distance. The idea of a predictor comes from KVzap (hidden states, gates
-trained in PyTorch). This one is fitted in minutes on the CPU and reads only the cache.
+A linear function for every layer and KV head, whose result is log(attention + EPS): of the highest attention that
+KVCompose's repeat pays to a token, mean over the group. ``measurements.learned`` learns its weights. The features
+contain a token's key twice: before its rotation, and as a query at the end of the context sees it, R(i - N) k_i. A
+query's logit is linear in the second, which includes the distance. The idea of a predictor comes from KVzap (hidden
+states, gates trained in PyTorch). This one reads only the cache.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ConfigError
 from ..kernels.linear import weigh_rows
-from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
 from ..plan.geometry import LayerGeometry
 from ..scoring.evidence import Evidence, Positions
-from ..support.files import write_file
-from .calibration import calibrations_dir, find_measured
-
-VERSION = 1  # version of features and file
 
 #: added to attention before the logarithm; values far below it do not differ
 EPS = 1e-5
@@ -41,74 +31,6 @@ N_THREADS = 4
 
 #: block of the Hadamard rotation of quantized values (llama-kv-cache.cpp, build_input_v_rot)
 N_HADAMARD_V = 64
-
-
-@dataclass(frozen=True, eq=False)
-class Surrogate:
-    """A fitted predictor of one model file.
-
-    Attributes:
-        model_name: name of the file, for display.
-        model_sha256: hash of the file.
-        weights: for each layer float32 ``(n_head_kv, n_features)``.
-        settings: options of the fit.
-        quality: measurements on held-out passages.
-        version: version of the features and the file.
-    Raises:
-        ConfigError: the version differs, or a weight is not finite.
-    """
-
-    model_name: str
-    model_sha256: str
-    weights: tuple[FloatArray, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-    quality: dict[str, Any] = field(default_factory=dict)
-    version: int = VERSION
-
-    def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise ConfigError(f"version={self.version!r} of a surrogate, {VERSION} is needed: calibrate again")
-        for l, weights in enumerate(self.weights):
-            if weights.ndim != 2 or weights.dtype != np.float32 or not np.isfinite(weights).all():
-                raise ConfigError(f"weights of layer {l} are not finite float32 (n_head_kv, n_features)")
-
-    def predict(self, evidence: Evidence) -> list[FloatArray]:
-        """Returns each token's predicted attention: for each layer float32 ``(n_head_kv, N)``, in [0, 1].
-
-        Raises:
-            ConfigError: the surrogate was fitted to a model of another shape.
-        """
-        shapes = [weights.shape for weights in self.weights]
-        needed = [(layer.n_head_kv, n_features(layer)) for layer in evidence.layers]
-        if shapes != needed:
-            raise ConfigError(f"the surrogate of {self.model_name} has weights {shapes}; the model needs {needed}")
-
-        return map_layers(lambda l: predict_layer(self.weights[l], evidence, l), len(evidence.layers), N_THREADS)
-
-    def to_bytes(self) -> bytes:
-        """Returns the contents of the file that ``from_bytes`` reads: an .npz without pickles."""
-        about = {name: getattr(self, name) for name in ("model_name", "model_sha256", "settings", "quality", "version")}
-        arrays = {f"weights{l}": weights for l, weights in enumerate(self.weights)}
-        stream = io.BytesIO()
-        np.savez(stream, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
-        return stream.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Surrogate:
-        """Returns the surrogate stored in a file's contents.
-
-        Raises:
-            ConfigError: the contents are not a surrogate.
-        """
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                about = json.loads(str(arrays["about"]))
-                weights = tuple(arrays[f"weights{l}"] for l in range(len(arrays.files) - 1))
-            return cls(weights=weights, **about)
-        except ConfigError:
-            raise
-        except Exception as error:  # zipfile, numpy and json raise many classes
-            raise ConfigError(f"not a surrogate: {error}") from error
 
 
 def predict_layer(weights: FloatArray, evidence: Evidence, l: int) -> FloatArray:
@@ -243,34 +165,3 @@ def attention_of(prediction: FloatArray) -> FloatArray:
     bounded = np.clip(prediction, np.float32(np.log(EPS)), np.float32(0))
     attention: FloatArray = np.maximum(np.exp(bounded) - np.float32(EPS), 0)
     return attention
-
-
-#
-# files
-#
-
-ENDING = ".surrogate.npz"
-
-
-def find_surrogate(model_path: Path) -> Surrogate | None:
-    """Returns the surrogate of a model file: the user's own, or else the one in the package, or None.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
-    return find_measured(model_path, ENDING, Surrogate.from_bytes)
-
-
-def load_surrogate(model_path: Path) -> Surrogate:
-    """Same as ``find_surrogate``, but raises a ConfigError that names the command if there is none."""
-    surrogate = find_surrogate(model_path)
-    if surrogate is None:
-        raise ConfigError(f"{model_path} has no surrogate yet; make one with: kvcompose calibrate {model_path}")
-    return surrogate
-
-
-def save_surrogate(surrogate: Surrogate) -> Path:
-    """Saves a surrogate in the user's cache, where ``load_surrogate`` finds it; returns the file."""
-    file = calibrations_dir() / f"{surrogate.model_sha256}{ENDING}"
-    write_file(file, surrogate.to_bytes())
-    return file

@@ -1,10 +1,8 @@
-"""The specification of surrogates, written as plain loops: features and prediction; random evidence and weights."""
+"""The specification of features and predictions, written as plain loops; random evidence and weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -89,33 +87,7 @@ def random_weights(evidence: Evidence, size: float, seed: int = 1) -> tuple[np.n
     return tuple(w.astype(np.float32) for w in weights)
 
 
-def ridge(table: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Returns float64 (n_features,) for unscaled features; the penalty applies to unit variance, not to the last one."""
-    varies = np.ptp(table, axis=0) > 0
-    mean, deviation = table.mean(axis=0), np.where(varies, table.std(axis=0), 1)
-    z = np.where(varies, (table - mean) / deviation, 0)
-    penalty = 1e-3 * len(table) * np.eye(table.shape[1])
-    weights = np.linalg.solve(z.T @ z + penalty, z.T @ (target - target.mean())) / deviation
-    weights[-1] = target.mean() - mean[:-1] @ weights[:-1]
-    return weights
-
-
 def targets_of(evidence: Evidence, l: int) -> np.ndarray:
     """Returns float64 (n_head_kv, N): the logarithm of the mean over every group."""
     attention = evidence.attention[l].astype(np.float64)
     return np.log(attention.reshape(evidence.layers[l].n_head_kv, -1, evidence.n_tokens).mean(axis=1) + 1e-5)
-
-
-def assert_ridge(weights: Sequence[np.ndarray], passages: Sequence[Evidence], tables: Any, tolerance: float) -> None:
-    """``tables[i][l]`` holds a passage's features of one layer, (n_head_kv, N, n_features)."""
-    for l, layer in enumerate(passages[0].layers):
-        table = np.concatenate([of_passage[l] for of_passage in tables], axis=1).astype(np.float64)
-        target = np.concatenate([targets_of(evidence, l) for evidence in passages], axis=1)
-        assert weights[l].dtype == np.float32
-        for h in range(layer.n_head_kv):
-            want = ridge(table[h], target[h])
-            # sums as predict() does, so that weights that cancel out do not pass
-            error = np.abs(table[h].astype(np.float32) @ weights[l][h] - table[h] @ want).max()
-            assert error < tolerance, f"layer {l}, head {h}: predictions differ by {error}"
-            error = np.abs((weights[l][h] - want) * table[h].std(axis=0)).max()
-            assert error < tolerance, f"layer {l}, head {h}: weights differ by {error}"

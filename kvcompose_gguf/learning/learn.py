@@ -1,0 +1,132 @@
+"""Implements ``kvcompose learn``: teaches a model's prediction with texts, and measures how good it is."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from ..errors import ConfigError
+from ..kernels import aggregate
+from ..load import load_model
+from ..measurements.learned import file_of, may_learn, read_learned
+from ..methods.kvcompose import KVCompose
+from ..models.resolve import resolve_model
+from ..native.vocab_only import n_ctx_trained, open_vocabulary
+from ..support.checks import check_positive
+from .passages import MIN_TOKENS, passage, read_text
+from .quality import compare, quality_tables, summary
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+#: one text in this many is held out: it measures the quality, and teaches nothing
+HOLD_OUT = 5
+
+#: share of each text that is repeated
+SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnOptions:
+    """Options of ``kvcompose learn``.
+
+    Attributes:
+        n_passages: number of texts; every fifth is held out.
+        longest: length of the longest texts in tokens; others have a half or a quarter of it.
+        files: the user's texts; every second text comes from them.
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    n_passages: int = 15
+    longest: int = 2048
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("n_passages", "longest"):
+            check_positive(name, getattr(self, name))
+        if self.n_passages < HOLD_OUT:
+            raise ConfigError(f"n_passages={self.n_passages}, at least {HOLD_OUT} are needed: one is for validation")
+        if self.longest < MIN_TOKENS:
+            raise ConfigError(f"longest={self.longest}, at least {MIN_TOKENS} tokens are needed")
+
+    @property
+    def taught(self) -> list[int]:
+        """Returns the numbers of the texts that teach."""
+        return [number for number in range(self.n_passages) if number % HOLD_OUT != HOLD_OUT - 1]
+
+    @property
+    def held_out(self) -> list[int]:
+        """Returns the numbers of the texts that measure the quality."""
+        return [number for number in range(self.n_passages) if number % HOLD_OUT == HOLD_OUT - 1]
+
+
+def learn(model: str, options: LearnOptions, threads: int | None = None) -> Path:
+    """Teaches a model's prediction, prints its quality on texts that were held out, and returns its file.
+
+    Every text is kept at once, as an ordinary prompt is. So an interruption loses nothing.
+
+    Raises:
+        ConfigError: the model does not exist, its context is shorter than the texts, a text cannot be used, or nothing
+            may be kept.
+    """
+    if not may_learn():
+        raise ConfigError("the environment's KVCOMPOSE_LEARN=off forbids to learn")
+    model_path = resolve_model(model)
+    _check_length(model_path, options)
+    for name in options.files:
+        read_text(Path(name))
+    method = KVCompose(compression_ratio=0.0, scoring="learned", spot_check=SHARE).for_model(model_path)
+    whole = KVCompose(compression_ratio=0.0, scoring="repeat", scoring_chunk=None, learn=False)
+    n_ctx = -(-(2 * options.longest + 1) // 256) * 256
+    console, results = Console(stderr=True), []
+    family = method.predictor.family
+    file = file_of(family)
+    with (
+        contextlib.closing(load_model(model_path, n_ctx, fast_attention=True, threads=threads)) as llama,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
+        bar = progress.add_task("texts", total=options.n_passages)
+        for number in options.taught:
+            text = _read(llama, number, options)[1]
+            method.informed().taught_by(llama.observe(text, method))
+            progress.advance(bar)
+        if not file.exists():
+            raise ConfigError(f"{file} could not be written, so nothing was kept")
+        for number in options.held_out:
+            results.append(_quality(llama, family, whole, *_read(llama, number, options)))
+            progress.advance(bar)
+    console = Console()
+    for table in quality_tables(summary(results)):
+        console.print(table)
+    console.print(str(file), soft_wrap=True)
+    return file
+
+
+def _check_length(model_path: Path, options: LearnOptions) -> None:
+    with open_vocabulary(model_path) as vocabulary:
+        n_ctx_train = n_ctx_trained(vocabulary)
+    if n_ctx_train and options.longest > n_ctx_train:
+        raise ConfigError(f"texts of {options.longest} tokens are longer than {model_path} can read, {n_ctx_train}")
+
+
+def _read(llama: Llama, number: int, options: LearnOptions) -> tuple[str, list[int]]:
+    """Returns the kind of a text, and its tokens; the cache is empty afterwards."""
+    text = passage(llama, number, options.longest, [Path(name) for name in options.files])
+    llama.reset()
+    return text.kind, text.tokens
+
+
+def _quality(llama: Llama, family: str, whole: KVCompose, kind: str, tokens: list[int]) -> dict[str, Any]:
+    """Returns the figures of one text: what is predicted, compared with its whole repeat."""
+    evidence = llama.observe(tokens, whole)
+    repeated = [
+        aggregate.aggregate_group(attention, layer.n_head_kv, whole.agg_group)
+        for attention, layer in zip(evidence.attention, evidence.layers, strict=True)
+    ]
+    return {"kind": kind, **compare(read_learned(family).predict(evidence), repeated, evidence)}
