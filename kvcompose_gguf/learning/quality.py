@@ -20,9 +20,16 @@ from ..support.ranks import rank_correlation
 RATIOS = (0.5, 0.75, 0.9)
 
 
-def compare(predicted: Sequence[FloatArray], repeated: Sequence[FloatArray], evidence: Evidence) -> dict[str, Any]:
+def compare(
+    predicted: Sequence[FloatArray],
+    repeated: Sequence[FloatArray],
+    evidence: Evidence,
+    ratios: Sequence[float] = RATIOS,
+) -> dict[str, Any]:
     """Returns the figures of one passage, for attention float32 ``(n_head_kv, N)`` of each layer.
 
+    Args:
+        ratios: the fractions removed that are compared.
     Returns:
         rank: for each layer Spearman's correlation over tokens, mean over KV heads.
         overlap: for each layer and ratio, the share of a head's tokens that both keep if every layer keeps the same
@@ -40,7 +47,7 @@ def compare(predicted: Sequence[FloatArray], repeated: Sequence[FloatArray], evi
     wanted_scores = [aggregate.add_mean_across_heads(attention) for attention in repeated]
     given_scores = [aggregate.add_mean_across_heads(attention) for attention in predicted]
     kept, attention, budgets = [], [], []
-    for ratio in RATIOS:
+    for ratio in ratios:
         method = KVCompose(compression_ratio=ratio, n_sink=0)  # without sinks, which would agree in any case
         wanted, given = method.plan(evidence, wanted_scores), method.plan(evidence, given_scores)
         kept.append(_n_common(given, wanted) / max(1, _n_common(wanted, wanted)))

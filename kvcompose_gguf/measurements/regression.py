@@ -23,7 +23,7 @@ RANK = 16
 MIN_SCALE = np.float32(1e-3)
 
 #: ridge penalty per token, for features with variance 1
-RIDGE = 1e-2
+RIDGE = 5e-2
 
 #: steps of the power iteration that finds the directions; it begins with those of the prompt before
 N_POWER = 3

@@ -16,10 +16,10 @@ from ..scoring.requests import SpotCheck
 N_FIRST = 2
 
 #: share of these prompts that is repeated, and the largest number of tokens
-FIRST_SHARE, FIRST_MOST = 0.25, 1024
+FIRST_SHARE, FIRST_MOST = 0.2, 1024
 
 #: the same for later prompts, which only check the prediction
-CHECK_SHARE, CHECK_MOST = 0.125, 512
+CHECK_SHARE, CHECK_MOST = 0.125, 256
 
 #: share of a prompt if the prediction agreed so well with the latest ones
 SURE_SHARE, SURE = 0.0625, 0.85
@@ -53,7 +53,8 @@ class Predictor:
         if known.n_prompts < N_FIRST:
             return SpotCheck(share) if share else SpotCheck(FIRST_SHARE, FIRST_MOST)
         if share is None:
-            return SpotCheck(SURE_SHARE if np.mean(known.agreements) >= SURE else CHECK_SHARE, CHECK_MOST)
+            is_sure = np.mean(known.agreements) >= SURE
+            return SpotCheck(SURE_SHARE if is_sure else CHECK_SHARE, CHECK_MOST, to_end=False)
         return SpotCheck(share) if share else None
 
     def taught_by(self, evidence: Evidence, seen: Sequence[FloatArray], keep: bool) -> Predictor:

@@ -120,12 +120,17 @@ class Piece:
     tokens: Sequence[int]
 
 
-def spread(n_tokens: int, fraction: float, size: int) -> list[range]:
-    """Returns the places of a share of a context: pieces of ``size`` neighbours, from the first token to the last."""
+def spread(n_tokens: int, fraction: float, size: int, to_end: bool = True) -> list[range]:
+    """Returns the places of a share of a context: pieces of ``size`` neighbours, evenly from the first token on.
+
+    Args:
+        to_end: whether the last of several pieces is the end of the context.
+    """
     n_pieces = max(1, round(fraction * n_tokens / size))
     if fraction == 1 or n_pieces * size >= n_tokens:
         return [range(n_tokens)]
-    starts = np.linspace(0, n_tokens - size, n_pieces).round().astype(int).tolist()
+    last = n_tokens - size if to_end else n_tokens
+    starts = np.linspace(0, last, n_pieces, endpoint=to_end).round().astype(int).tolist()
     return [range(start, start + size) for start in starts]
 
 

@@ -109,6 +109,12 @@ def test_pieces_start_where_they_should(n_tokens: int, fraction: float, starts: 
     assert flat(spread(n_tokens, fraction, 64)) == expected
 
 
+def test_without_the_end_every_piece_begins_its_part_of_the_context() -> None:
+    assert [place.start for place in spread(1000, 0.25, 64, to_end=False)] == [0, 250, 500, 750]
+    assert [place.start for place in spread(129, 0.99, 64, to_end=False)] == [0, 64]
+    assert spread(128, 0.99, 64, to_end=False) == [range(128)]
+
+
 @pytest.mark.parametrize("n_tokens", [1, 10, 63])
 def test_a_context_shorter_than_a_piece_is_taken_whole(n_tokens: int) -> None:
     assert flat(spread(n_tokens, 0.1, 64)) == list(range(n_tokens))
