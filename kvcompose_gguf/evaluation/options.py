@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..measurements.learned import Learned
 from ..methods import Method, make_method
 from ..native.kv_types import PLAIN_TYPES
 from ..support.checks import check_positive
@@ -65,8 +66,12 @@ class EvalOptions:
             kv_type(type_kv)
         self.make_methods()
 
-    def make_methods(self, model_path: Path | None = None) -> dict[str, list[Method]]:
-        """Returns one method per ratio for every text, calibrated for ``model_path`` if it is given."""
+    def make_methods(self, model_path: Path | None = None, known: Learned | None = None) -> dict[str, list[Method]]:
+        """Returns one method per ratio for every text, made for ``model_path`` if it is given.
+
+        Args:
+            known: what is known of the model; None: it is read from the user's cache.
+        """
         made = {}
         for spec in self.methods:
             for_ratio = [make_method(spec, compression_ratio=ratio, min_tokens=1) for ratio in self.ratios]
@@ -75,7 +80,8 @@ class EvalOptions:
             if quantized and first.simulated:
                 raise ConfigError(f"method={spec!r} is simulated, not for types_kv={','.join(quantized)}")
             if model_path is not None:
-                first = first.for_model(model_path).informed(learn=False)  # the order of samples must not matter
+                # nothing is learnt, so that the order of samples does not matter
+                first = first.for_model(model_path).informed(learn=False, known=known)
             made[spec] = [replace(first, compression_ratio=ratio) for ratio in self.ratios]
         return made
 

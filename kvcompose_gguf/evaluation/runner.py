@@ -20,15 +20,21 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import ConfigError, StateError
+from ..measurements.learned import Learned, load_learned
 from ..methods import Method
+from ..methods.kvcompose import KVCompose
 from ..models.hashes import model_sha256
 from ..models.resolve import resolve_model
 from ..native.environment import system
 from ..native.vocab_only import n_ctx_trained, open_vocabulary
+from ..support.files import write_file
 from ..tasks.texts import load_texts
 from .options import EvalOptions
 from .records import Answer, RunFolder, SampleCost
 from .worker import SampleJob, SampleWorker
+
+#: file of a run with what was known of the model when it began
+KNOWN = "learned.npz"
 
 
 def evaluate(
@@ -51,31 +57,56 @@ def evaluate(
     """
     model_path = resolve_model(model)
     jobs = jobs or psutil.cpu_count(logical=False) or 1
-    methods = options.make_methods(model_path)  # a missing calibration must raise before the folder is created
+    # a missing calibration must raise before the folder is created
+    methods = options.make_methods(model_path, _known(out))
     settings = _settings(model_path, options, methods)
     folder = RunFolder.open(out, settings, _environment(jobs, threads, options))
+    _keep_known(out, methods)
     done = folder.done()
     everything = dict.fromkeys(itertools.product(options.types_kv, range(options.n_samples), options.tasks))
     left = [SampleJob(task, index, kv) for kv, index, task in everything if (task, index, kv) not in done]
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
         bar = progress.add_task("samples", total=len(left) + len(done), completed=len(done))
-        for cost, answers in _work(model_path, options, left, jobs, threads):
+        for cost, answers in _work(model_path, options, left, jobs, threads, methods):
             folder.add(cost, answers)
             progress.advance(bar)
     return folder
 
 
+def _known(out: Path) -> Learned | None:
+    """Returns what was known of the model when the run began; None: the run is new, or needs no such knowledge.
+
+    Raises:
+        ConfigError: its file is damaged.
+    """
+    file = out / KNOWN
+    return load_learned(file) if file.exists() else None
+
+
+def _keep_known(out: Path, methods: dict[str, list[Method]]) -> None:
+    """Keeps what is known of the model with the run, which may go on after more was learnt."""
+    known = [method.predictor.known for made in methods.values() for method in made if isinstance(method, KVCompose)]
+    found = next((each for each in known if each is not None), None)
+    if found is not None and not (out / KNOWN).exists():
+        write_file(out / KNOWN, found.to_bytes())
+
+
 def _work(
-    model_path: Path, options: EvalOptions, left: Sequence[SampleJob], jobs: int, threads: int
+    model_path: Path,
+    options: EvalOptions,
+    left: Sequence[SampleJob],
+    jobs: int,
+    threads: int,
+    methods: dict[str, list[Method]],
 ) -> Iterator[tuple[SampleCost, list[Answer]]]:
     if jobs == 1 or len(left) == 1:
-        worker = SampleWorker(model_path, options, threads)
+        worker = SampleWorker(model_path, options, threads, methods)
         with contextlib.closing(worker):
             yield from map(worker.do, left)
         return
     with ProcessPoolExecutor(
-        min(jobs, max(1, len(left))), get_context("spawn"), _start_worker, (model_path, options, threads)
+        min(jobs, max(1, len(left))), get_context("spawn"), _start_worker, (model_path, options, threads, methods)
     ) as pool:
         try:
             for future in as_completed([pool.submit(_do, job) for job in left]):
@@ -89,10 +120,10 @@ def _work(
 _worker: SampleWorker | None = None  # the worker of this process, in a process pool
 
 
-def _start_worker(model_path: Path, options: EvalOptions, threads: int) -> None:
+def _start_worker(model_path: Path, options: EvalOptions, threads: int, methods: dict[str, list[Method]]) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = SampleWorker(model_path, options, threads)
+    _worker = SampleWorker(model_path, options, threads, methods)
 
 
 def _end_with_parent() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..load import load_model
+from ..methods import Method
 from ..support.timing import timed
 from ..tasks.answering import Drafts, answer, answer_again
 from ..tasks.prompts import chat_frame, prompt_tokens
@@ -38,7 +39,7 @@ class SampleJob:
 class SampleWorker:
     """A loaded model that runs samples one after the other."""
 
-    def __init__(self, model_path: Path, options: EvalOptions, threads: int) -> None:
+    def __init__(self, model_path: Path, options: EvalOptions, threads: int, methods: dict[str, list[Method]]) -> None:
         self._model_path = model_path
         self._options = options
         self._threads = threads
@@ -46,7 +47,7 @@ class SampleWorker:
         self._llama: Llama | None = None
         self._type_kv = ""
         self._frame = ("", "")
-        self._methods = options.make_methods(model_path)
+        self._methods = methods
 
     def close(self) -> None:
         """Frees the model."""

@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
+from ..measurements.learned import Learned
 from ..plan import budget
 from ..plan.composition import CompositionPlan
 from ..plan.geometry import LayerGeometry
@@ -116,11 +117,12 @@ class Method:
         """
         return self
 
-    def informed(self: M, learn: bool = True) -> M:
+    def informed(self: M, learn: bool = True, known: Learned | None = None) -> M:
         """Returns the method with what is known of the model now; called before every prompt.
 
         Args:
             learn: whether ``taught_by`` may keep what it learns.
+            known: what is known; None: it is read from the user's cache.
         """
         return self
 

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
 from ..kernels.types import FloatArray
-from ..measurements.learned import may_learn
+from ..measurements.learned import Learned, may_learn
 from ..models.hashes import remembered
 from ..native.family import family_of
 from ..scoring.evidence import Evidence
@@ -213,9 +213,9 @@ class KVCompose(Method):
         family = remembered(model_path, "family", family_of) if learns else ""
         return replace(self, scoring=scoring, predictor=replace(self.predictor, family=family))
 
-    def informed(self: K, learn: bool = True) -> K:
+    def informed(self: K, learn: bool = True, known: Learned | None = None) -> K:
         """Returns the method with what is known of the model now."""
-        predictor = self.predictor.informed() if self.scoring == "learned" else self.predictor
+        predictor = self.predictor.informed(known) if self.scoring == "learned" else self.predictor
         return replace(self, predictor=predictor, learn=self.learn and learn)
 
     def taught_by(self: K, evidence: Evidence) -> K:

@@ -39,9 +39,11 @@ class Predictor:
     known: Learned | None = None
     note: str = ""
 
-    def informed(self) -> Predictor:
-        """Returns this with what is known of the model now, unless it is given already."""
-        return self if self.known is not None else replace(self, known=read_learned(self.family))
+    def informed(self, known: Learned | None = None) -> Predictor:
+        """Returns this with what is known of the model: what it has, or ``known``, or what the user's cache has."""
+        if self.known is not None:
+            return self
+        return replace(self, known=read_learned(self.family) if known is None else known)
 
     def check(self, share: float | None) -> SpotCheck | None:
         """Returns the pieces of a context that are repeated; None: none, everything is predicted.

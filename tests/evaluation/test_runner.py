@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import tiny
 
-from kvcompose_gguf import ConfigError, UnsupportedError
+from kvcompose_gguf import ConfigError, KVCompose, UnsupportedError
 from kvcompose_gguf.evaluation import runner, suites
 from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
@@ -64,6 +64,24 @@ def test_removing_next_to_nothing_changes_next_to_nothing(model_path, tmp_path):
         assert answer_.answer == answers[0].answer
 
 
+def test_a_run_goes_on_with_what_was_known_when_it_began(model_path, tmp_path, kept, make_llama):
+    small = {"tasks": ("niah_single_1",), "methods": ("kvcompose,spot_check=0.0",), "ratios": (0.5,)}
+    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5), n_ctx=2048, n_threads=1, n_threads_batch=1)
+    for seed in range(2):
+        llama.compress(tiny.tokens(tiny.GQA, 600, seed=seed))
+    whole = evaluate(str(model_path), options(**small, n_samples=2), tmp_path / "whole", jobs=1).answers()
+    evaluate(str(model_path), options(**small), tmp_path / "cut", jobs=1)
+    known = (tmp_path / "cut" / "learned.npz").read_bytes()
+    llama.compress(tiny.tokens(tiny.GQA, 600, seed=2))  # more is learnt before the run goes on
+    assert evaluate(str(model_path), options(**small, n_samples=2), tmp_path / "new", jobs=1).answers() != whole
+    after = evaluate(str(model_path), options(**small, n_samples=2), tmp_path / "cut", jobs=1).answers()
+    assert [(a.index, a.method, a.n_kept, a.kl) for a in after] == [(a.index, a.method, a.n_kept, a.kl) for a in whole]
+    assert (tmp_path / "cut" / "learned.npz").read_bytes() == known
+    (tmp_path / "cut" / "learned.npz").write_bytes(b"")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        evaluate(str(model_path), options(**small), tmp_path / "cut", jobs=1)
+
+
 def test_a_run_resumes_and_accepts_more_samples_but_no_other_settings(model_path, tmp_path, monkeypatch):
     small = {"tasks": ("passkey",), "methods": ("random",), "ratios": (0.5,)}
     first = evaluate(str(model_path), options(**small), tmp_path, jobs=1).answers()
@@ -99,7 +117,7 @@ def test_a_question_in_sight_is_judged_by(make_llama):
 
 
 def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):
-    worker = SampleWorker(model_path, options(tasks=("passkey",), methods=(), ratios=(), n_depths=3), 1)
+    worker = SampleWorker(model_path, options(tasks=("passkey",), methods=(), ratios=(), n_depths=3), 1, {})
     depths = [worker.do(SampleJob("passkey", i, "f16"))[1][0].depth for i in range(4)]
     worker.close()
     assert depths[0] == depths[3] == 0

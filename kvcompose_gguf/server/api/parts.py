@@ -60,7 +60,7 @@ def compression(report: KVReport) -> dict[str, Any]:
     return {
         "n_tokens": report.n_tokens, "n_kept": report.n_kept.tolist(), "ratio": report.compression_ratio,
         "bytes": report.kv_bytes_kept, "bytes_full": report.kv_bytes_full,
-        "prefill_ms": 1000 * report.prefill_seconds, "score_ms": 1000 * report.score_seconds,
+        "scoring": report.scoring, "prefill_ms": 1000 * report.prefill_seconds, "score_ms": 1000 * report.score_seconds,
         "compose_ms": 1000 * (report.plan_seconds + report.compose_seconds),
     }  # fmt: skip
 
