@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 #: one text in this many is held out: it measures the quality, and teaches nothing
 HOLD_OUT = 5
 
-#: share of each text that is repeated
-SHARE = 0.25
-
 
 @dataclass(frozen=True, kw_only=True)
 class LearnOptions:
@@ -81,7 +78,7 @@ def learn(model: str, options: LearnOptions, threads: int | None = None) -> Path
     _check_length(model_path, options)
     for name in options.files:
         read_text(Path(name))
-    method = KVCompose(compression_ratio=0.0, scoring="learned", spot_check=SHARE).for_model(model_path)
+    method = KVCompose(compression_ratio=0.0, scoring="learned", spot_check=1.0).for_model(model_path)
     whole = KVCompose(compression_ratio=0.0, scoring="repeat", scoring_chunk=None, learn=False)
     n_ctx = -(-(2 * options.longest + 1) // 256) * 256
     console, results = Console(stderr=True), []

@@ -12,13 +12,16 @@ from ..measurements.learned import Learned, read_learned, update_learned
 from ..scoring.evidence import Evidence
 from ..scoring.requests import SpotCheck
 
-#: number of prompts that teach a model's prediction before it is trusted
-N_FIRST = 2
-
-#: share of these prompts that is repeated, and the largest number of tokens
+#: share of a model's first prompt that is repeated, and the largest number of tokens: it should not take long
 FIRST_SHARE, FIRST_MOST = 0.2, 1024
 
-#: the same for later prompts, which only check the prediction
+#: the same for the next prompts: only a whole repeat shows all that a token gets, so it teaches far more than pieces
+NEXT_SHARE, NEXT_MOST = 1.0, 2048
+
+#: number of prompts, and of their repeated tokens, from which on the prediction is trusted
+N_PROMPTS, N_TOKENS = 2, 512
+
+#: the same share for prompts from then on, whose pieces check the prediction, correct it, and teach more
 CHECK_SHARE, CHECK_MOST = 0.125, 256
 
 #: share of a prompt if the prediction agreed so well with the latest ones
@@ -45,17 +48,23 @@ class Predictor:
             return self
         return replace(self, known=read_learned(self.family) if known is None else known)
 
+    @property
+    def is_trusted(self) -> bool:
+        """Returns whether enough was learnt of the model to predict with it."""
+        return self.known is not None and self.known.n_prompts >= N_PROMPTS and self.known.n_tokens >= N_TOKENS
+
     def check(self, share: float | None) -> SpotCheck | None:
         """Returns the pieces of a context that are repeated; None: none, everything is predicted.
 
         Args:
             share: the share that the user wants; None: as much as the prediction needs.
         """
-        known = self.known or Learned()
-        if known.n_prompts < N_FIRST:
-            return SpotCheck(share) if share else SpotCheck(FIRST_SHARE, FIRST_MOST)
+        if not self.is_trusted and not share:
+            is_first = self.known is None or not self.known.n_prompts
+            return SpotCheck(FIRST_SHARE, FIRST_MOST) if is_first else SpotCheck(NEXT_SHARE, NEXT_MOST)
         if share is None:
-            is_sure = np.mean(known.agreements) >= SURE
+            assert self.known is not None
+            is_sure = np.mean(self.known.agreements) >= SURE
             return SpotCheck(SURE_SHARE if is_sure else CHECK_SHARE, CHECK_MOST, to_end=False)
         return SpotCheck(share) if share else None
 
@@ -70,9 +79,10 @@ class Predictor:
             return replace(self, note="predicted")
 
         known = self.learn_from(evidence, seen) if keep else (self.known or Learned()).taught(evidence, seen)
-        share = f"1/{round(evidence.n_tokens / len(evidence.repeated))}"
+        n = round(evidence.n_tokens / len(evidence.repeated))
+        share = f"1/{n}" if n > 1 else "all"
         note = f"repeat {share} (learning)"
-        if known.n_prompts > N_FIRST:
+        if self.is_trusted and known.agreements:  # none: what was known is of another model, and forgotten
             note = f"predicted, checked {share} (agreement {known.agreements[-1]:.2f})"
         return replace(self, known=known, note=note)
 
@@ -87,6 +97,8 @@ class Predictor:
             seen: as in ``taught_by``; empty: nothing was repeated.
         """
         assert self.known is not None
+        if len(evidence.repeated) == evidence.n_tokens:
+            return list(seen)
         predicted = self.known.predict(evidence)
         if not seen:
             return predicted

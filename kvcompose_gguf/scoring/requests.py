@@ -19,6 +19,9 @@ from .evidence import Positions
 N_TAIL = 8
 
 
+#: number of query tokens of a ``SpotCheck`` on top of the context at a time
+CHUNK = 512
+
 #: number of tokens in a piece of ``Repeat(fraction=...)``; each is long enough to be text
 PIECE = 64
 
@@ -135,7 +138,7 @@ class SpotCheck(Queries):
         """Evaluates the pieces again on top of the context's cache."""
         share = self.share if self.most is None else min(self.share, self.most / len(tokens))
         places = spread(len(tokens), share, min(self.piece, self.most or self.piece), self.to_end)
-        attention = scorer.on_top(pieces_at(places, tokens), self.piece, tokens, in_place=True)
+        attention = scorer.on_top(pieces_at(places, tokens), max(CHUNK, self.piece), tokens, in_place=True)
         return replace(attention, repeated=_positions(places))
 
 

@@ -30,7 +30,7 @@ def test_prompts_are_learnt_from_and_then_predicted(make_llama: Callable[..., An
     method = KVCompose(compression_ratio=0.5)
     llama = make_llama(tiny.GQA, method, n_ctx=2048, **ONE_THREAD)
     notes = [llama.compress(prompt(seed)).scoring for seed in range(3)]
-    assert notes[:2] == ["repeat 1/5 (learning)", "repeat 1/5 (learning)"]
+    assert notes[:2] == ["repeat 1/5 (learning)", "repeat all (learning)"]
     assert notes[2].startswith("predicted, checked 1/5 (agreement 0.")
     (file,) = kept.glob("*.npz")
     assert read_learned(file.stem).n_prompts == 3
@@ -175,4 +175,4 @@ def test_the_users_share_has_no_limit(make_llama: Callable[..., Any]) -> None:
     llama = make_llama(tiny.GQA, method, n_ctx=4096, **ONE_THREAD)
     evidence = llama.observe(prompt(0, 1300), llama.kv_compressor)
     assert evidence.repeated.tolist() == list(range(1300))
-    assert llama.compress(prompt(0, 1300)).scoring == "repeat 1/1 (learning)"
+    assert llama.compress(prompt(0, 1300)).scoring == "repeat all (learning)"
