@@ -13,7 +13,7 @@ from ..scoring.evidence import Evidence
 from ..scoring.requests import SpotCheck
 
 #: share of a model's first prompt that is repeated, and the largest number of tokens: it should not take long
-FIRST_SHARE, FIRST_MOST = 0.2, 1024
+FIRST_SHARE, FIRST_MOST = 0.25, 1024
 
 #: the same for the next prompts: only a whole repeat shows all that a token gets, so it teaches far more than pieces
 NEXT_SHARE, NEXT_MOST = 1.0, 2048

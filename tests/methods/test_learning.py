@@ -17,9 +17,11 @@ from support.llamas import ONE_THREAD
 from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.cli import doctor
 from kvcompose_gguf.measurements.learned import Learned, read_learned, update_learned
+from kvcompose_gguf.methods.predictor import Predictor
 from kvcompose_gguf.methods.variant import Variant
 from kvcompose_gguf.native import family as family_module
 from kvcompose_gguf.native.vocab_only import open_vocabulary
+from kvcompose_gguf.scoring.requests import SpotCheck
 
 
 def prompt(seed: int, n: int = 600) -> list[int]:
@@ -84,6 +86,28 @@ def test_a_long_repeat_teaches_with_some_of_its_tokens(make_llama: Callable[...,
     llama.compress(prompt(0, 1300))
     (file,) = kept.glob("*.npz")
     assert read_learned(file.stem).n_tokens == 1024
+
+
+def test_what_is_repeated_of_a_prompt_depends_on_what_is_known() -> None:
+    def check(n_prompts: int, n_tokens: int, share: float | None = None, agreements: tuple[float, ...] = ()) -> Any:
+        return Predictor("f", Learned(n_prompts, n_tokens, agreements)).check(share)
+
+    assert Predictor("f").check(None) == check(0, 0) == SpotCheck(0.25, 1024)
+    assert check(1, 384) == check(1, 1024) == check(3, 500) == SpotCheck(1.0, 2048)
+    assert check(2, 1300, None, (0.7,)) == SpotCheck(0.125, 256, to_end=False)
+    assert check(4, 1800, None, (0.84, 0.86, 0.86)) == SpotCheck(0.0625, 256, to_end=False)
+    assert check(0, 0, 0.5) == check(9, 5000, 0.5) == SpotCheck(0.5)
+    assert check(0, 0, 0.0) == SpotCheck(0.25, 1024)  # something has to be known first
+    assert check(9, 5000, 0.0) is None
+
+
+def test_a_whole_repeat_is_taken_as_it_is(make_llama: Callable[..., Any]) -> None:
+    method = KVCompose(compression_ratio=0.5, add_mean_across_heads=False, learn=False, spot_check=1.0)
+    llama = make_llama(tiny.GQA, n_ctx=2048, **ONE_THREAD)
+    method = method.for_model(Path(llama.model_path)).informed()
+    evidence = llama.observe(prompt(0), method)
+    for scores, attention in zip(method.taught_by(evidence).scores(evidence), evidence.attention, strict=True):
+        np.testing.assert_array_equal(scores, attention.reshape(2, 2, -1).mean(axis=1))
 
 
 def test_options_that_nobody_predicts_repeat_the_context(make_llama: Callable[..., Any], kept: Path) -> None:
