@@ -1,4 +1,4 @@
-"""The measurements of ``kvcompose calibrate``: semantic retrieval heads and eviction errors (arXiv 2508.02401).
+"""What ``kvcompose learn --for compresskv`` measures: semantic retrieval heads, eviction errors (arXiv 2508.02401).
 
 Needle trials hide a fact in prose and ask for it. S(h) sums over the generated tokens that belong to the answer. Each
 term is the attention of head h to the answer's whole place in the prose, from the query that predicts the token. S(h)

@@ -41,7 +41,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
-            raise ConfigError(f"version={self.version!r} of a calibration, {VERSION} is needed: calibrate again")
+            raise ConfigError(f"version={self.version!r} of a calibration, {VERSION} is needed: measure it again")
         for name in ("model_name", "model_sha256"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name}={getattr(self, name)!r} of a calibration is not a text")

@@ -26,8 +26,8 @@ class CompressKV(Method):
     """Averages the attention of an observation window over a few heads per layer, and pools it along the tokens.
 
     All KV heads of a layer keep the same tokens. Defaults are the authors' (compresskv/snapkv_utils.py). Difference:
-    the window is the prompt's, and with ``keep_last`` part of it lies after the context. ``kvcompose calibrate``
-    measures the heads, and the errors that divide the budget, once per model.
+    the window is the prompt's, and with ``keep_last`` part of it lies after the context. The heads, and the
+    errors that divide the budget, are measured once per model: ``kvcompose learn MODEL --for compresskv``.
 
     Attributes:
         window: number of last prompt tokens that act as queries; those in the context are kept.
