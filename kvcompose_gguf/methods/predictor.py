@@ -25,7 +25,7 @@ N_PROMPTS, N_TOKENS = 2, 512
 CHECK_SHARE, CHECK_MOST = 0.125, 256
 
 #: share of a prompt if the prediction agreed so well with the latest ones
-SURE_SHARE, SURE = 0.0625, 0.85
+SURE_SHARE, SURE = 0.0625, 0.7
 
 
 @dataclass(frozen=True)
