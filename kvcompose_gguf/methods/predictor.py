@@ -82,7 +82,8 @@ class Predictor:
         n = round(evidence.n_tokens / len(evidence.repeated))
         share = f"1/{n}" if n > 1 else "all"
         note = f"repeat {share} (learning)"
-        if self.is_trusted and known.agreements:  # none: what was known is of another model, and forgotten
+        # no agreement: what was known is of another model, and forgotten
+        if self.is_trusted and known.agreements and len(evidence.repeated) < evidence.n_tokens:
             note = f"predicted, checked {share} (agreement {known.agreements[-1]:.2f})"
         return replace(self, known=known, note=note)
 
