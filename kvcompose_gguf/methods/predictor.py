@@ -98,10 +98,10 @@ class Predictor:
             seen: as in ``taught_by``; empty: nothing was repeated.
         """
         assert self.known is not None
+        if not seen:
+            return self.known.predict(evidence)
         if len(evidence.repeated) == evidence.n_tokens:
             return list(seen)
         predicted = self.known.predict(evidence)
-        if not seen:
-            return predicted
         # the rest of the repeat can only pay more
         return [np.maximum(a, b) for a, b in zip(predicted, seen, strict=True)]
