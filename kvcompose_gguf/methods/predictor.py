@@ -12,8 +12,9 @@ from ..measurements.learned import Learned, read_learned, update_learned
 from ..scoring.evidence import Evidence
 from ..scoring.requests import SpotCheck
 
-#: share of a model's first prompt that is repeated, and the largest number of tokens: it should not take long
-FIRST_SHARE, FIRST_MOST = 0.25, 1024
+#: share of a model's first prompt that is repeated, and the largest number of tokens: it should not take long. Nothing
+#: else is known, so one piece is too little: a needle in 566 tokens was found in one text of four, with two in all
+FIRST_SHARE, FIRST_MOST, FIRST_LEAST = 0.25, 1024, 256
 
 #: the same for the next prompts: only a whole repeat shows all that a token gets, so it teaches far more than pieces
 NEXT_SHARE, NEXT_MOST = 1.0, 2048
@@ -61,7 +62,9 @@ class Predictor:
         """
         if not self.is_trusted and not share:
             is_first = self.known is None or not self.known.n_prompts
-            return SpotCheck(FIRST_SHARE, FIRST_MOST) if is_first else SpotCheck(NEXT_SHARE, NEXT_MOST)
+            if is_first:
+                return SpotCheck(FIRST_SHARE, FIRST_MOST, least=FIRST_LEAST)
+            return SpotCheck(NEXT_SHARE, NEXT_MOST)
         if share is None:
             assert self.known is not None
             is_sure = np.mean(self.known.agreements) >= SURE

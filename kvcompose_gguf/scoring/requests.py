@@ -117,12 +117,14 @@ class SpotCheck(Queries):
         most: largest number of tokens that are evaluated again; None: no limit.
         piece: number of tokens in a piece.
         to_end: the last of several pieces is the end of the context. The first is always its beginning.
+        least: smallest number of tokens that are evaluated again, if the context has as many.
     """
 
     share: float
     most: int | None = None
     piece: int = 128
     to_end: bool = True
+    least: int = 1
 
     def __post_init__(self) -> None:
         check_number("share", self.share)
@@ -131,12 +133,14 @@ class SpotCheck(Queries):
         check_integer("most", self.most, optional=True)
         check_integer("piece", self.piece)
         check_flag("to_end", self.to_end)
-        for name in ("most", "piece"):
+        check_integer("least", self.least)
+        for name in ("most", "piece", "least"):
             check_positive(name, getattr(self, name))
 
     def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
         """Evaluates the pieces again on top of the context's cache."""
-        share = self.share if self.most is None else min(self.share, self.most / len(tokens))
+        share = min(1.0, max(self.share, self.least / len(tokens)))
+        share = share if self.most is None else min(share, self.most / len(tokens))
         places = spread(len(tokens), share, min(self.piece, self.most or self.piece), self.to_end)
         attention = scorer.on_top(pieces_at(places, tokens), max(CHUNK, self.piece), tokens, in_place=True)
         return replace(attention, repeated=_positions(places))

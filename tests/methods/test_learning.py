@@ -32,7 +32,7 @@ def test_prompts_are_learnt_from_and_then_predicted(make_llama: Callable[..., An
     method = KVCompose(compression_ratio=0.5)
     llama = make_llama(tiny.GQA, method, n_ctx=2048, **ONE_THREAD)
     notes = [llama.compress(prompt(seed)).scoring for seed in range(3)]
-    assert notes[:2] == ["repeat 1/5 (learning)", "repeat all (learning)"]
+    assert notes[:2] == ["repeat 1/2 (learning)", "repeat all (learning)"]
     assert notes[2].startswith("predicted, checked 1/5 (agreement 0.")
     (file,) = kept.glob("*.npz")
     assert read_learned(file.stem).n_prompts == 3
@@ -47,7 +47,7 @@ def test_prompts_are_learnt_from_and_then_predicted(make_llama: Callable[..., An
 def test_an_object_may_learn_nothing(make_llama: Callable[..., Any], kept: Path) -> None:
     llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5, learn=False), n_ctx=2048, **ONE_THREAD)
     for seed in range(3):
-        assert llama.compress(prompt(seed)).scoring == "repeat 1/5 (learning)"
+        assert llama.compress(prompt(seed)).scoring == "repeat 1/2 (learning)"
     assert not kept.exists()
 
 
@@ -92,12 +92,12 @@ def test_what_is_repeated_of_a_prompt_depends_on_what_is_known() -> None:
     def check(n_prompts: int, n_tokens: int, share: float | None = None, agreements: tuple[float, ...] = ()) -> Any:
         return Predictor("f", Learned(n_prompts, n_tokens, agreements)).check(share)
 
-    assert Predictor("f").check(None) == check(0, 0) == SpotCheck(0.25, 1024)
+    assert Predictor("f").check(None) == check(0, 0) == SpotCheck(0.25, 1024, least=256)
     assert check(1, 384) == check(1, 1024) == check(3, 500) == SpotCheck(1.0, 2048)
     assert check(2, 1300, None, (0.6, 0.75)) == SpotCheck(0.125, 256, to_end=False)
     assert check(4, 1800, None, (0.65, 0.7, 0.8)) == SpotCheck(0.0625, 256, to_end=False)
     assert check(0, 0, 0.5) == check(9, 5000, 0.5) == SpotCheck(0.5)
-    assert check(0, 0, 0.0) == SpotCheck(0.25, 1024)  # something has to be known first
+    assert check(0, 0, 0.0) == SpotCheck(0.25, 1024, least=256)  # something has to be known first
     assert check(9, 5000, 0.0) is None
 
 
