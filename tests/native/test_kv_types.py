@@ -42,14 +42,15 @@ def test_composing_moves_bytes_and_the_model_goes_on(make_llama, k, v, flash_att
 @pytest.mark.parametrize("name", TYPES)
 def test_the_whole_chain_runs_on_one_type(make_llama, name):
     flash_attn = name in QUANTIZED
+    method = KVCompose(compression_ratio=0.5, scoring="repeat", keep_last=0, n_sink=0)
     context, after = tiny.tokens(CONFIG, 300), tiny.tokens(CONFIG, 20, seed=1)
     options = {"type_k": TYPES[name], "type_v": TYPES[name], "flash_attn": flash_attn}
-    llama = make_llama(CONFIG, KVCompose(compression_ratio=0.5, keep_last=0, n_sink=0), **options)
+    llama = make_llama(CONFIG, method, **options)
     report = llama.compress(context)
     assert report.kv_bytes_kept <= 0.501 * report.kv_bytes_full
     # a loose bound for random weights: it catches a wrong layout, not a small loss
     least = {"f32": 0.999, "f16": 0.99, "bf16": 0.99, "q8_0": 0.97}.get(name, 0.75)
-    exact = make_llama(CONFIG, KVCompose(compression_ratio=0.5, keep_last=0, n_sink=0))
+    exact = make_llama(CONFIG, method)
     exact.compress(context)
     assert np.corrcoef(report.n_kept, exact.kv_report.n_kept)[0, 1] > least
     for model in (llama, exact):
