@@ -21,8 +21,7 @@ from typing import Any
 from kvcompose_gguf import KVCompose, Llama
 from kvcompose_gguf.load import load_model
 from kvcompose_gguf.models.resolve import resolve_model
-from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens
-from kvcompose_gguf.tasks.ruler import make_sample
+from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens, sample_for
 from kvcompose_gguf.tasks.texts import load_texts
 
 TASKS = ("niah_single_2", "niah_multikey_1", "qa_1", "niah_multiquery", "niah_single_3", "vt")
@@ -69,10 +68,7 @@ def main() -> None:
     for number in range(args.prompts + 1):
         if number == args.prompts:
             ours.kv_compressor = replace(method, spot_check=0.0)
-        sample = make_sample(
-            TASKS[number % len(TASKS)], args.n_tokens, number, args.seed,
-            lambda text: len(plain.tokenize(text.encode(), add_bos=False)), texts,
-        )  # fmt: skip
+        sample = sample_for(plain, TASKS[number % len(TASKS)], args.n_tokens, number, args.seed, texts)
         context, question = prompt_tokens(plain, sample, frame)
         prompt = context + question
         order = (plain, ours) if number % 2 else (ours, plain)

@@ -29,8 +29,7 @@ from kvcompose_gguf.load import load_model
 from kvcompose_gguf.methods.predictor import Predictor
 from kvcompose_gguf.models.resolve import resolve_model
 from kvcompose_gguf.native.family import family_of
-from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens
-from kvcompose_gguf.tasks.ruler import make_sample
+from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens, sample_for
 from kvcompose_gguf.tasks.texts import load_texts
 
 RATIOS = (0.5, 0.75, 0.875)
@@ -46,16 +45,9 @@ LEARNED = KVCompose(compression_ratio=0.5, scoring="learned", learn=False, add_m
 def text(llama: Llama, kind: str, n_tokens: int, seed: int) -> list[int]:
     """Returns the tokens of a text; the kind ``task:NAME`` is the context of one of RULER's."""
     if kind.startswith("task:"):
-        sample = make_sample(
-            kind.removeprefix("task:"), n_tokens, seed, 0,
-            lambda part: len(llama.tokenize(part.encode(), add_bos=False)), load_texts("auto"),
-        )  # fmt: skip
+        sample = sample_for(llama, kind.removeprefix("task:"), n_tokens, seed, 0, load_texts("auto"))
         return prompt_tokens(llama, sample, chat_frame(llama))[0]
-    rng = random.Random(seed)
-    if kind == "written":
-        return passages.written(llama, rng, n_tokens)
-    made = passages.KINDS[kind](rng)
-    return list(llama.tokenize(made.encode(), add_bos=llama.adds_bos))[:n_tokens]
+    return passages.text_of_kind(llama, kind, random.Random(seed), n_tokens)
 
 
 def learnt(llama: Llama, method: KVCompose, texts: Sequence[list[int]]) -> KVCompose:

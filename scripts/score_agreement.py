@@ -21,8 +21,7 @@ from kvcompose_gguf.load import load_model
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.models.resolve import resolve_model
 from kvcompose_gguf.support.ranks import rank_correlation
-from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens
-from kvcompose_gguf.tasks.ruler import make_sample
+from kvcompose_gguf.tasks.prompts import chat_frame, prompt_tokens, sample_for
 from kvcompose_gguf.tasks.texts import load_texts
 
 RATIOS = (0.5, 0.75, 0.875)
@@ -57,17 +56,15 @@ def main() -> None:
     figures: dict[str, list[list[float]]] = {spec: [] for spec in METHODS}
     seconds: dict[str, list[float]] = {spec: [] for spec in methods}
     for number in range(args.samples):
-        sample = make_sample(
-            TASKS[number % len(TASKS)], args.n_tokens, number, args.seed,
-            lambda text: len(llama.tokenize(text.encode(), add_bos=False)), texts,
-        )  # fmt: skip
+        sample = sample_for(llama, TASKS[number % len(TASKS)], args.n_tokens, number, args.seed, texts)
         context, _ = prompt_tokens(llama, sample, chat_frame(llama))
         scores = {}
         for spec, method in methods.items():
             if method.attention_request is None or "prefill" not in spec:
                 llama.prefill(context)  # not part of the method's seconds
             start = time.perf_counter()
-            scores[spec] = method.scores(llama.observe(context, method))
+            evidence = llama.observe(context, method)
+            scores[spec] = method.informed().taught_by(evidence).scores(evidence)
             seconds[spec].append(time.perf_counter() - start)
         for spec in METHODS:
             rows = []

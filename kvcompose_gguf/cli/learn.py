@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Context, Option
+from typer import Argument, Option
 
 from ..errors import ConfigError
 from . import options as shared
@@ -68,6 +68,6 @@ def learn(
     calibrate(name, CalibrateOptions(needles, lengths, depths, shortest, longest, errors, n_random), threads)
 
 
-def calibrate(context: Context) -> None:
+def calibrate() -> None:
     """Old name of `learn`."""
     raise ConfigError("`kvcompose calibrate` is now `kvcompose learn MODEL`; for CompressKV add --for compresskv")

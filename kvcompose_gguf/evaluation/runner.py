@@ -22,7 +22,6 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from ..errors import ConfigError, StateError
 from ..measurements.learned import Learned, load_learned
 from ..methods import Method
-from ..methods.kvcompose import KVCompose
 from ..models.hashes import model_sha256
 from ..models.resolve import resolve_model
 from ..native.environment import system
@@ -86,10 +85,9 @@ def _known(out: Path) -> Learned | None:
 
 def _keep_known(out: Path, methods: dict[str, list[Method]]) -> None:
     """Keeps what is known of the model with the run, which may go on after more was learnt."""
-    known = [method.predictor.known for made in methods.values() for method in made if isinstance(method, KVCompose)]
-    found = next((each for each in known if each is not None), None)
-    if found is not None and not (out / KNOWN).exists():
-        write_file(out / KNOWN, found.to_bytes())
+    known = next((method.known for made in methods.values() for method in made if method.known is not None), None)
+    if known is not None and not (out / KNOWN).exists():
+        write_file(out / KNOWN, known.to_bytes())
 
 
 def _work(

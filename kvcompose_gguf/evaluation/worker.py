@@ -11,8 +11,7 @@ from ..load import load_model
 from ..methods import Method
 from ..support.timing import timed
 from ..tasks.answering import Drafts, answer, answer_again
-from ..tasks.prompts import chat_frame, prompt_tokens
-from ..tasks.ruler import make_sample
+from ..tasks.prompts import chat_frame, prompt_tokens, sample_for
 from ..tasks.samples import Sample
 from ..tasks.texts import load_texts
 from .grading import Grader
@@ -96,10 +95,7 @@ class SampleWorker:
     def _sample(self, llama: Llama, job: SampleJob) -> Sample:
         options = self._options
         depth = (job.index % options.n_depths) / max(1, options.n_depths - 1) if job.task == "passkey" else None
-        return make_sample(
-            job.task, options.n_tokens, job.index, options.seed,
-            lambda text: len(llama.tokenize(text.encode(), add_bos=False)), self._texts, depth=depth,
-        )  # fmt: skip
+        return sample_for(llama, job.task, options.n_tokens, job.index, options.seed, self._texts, depth)
 
     def _max_tokens(self, llama: Llama, sample: Sample) -> int:
         if self._options.max_tokens is not None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
 from ..errors import ConfigError
-from ..kernels import aggregate
 from ..load import load_model
-from ..measurements.learned import file_of, may_learn, read_learned
+from ..measurements.learned import Learned, file_of, keep_learned, may_learn, read_learned
 from ..methods.kvcompose import KVCompose
 from ..models.resolve import resolve_model
 from ..native.vocab_only import n_ctx_trained, open_vocabulary
+from ..scoring.evidence import Evidence
 from ..support.checks import check_positive
 from .passages import MIN_TOKENS, passage, read_text
 from .quality import compare, quality_tables, summary
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 
 #: one text in this many is held out: it measures the quality, and teaches nothing
 HOLD_OUT = 5
+
+#: reads a text and repeats it; its scores are the attention of the repeat
+LESSON = KVCompose(
+    compression_ratio=0.0, scoring="repeat", in_place=True, add_mean_across_heads=False, learn=False
+)  # fmt: skip
+
+#: the same as in the paper, in twice as many cells
+WHOLE = replace(LESSON, scoring_chunk=None, in_place=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +78,8 @@ def learn(model: str, options: LearnOptions, threads: int | None = None) -> Path
     Every text is kept at once, as an ordinary prompt is. So an interruption loses nothing.
 
     Raises:
-        ConfigError: the model does not exist, its context is shorter than the texts, a text cannot be used, or nothing
-            may be kept.
+        ConfigError: the model does not exist, its context is shorter than the texts, a text cannot be used, or what it
+            taught cannot be kept.
     """
     if not may_learn():
         raise ConfigError("the environment's KVCOMPOSE_LEARN=off forbids to learn")
@@ -78,29 +87,28 @@ def learn(model: str, options: LearnOptions, threads: int | None = None) -> Path
     _check_length(model_path, options)
     for name in options.files:
         read_text(Path(name))
-    method = KVCompose(compression_ratio=0.0, scoring="learned", spot_check=1.0).for_model(model_path)
-    whole = KVCompose(compression_ratio=0.0, scoring="repeat", scoring_chunk=None, learn=False)
+    lesson = LESSON.for_model(model_path)
+    family = lesson.predictor.family
     n_ctx = -(-(2 * options.longest + 1) // 256) * 256
     console, results = Console(stderr=True), []
-    family = method.predictor.family
-    file = file_of(family)
     with (
         contextlib.closing(load_model(model_path, n_ctx, fast_attention=True, threads=threads)) as llama,
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
         bar = progress.add_task("texts", total=options.n_passages)
         for number in options.taught:
-            text = _read(llama, number, options)[1]
-            method.informed().taught_by(llama.observe(text, method))
+            _, evidence = _observed(llama, number, options, lesson)
+            keep_learned(family, partial(_taught, evidence))
             progress.advance(bar)
-        if not file.exists():
-            raise ConfigError(f"{file} could not be written, so nothing was kept")
+        known = read_learned(family)
         for number in options.held_out:
-            results.append(_quality(llama, family, whole, *_read(llama, number, options)))
+            kind, evidence = _observed(llama, number, options, WHOLE)
+            results.append({"kind": kind, **compare(known.predict(evidence), WHOLE.scores(evidence), evidence)})
             progress.advance(bar)
     console = Console()
     for table in quality_tables(summary(results)):
         console.print(table)
+    file = file_of(family)
     console.print(str(file), soft_wrap=True)
     return file
 
@@ -112,18 +120,12 @@ def _check_length(model_path: Path, options: LearnOptions) -> None:
         raise ConfigError(f"texts of {options.longest} tokens are longer than {model_path} can read, {n_ctx_train}")
 
 
-def _read(llama: Llama, number: int, options: LearnOptions) -> tuple[str, list[int]]:
-    """Returns the kind of a text, and its tokens; the cache is empty afterwards."""
+def _observed(llama: Llama, number: int, options: LearnOptions, method: KVCompose) -> tuple[str, Evidence]:
+    """Returns the kind of a text, and what the method sees of it."""
     text = passage(llama, number, options.longest, [Path(name) for name in options.files])
     llama.reset()
-    return text.kind, text.tokens
+    return text.kind, llama.observe(text.tokens, method)
 
 
-def _quality(llama: Llama, family: str, whole: KVCompose, kind: str, tokens: list[int]) -> dict[str, Any]:
-    """Returns the figures of one text: what is predicted, compared with its whole repeat."""
-    evidence = llama.observe(tokens, whole)
-    repeated = [
-        aggregate.aggregate_group(attention, layer.n_head_kv, whole.agg_group)
-        for attention, layer in zip(evidence.attention, evidence.layers, strict=True)
-    ]
-    return {"kind": kind, **compare(read_learned(family).predict(evidence), repeated, evidence)}
+def _taught(evidence: Evidence, known: Learned) -> Learned:
+    return known.taught(evidence, LESSON.scores(evidence))

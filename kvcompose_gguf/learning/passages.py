@@ -56,9 +56,14 @@ def passage(llama: Llama, number: int, longest: int, files: Sequence[Path] = ())
         file = files[(turn + turn // len(files)) % len(files)]  # every round begins with another file
         return Passage("text", _cut(llama, _from_anywhere(read_text(file), rng), length, str(file)))
     kind = list(KINDS)[number % len(KINDS)]
+    return Passage(kind, text_of_kind(llama, kind, rng, length))
+
+
+def text_of_kind(llama: Llama, kind: str, rng: random.Random, n_tokens: int) -> list[int]:
+    """Returns up to ``n_tokens`` tokens of a text of one of ``KINDS``."""
     if kind == "written":
-        return Passage(kind, written(llama, rng, length))
-    return Passage(kind, _cut(llama, KINDS[kind](rng), length, kind))
+        return written(llama, rng, n_tokens)
+    return _cut(llama, KINDS[kind](rng), n_tokens, kind)
 
 
 def written(llama: Llama, rng: random.Random, n_tokens: int) -> list[int]:

@@ -182,14 +182,14 @@ def read_learned(family: str) -> Learned:
         return Learned()
 
 
-def update_learned(family: str, teach: Callable[[Learned], Learned]) -> Learned:
+def keep_learned(family: str, teach: Callable[[Learned], Learned]) -> Learned:
     """Replaces what is known of a family of models by ``teach`` of it, and returns that.
 
-    Processes take turns, so that none undoes what another has learnt. A damaged file is set aside. Nothing is kept if
-    the folder cannot be written, or the disk is full.
+    Processes take turns, so that none undoes what another has learnt. A damaged file is set aside.
+
+    Raises:
+        ConfigError: the folder cannot be written, the disk is full, or another process takes too long.
     """
-    if not may_learn():
-        return teach(Learned())
     file = file_of(family)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,17 @@ def update_learned(family: str, teach: Callable[[Learned], Learned]) -> Learned:
             write_file(file, new.to_bytes())
             return new
     except (OSError, filelock.Timeout) as error:
-        warnings.warn(f"what this prompt taught is not kept in {file}: {error}", stacklevel=2)
+        raise ConfigError(f"what this prompt taught is not kept in {file}: {error}") from error
+
+
+def update_learned(family: str, teach: Callable[[Learned], Learned]) -> Learned:
+    """Same as ``keep_learned``, but only warns if nothing can be kept; keeps nothing if learning is off."""
+    if not may_learn():
+        return teach(Learned())
+    try:
+        return keep_learned(family, teach)
+    except ConfigError as error:
+        warnings.warn(str(error), stacklevel=2)
         return teach(read_learned(family))
 
 

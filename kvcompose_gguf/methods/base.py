@@ -131,6 +131,11 @@ class Method:
         return self
 
     @property
+    def known(self) -> Learned | None:
+        """Returns what the method knows of the model; None: it knows nothing, or was not ``informed``."""
+        return None
+
+    @property
     def note(self) -> str:
         """Returns how the latest context was scored, for reports; empty: as the options say."""
         return ""

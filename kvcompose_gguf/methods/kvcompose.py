@@ -228,13 +228,16 @@ class KVCompose(Method):
         return self
 
     @property
+    def known(self) -> Learned | None:
+        return self.predictor.known
+
+    @property
     def note(self) -> str:
         return self.predictor.note
 
     def fingerprint(self) -> bytes:
         """Returns what is known of the model, as bytes; empty: nothing."""
-        known = self.predictor.known
-        return b"".join(layer.weights.tobytes() for layer in known.layers) if known else b""
+        return b"".join(layer.weights.tobytes() for layer in self.known.layers) if self.known else b""
 
     def rule(self) -> Allocation:
         """Same as ``Method.rule``, but ``"global"`` is the method's own rule, with its options."""
@@ -269,7 +272,8 @@ class KVCompose(Method):
 
     def _predicted(self, evidence: Evidence) -> list[FloatArray]:
         """Returns the predicted attention, for each layer ``(n_head_kv, N)``; empty: it was collected."""
-        if self.scoring == "learned":
-            method = self if self.note else self.informed().taught_by(evidence)
-            return method.predictor.predict(evidence, self._grouped(evidence))
-        return []
+        if self.scoring != "learned":
+            return []
+        # scores alone keep nothing: ``compress`` does, once for each context
+        method = self if self.note else self.informed(learn=False).taught_by(evidence)
+        return method.predictor.predict(evidence, self._grouped(evidence))

@@ -22,10 +22,10 @@ NEXT_SHARE, NEXT_MOST = 1.0, 2048
 #: number of prompts, and of their repeated tokens, from which on the prediction is trusted
 N_PROMPTS, N_TOKENS = 2, 512
 
-#: the same share for prompts from then on, whose pieces check the prediction, correct it, and teach more
+#: the same for prompts from then on; these pieces check the prediction, correct it, and teach more
 CHECK_SHARE, CHECK_MOST = 0.125, 256
 
-#: share of a prompt if the prediction agreed so well with the latest ones
+#: share of a prompt if the agreement of the latest ones has at least this mean
 SURE_SHARE, SURE = 0.0625, 0.7
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .ruler import make_sample
 from .samples import Sample
+from .texts import Texts
 
 if TYPE_CHECKING:
     from ..llama import Llama
@@ -24,6 +26,15 @@ def chat_frame(llama: Llama) -> tuple[str, str]:
     )
     before, _, after = formatter(messages=[{"role": "user", "content": _MARK}]).prompt.partition(_MARK)
     return before, after
+
+
+def sample_for(
+    llama: Llama, task: str, n_tokens: int, index: int, seed: int, texts: Texts, depth: float | None = None
+) -> Sample:
+    """Returns sample ``index`` of a task, as long as fits into ``n_tokens`` of the model's tokens (``make_sample``)."""
+    return make_sample(
+        task, n_tokens, index, seed, lambda text: len(llama.tokenize(text.encode(), add_bos=False)), texts, depth=depth
+    )
 
 
 def prompt_tokens(llama: Llama, sample: Sample, frame: tuple[str, str]) -> tuple[list[int], list[int]]:

@@ -88,6 +88,13 @@ def test_a_long_repeat_teaches_with_some_of_its_tokens(make_llama: Callable[...,
     assert read_learned(file.stem).n_tokens == 1024
 
 
+def test_scores_alone_teach_nothing(make_llama: Callable[..., Any], kept: Path) -> None:
+    llama = make_llama(tiny.GQA, KVCompose(compression_ratio=0.5), n_ctx=2048, **ONE_THREAD)
+    evidence = llama.observe(prompt(0), llama.kv_compressor)
+    llama.kv_compressor.plan(evidence)
+    assert not kept.exists()
+
+
 def test_what_is_repeated_of_a_prompt_depends_on_what_is_known() -> None:
     def check(n_prompts: int, n_tokens: int, share: float | None = None, agreements: tuple[float, ...] = ()) -> Any:
         return Predictor("f", Learned(n_prompts, n_tokens, agreements)).check(share)
