@@ -91,7 +91,7 @@ def _field_table(cls: type, fields: list[dataclasses.Field[Any]]) -> str:
     """A row for each option; neighbours that share a default and a description share a row."""
     rows: list[tuple[str, ...]] = []
     for field in fields:
-        name, rest = f"`{field.name}`", (_default(field.default), _meaning(cls, field.name))
+        name, rest = f"`{field.name}`", (_default(_field_default(field)), _meaning(cls, field.name))
         if rows and rows[-1][1:] == rest:
             name = f"{rows.pop()[0]}, {name}"
         rows.append((name, *rest))
@@ -162,6 +162,11 @@ def _capitalized(text: str) -> str:
 
 def _signature(field: dataclasses.Field[Any]) -> str:
     return field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+
+
+def _field_default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; ``MISSING`` if it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _default(value: Any) -> str:

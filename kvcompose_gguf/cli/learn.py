@@ -22,7 +22,8 @@ class For(str, Enum):
 def learn(
     model: shared.Model = None,
     files: Annotated[
-        list[Path] | None, Argument(help="Texts to learn from, for half of the prompts. By default none.")
+        list[Path] | None,
+        Argument(help="Files of text. Half of the texts to learn from come from them. By default none."),
     ] = None,
     hf_repo: shared.HfRepo = None,
     for_: Annotated[For, Option("--for", help="The method that learns.")] = For.KVCOMPOSE,

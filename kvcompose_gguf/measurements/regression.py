@@ -1,4 +1,4 @@
-"""A ridge regression that every repeated piece of text moves: log(attention of the repeat), from ``features``.
+"""A ridge regression of log(attention of the repeat) on ``features``; every repeated piece of text updates it.
 
 Keeping its sums exactly would take the square of the number of features for every KV head, 200 MB for a model of 8B
 parameters. So it keeps the weights, and how sure it is of them: the precision of the weights as a diagonal and ``RANK``
