@@ -7,26 +7,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from .access import Access, changes_cache, reads_cache
-from .errors import ContextLengthError, NativeError, StateError, UnsupportedError
+from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
+from .holdings import Holdings, Room
 from .kernels.types import FloatArray
 from .native.decoder import Decoder, Outputs
 from .native.rows import write_values
-from .native.session import KVSession
 from .native.vocabulary import Vocabulary
 from .plan import seam
 from .plan.composed import Composed, Contents
 from .plan.composition import CompositionPlan
-from .plan.report import KVReport
+from .plan.rows import Rows
 from .support.progress import Meter
 
 #: cells of an empty elastic cache, and free cells that it reserves after a prompt
 START_CELLS = 256
 
 
-class Context:
+class Context(Holdings):
     """One ``llama_context``, and the tokens in its cache. Only the methods below change either.
 
     A full cache has a row for every token in every layer. A compressed cache begins with a compressed context, which
@@ -43,9 +42,9 @@ class Context:
         clears: whether ``reset`` also clears the native memory, as recurrent models need.
         logits: where to store the logits of every evaluated token, float32 ``(n_ctx, n_vocab)``; None: nowhere.
     Attributes:
-        report: figures of the compression; None while the cache is full and nobody asked to compress it.
         meter: counts the tokens that are read and scored.
         through: called with every decode and its number of tokens; it has to call the decode.
+        ceiling: composes the cache before it becomes too large; None: it may have ``n_ctx`` tokens.
     """
 
     def __init__(
@@ -60,86 +59,20 @@ class Context:
         clears: bool = False,
         logits: FloatArray | None = None,
     ) -> None:
-        self._decoder, self.access, self.vocabulary = decoder, access, vocabulary
+        super().__init__(decoder, access, n_ctx)
+        self.vocabulary = vocabulary
         self.n_ctx, self.n_batch, self.n_ubatch = n_ctx, n_batch, decoder.n_ubatch
         self.n_ctx_train = decoder.n_ctx_train
         self._elastic, self._clears, self._logits = elastic, clears, logits
-        self._session: KVSession | None = None
-        self._first_image: int | None = None  # place of the first image in the cache
-        #: int32 ``(n_ctx,)``; the first ``n_tokens`` are those in the cache
-        self.ids: npt.NDArray[np.int32] = np.zeros(n_ctx, dtype=np.int32)
-        self._n_tokens, self._needs_eval = 0, True
-        self._composed: Composed | None = None
-        self.report: KVReport | None = None
         self.meter = Meter()
+        self.ceiling: Room | None = None
         self.through: Callable[[Callable[[], None], int], None] = lambda decode, n_tokens: decode()
-
-    def close(self) -> None:
-        """Refuses later calls of the session, because the native context is about to be freed."""
-        if self._session is not None:
-            self._session.close()
-
-    #
-    # what is in the cache
-    #
-
-    @property
-    @reads_cache
-    def session(self) -> KVSession:
-        """Returns numpy access to rows, scores and probes; do not use it while another thread decodes.
-
-        Raises:
-            UnsupportedError: this model or cache cannot be compressed.
-        """
-        if self._session is None:
-            self._session = KVSession(self._decoder.handle)
-        return self._session
 
     @changes_cache
     def set_fast_attention(self, on: bool) -> None:
         """Turns the package's own CPU kernel for flash attention of batches on or off; equal up to rounding."""
-        if on or self._session is not None:
+        if on or self.has_session:
             self.session.set_fast_attention(on)
-
-    @property
-    def n_tokens(self) -> int:
-        """Returns the number of tokens in the cache."""
-        return self._n_tokens
-
-    @property
-    def composed(self) -> Composed | None:
-        """Returns the compressed context; None: the cache is full."""
-        return self._composed
-
-    @property
-    def needs_eval(self) -> bool:
-        """Returns whether the last logits do not belong to the last token, so that it has to be evaluated again."""
-        return self._needs_eval
-
-    @property
-    def tokens(self) -> list[int]:
-        """Returns the tokens in the cache, including all tokens of a compressed context."""
-        held: list[int] = self.ids[: self.n_tokens].tolist()
-        return held
-
-    @property
-    def n_context(self) -> int:
-        """Returns the number of tokens of the compressed context, which cannot be cut; 0: the cache is full."""
-        return 0 if self.composed is None else len(self.composed.tokens)
-
-    @property
-    def has_images(self) -> bool:
-        """Returns whether the cache holds an image, which only the bindings' own handlers can evaluate."""
-        return self._first_image is not None and self._first_image < self.n_tokens
-
-    @property
-    @reads_cache
-    def can_truncate(self) -> bool:
-        """Returns whether ``truncate`` can remove any number of tokens; with sliding windows it cannot."""
-        try:
-            return not self.session.state().n_cells_swa
-        except UnsupportedError:  # unknown, so the cache is read again
-            return False
 
     #
     # reading: the cache stays or becomes full
@@ -152,9 +85,16 @@ class Context:
         Raises:
             ContextLengthError: the tokens do not fit into ``n_ctx``.
         """
-        for _, part in self._read(tokens, "last" if self._logits is None else "all"):
-            self._needs_eval = False
-            self.meter.add(len(part))
+        self._eval(tokens, self.ceiling)
+
+    @changes_cache
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Same as ``eval``, but without regard to the ceiling: the caller has made room.
+
+        Raises:
+            ContextLengthError: the tokens do not fit into ``n_ctx``.
+        """
+        self._eval(tokens, None)
 
     @changes_cache
     def eval_logits(self, tokens: Sequence[int]) -> FloatArray:
@@ -164,8 +104,8 @@ class Context:
             ContextLengthError: the tokens do not fit into ``n_ctx``.
         """
         rows = np.empty((len(tokens), self.vocabulary.n_tokens), dtype=np.float32)
-        for first, part in self._read(tokens, "all"):
-            rows[first : first + len(part)] = self._decoder.logits(len(part))
+        for first, part in self._read(tokens, "all", self.ceiling):
+            rows[first : first + len(part)] = self.decoder.logits(len(part))
         return rows
 
     @changes_cache
@@ -182,15 +122,15 @@ class Context:
         n_reused = self.rewind(0 if self.composed or not keep_prefix else seam.common_prefix(self.tokens, tokens))
         self.meter.begin("reading", len(tokens) - n_reused)
         if n_reused < len(tokens):
-            self.eval(tokens[n_reused:])
+            self._eval(tokens[n_reused:], None)
         return len(tokens) - n_reused
 
     @changes_cache
     def embed(self, tokens: Sequence[int], n_embd: int, pooled: bool) -> FloatArray:
         """Empties the cache and returns a text's embedding vectors, as ``native.decoder.Decoder.embed``."""
-        self._end_at(0)
+        self.note_end(0)
         vectors: list[FloatArray] = []
-        self.through(lambda: vectors.append(self._decoder.embed(tokens, n_embd, pooled)), len(tokens))
+        self.through(lambda: vectors.append(self.decoder.embed(tokens, n_embd, pooled)), len(tokens))
         return vectors[0]
 
     #
@@ -210,8 +150,8 @@ class Context:
     def on_top(self, gap: int = 0) -> Iterator[None]:
         """Removes at the end of the ``with`` block what ``decode`` evaluated, ``gap`` positions after the cache."""
         with self.access.turn("on_top"):
-            n_tokens, partial = self.n_tokens, self._partial_state()
-            self._end_at(0)  # after an error below, the cache counts as empty
+            n_tokens, partial = self.n_tokens, self.partial_state()
+            self.note_end(0)  # after an error below, the cache counts as empty
             try:
                 self.session.skip_to(n_tokens + gap if gap else -1)
                 yield
@@ -223,7 +163,7 @@ class Context:
     def undone(self) -> Iterator[None]:
         """Removes at the end of the ``with`` block the tokens that were evaluated in it; nothing else may change."""
         with self.access.turn("undone"):
-            n_tokens, partial = self.n_tokens, self._partial_state()
+            n_tokens, partial = self.n_tokens, self.partial_state()
             try:
                 yield
             finally:
@@ -234,24 +174,32 @@ class Context:
     #
 
     @changes_cache
-    def compose(self, plan: CompositionPlan, choice: str = "", n_room: int = 256) -> None:
+    def compose(self, plan: CompositionPlan, choice: str = "", n_room: int = 256, rows: Rows | None = None) -> None:
         """Applies ``plan`` to the cache; prompts that begin with its tokens can continue from it.
 
         Args:
             choice: name of the method that made the plan (``choice_of``).
             n_room: free cells to leave after the composites; the cache grows beyond them when needed.
+            rows: the rows of the cache now, with their scores, so that it can be composed again later; None: those of a
+                full cache, all with a score of 0.
         Raises:
-            ConfigError: the plan does not fit this cache.
-            StateError: the cache does not hold exactly the plan's tokens, or is composed already.
+            ConfigError: the plan does not fit this cache, or the rows.
+            StateError: the cache does not hold exactly the plan's tokens; or it is composed, and ``rows`` is None.
         """
-        if self.composed is not None:
-            raise StateError(f"the cache is compressed already, from {self.n_context} tokens: call reset() first")
-        tokens = tuple(self.ids[: min(plan.n_tokens, self.n_tokens)].tolist())
-        composed = Composed(tokens, choice, plan.bits(), self._partial_state())
+        session = self.session
+        if rows is None:
+            if self.composed is not None:
+                raise StateError(f"the cache is compressed already, from {self.n_context} tokens: call reset() first")
+            rows = Rows.of_tokens([np.zeros((len(kept), plan.n_tokens), np.float32) for kept in plan.rows])
+        if tuple(rows.n_rows) != plan.n_rows:
+            raise ConfigError(f"the plan is for layers of {plan.n_rows} rows, not {tuple(rows.n_rows.tolist())}")
+        tokens = tuple(self.ids[: min(plan.n_tokens - plan.n_tail, self.n_tokens)].tolist())
+        composed = Composed(tokens, choice, rows.kept(plan), self.partial_state())
         try:
-            self.session.compose(plan, n_room)
+            session.compose(plan, n_room)
         finally:  # Ctrl-C may arrive after the cache has changed
-            self._composed = composed if self.session.state().n_composed else None
+            if session.state().n_composed and session.n_rows_used() == plan.n_kept.tolist():
+                self.note_composed(composed)
 
     @changes_cache
     def rewind(self, n_tokens: int) -> int:
@@ -269,10 +217,10 @@ class Context:
         if is_cut and composed is not None and composed.partial is not None:
             n_tokens = self.n_context
             self._go_back(n_tokens, composed.partial)
-        elif not self._decoder.remove(n_tokens):
+        elif not self.decoder.remove(n_tokens):
             self.reset()
             return 0
-        self._end_at(n_tokens)
+        self.note_end(n_tokens)
         return n_tokens
 
     @changes_cache
@@ -285,30 +233,20 @@ class Context:
         """
         if not self.n_context <= n_tokens <= self.n_tokens:
             raise StateError(f"n_tokens={n_tokens} is not in [{self.n_context}, {self.n_tokens}]")
-        if n_tokens < self.n_tokens and (not self.can_truncate or not self._decoder.remove(n_tokens)):
+        if n_tokens < self.n_tokens and (not self.can_truncate or not self.decoder.remove(n_tokens)):
             raise StateError(f"n_tokens={n_tokens}: this cache cannot remove only its last tokens: call reset()")
-        self._end_at(n_tokens)
+        self.note_end(n_tokens)
 
     @changes_cache
     def reset(self) -> None:
         """Empties the cache; a compressed cache becomes a full one again, and an elastic cache becomes small."""
-        self._end_at(0)
-        self._first_image, self.report = None, None
+        self.note_end(0)
+        self.first_image, self.report = None, None
         if self.composed is not None or self._elastic or self._clears:
-            self._composed = None
-            self._decoder.clear()
+            self.note_composed(None)
+            self.decoder.clear()
         if self._elastic:
             self._reserve(0)
-
-    def adopt(self, n_tokens: int) -> None:
-        """Notes that the bindings themselves made the cache end after ``n_tokens``; more can only be an image."""
-        if n_tokens > self._n_tokens and not self.has_images:
-            self._first_image = self._n_tokens
-        self._n_tokens = n_tokens
-
-    def forget_logits(self) -> None:
-        """Notes that the last logits are not those of the last token."""
-        self._needs_eval = True
 
     @changes_cache
     def write_values(self, values: Sequence[FloatArray]) -> None:
@@ -327,8 +265,8 @@ class Context:
     @reads_cache
     def save(self) -> Contents:
         """Returns everything in the cache, as a value."""
-        held, state = self.ids[: self.n_tokens].copy(), self._decoder.state()
-        return Contents(held, state, self.composed, self.report, self._first_image)
+        held, state = self.ids[: self.n_tokens].copy(), self.decoder.state()
+        return Contents(held, state, self.composed, self.report, self.first_image)
 
     @changes_cache
     def load(self, contents: Contents, choice: str | None = None) -> None:
@@ -344,19 +282,24 @@ class Context:
         if n_tokens >= self.n_ctx:
             raise StateError(f"the state has {n_tokens} tokens, too many for a context of n_ctx={self.n_ctx}")
         self.reset()
-        self._decoder.load_state(contents.state)
+        self.decoder.load_state(contents.state)
         self.ids[:n_tokens] = contents.tokens
-        self._end_at(n_tokens)
-        self._first_image = contents.first_image
+        self.note_end(n_tokens)
+        self.first_image = contents.first_image
         composed = contents.composed
-        self._composed = composed if composed is None or choice is None else replace(composed, choice=choice)
+        self.note_composed(composed if composed is None or choice is None else replace(composed, choice=choice))
         self.report = contents.report
 
     #
     # helpers
     #
 
-    def _begin(self, n: int) -> None:
+    def _eval(self, tokens: Sequence[int], ceiling: Room | None) -> None:
+        for _, part in self._read(tokens, "last" if self._logits is None else "all", ceiling):
+            self.note_logits()
+            self.meter.add(len(part))
+
+    def _begin(self, n: int, ceiling: Room | None) -> None:
         """Prepares the evaluation of ``n`` tokens after those in the cache."""
         if 0 < self.n_tokens < self.n_context:
             where = f"position {self.n_tokens} is inside the compressed context of {self.n_context} tokens"
@@ -364,50 +307,41 @@ class Context:
         if self.composed is not None and self.n_tokens == 0:
             self.reset()
         if self._elastic and n > START_CELLS and self.composed is None:
-            self._reserve(self.n_tokens + n + START_CELLS)
-        self._decoder.remove(self.n_tokens)
+            n_tokens = self.n_tokens + n
+            self._reserve((n_tokens if ceiling is None else min(n_tokens, ceiling.n_cells_full)) + START_CELLS)
+        self.decoder.remove(self.n_tokens)
 
-    def _read(self, tokens: Sequence[int], outputs: Outputs) -> Iterator[tuple[int, Sequence[int]]]:
+    def _read(
+        self, tokens: Sequence[int], outputs: Outputs, ceiling: Room | None
+    ) -> Iterator[tuple[int, Sequence[int]]]:
         """Evaluates ``tokens`` after those in the cache; yields each batch with its place in ``tokens``."""
         if self.n_tokens + len(tokens) > self.n_ctx:
             raise ContextLengthError(f"{self.n_tokens} + {len(tokens)} tokens do not fit into n_ctx={self.n_ctx}")
-        self._begin(len(tokens))
-        for first in range(0, len(tokens), self.n_batch):
-            part, at = tokens[first : first + self.n_batch], self.n_tokens
-            self._needs_eval = True  # after an interruption, the last logits may belong to another token
+        self._begin(len(tokens), ceiling)
+        n_batch = self.n_batch if ceiling is None else min(self.n_batch, ceiling.chunk)
+        for first in range(0, len(tokens), n_batch):
+            part, at = tokens[first : first + n_batch], self.n_tokens
+            if ceiling is not None:
+                ceiling.make_room(len(part))
+            self.forget_logits()  # after an interruption, the last logits may belong to another token
             self._run(part, at, outputs)
             if self._logits is not None and outputs == "all":
-                self._logits[at : at + len(part)] = self._decoder.logits(len(part))
-            self._append(part)
+                self._logits[at : at + len(part)] = self.decoder.logits(len(part))
+            self.note_new(part)
             yield first, part
 
     def _run(self, tokens: Sequence[int], pos: int, outputs: Outputs) -> None:
-        self.through(lambda: self._decoder.decode(tokens, pos, outputs), len(tokens))
-
-    def _end_at(self, n_tokens: int) -> None:
-        """Makes the cache end after ``n_tokens``; the last logits then belong to another token."""
-        self._n_tokens, self._needs_eval = n_tokens, True
+        self.through(lambda: self.decoder.decode(tokens, pos, outputs), len(tokens))
 
     def _go_back(self, n_tokens: int, partial: bytes | None) -> None:
         """Removes all tokens after the first ``n_tokens``; ``partial``: the state there of layers that cannot."""
-        self._end_at(0)  # after an error below, the cache counts as empty
-        self._decoder.remove(n_tokens)
+        self.note_end(0)  # after an error below, the cache counts as empty
+        self.decoder.remove(n_tokens)
         if partial is not None:
-            self._decoder.load_partial_state(partial)
-        self._end_at(n_tokens)
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        if not self.has_images:  # one that was there has been removed
-            self._first_image = None
-        self.ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
-        self._n_tokens += len(tokens)
+            self.decoder.load_partial_state(partial)
+        self.note_end(n_tokens)
 
     def _reserve(self, n_cells: int) -> None:
         """Allocates ``n_cells`` at once; a context that cannot be compressed, or lacks the memory, grows in steps."""
         with contextlib.suppress(UnsupportedError, NativeError):
             self.session.reserve(min(n_cells, self.session.state().n_cells))
-
-    def _partial_state(self) -> bytes | None:
-        """Returns the state of the sliding-window layers; None: there are none, or they keep every token."""
-        state = self.session.state()
-        return self._decoder.partial_state() if 0 < state.n_cells_swa < state.n_cells else None

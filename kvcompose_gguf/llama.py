@@ -8,6 +8,7 @@ from typing import Any
 
 from . import compression, kernels
 from .access import changes_cache, reads_cache
+from .ceiling import Ceiling
 from .errors import ConfigError, UnsupportedError
 from .llama_base import LlamaBase, Prompt, llama_cpp
 from .methods.base import Method, choice_of
@@ -89,6 +90,7 @@ class Llama(LlamaBase):
             method.check_budget(self.context.session.layers)  # raises if this context cannot be compressed
             kernels.warm_up()
         self.context.set_fast_attention(method is not None)
+        self.context.ceiling = Ceiling(self.context, method) if method is not None and method.has_ceiling else None
         self._method = method
 
     @property

@@ -100,7 +100,7 @@ def probe_plan(llama: Any, method: Any) -> Steps:
     yield "scores", digest(*scores)
     plan = method.plan(evidence, scores)
     yield "plan", plan.n_kept.tolist()
-    yield "plan cells", digest(*(plan.cells if hasattr(plan, "cells") else plan.visible))
+    yield "plan cells", digest(*(plan.rows if hasattr(plan, "rows") else plan.visible))
     llama.compose(plan)
     yield "logits of the composed plan", digest(llama.eval_logits(question))
 

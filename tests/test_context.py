@@ -138,7 +138,7 @@ def with_image(make_llama: Any) -> Llama:
     """Returns a Llama in whose cache the bindings have put five tokens themselves, as their image handlers do."""
     llama = make(make_llama, "llama")
     llama.prefill(CONTEXT)
-    llama.context._decoder.decode(OTHER[:5], N, "none")
+    llama.context.decoder.decode(OTHER[:5], N, "none")
     llama.n_tokens = N + 5
     return llama
 
@@ -186,7 +186,7 @@ def test_after_an_error_while_it_goes_back_the_cache_counts_as_empty(
     def refuse(state: bytes) -> None:
         raise NativeError("no windows")
 
-    monkeypatch.setattr(llama.context._decoder, "load_partial_state", refuse)
+    monkeypatch.setattr(llama.context.decoder, "load_partial_state", refuse)
     for block in (llama.context.undone, llama.context.on_top):
         with pytest.raises(NativeError, match="no windows"), block():
             pass

@@ -34,11 +34,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 #: the rooms of what lies at the top; all else there is a room of its own. The door hands on public names
 AT_TOP = dict.fromkeys(
-    ("access", "compression", "context", "llama", "llama_base", "load", "sessions"), "cache"
+    ("access", "ceiling", "compression", "context", "holdings", "llama", "llama_base", "load", "reading", "sessions"),
+    "cache",
 ) | dict.fromkeys(("", "__main__"), "door")
 
 #: longest file, in lines. Exceptions must shrink: lower the number here with the file, and delete it at the limit
-MAX_LINES, LONGER = 300, {"context.py": 413}  # one class: every verb that may change a cache
+MAX_LINES, LONGER = 300, {"context.py": 347}  # one class: every verb that may change a cache
 MAX_TEST_LINES = 400
 
 #: names that begin with an underscore and are public, of named tuples and os

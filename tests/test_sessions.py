@@ -25,7 +25,6 @@ from kvcompose_gguf import ConfigError, KVCompose, StateError, sessions
 from kvcompose_gguf.methods import SnapKV
 from kvcompose_gguf.models.identity import Identity
 from kvcompose_gguf.plan.composed import Contents
-from kvcompose_gguf.plan.composition import CompositionPlan
 
 CONFIG = tiny.GQA
 CONTEXT = tiny.tokens(CONFIG, 292, seed=5)
@@ -58,8 +57,11 @@ def test_a_session_goes_on_in_another_process_where_it_was_saved(make_llama, tmp
     assert greedy(other, [*CONTEXT, *QUESTION], 12) == want
     assert n_before == 292  # the context was continued, not read again
     assert str(other.kv_report) == str(llama.kv_report)
-    plan = CompositionPlan.from_bits(292, [layer.n_head_kv for layer in other.kv_layers], other.context.composed.kept)
-    assert plan.n_kept.tolist() == other.kv_report.n_kept.tolist()
+    assert other.context.composed.rows.n_rows.tolist() == other.kv_report.n_kept.tolist()
+    ours, theirs = other.context.composed.rows, llama.context.composed.rows
+    assert ours.end == theirs.end == 292
+    for a, b in zip((*ours.positions, *ours.scores), (*theirs.positions, *theirs.scores), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_conversation_behind_the_context_is_saved_as_well(make_llama, tmp_path):
@@ -97,12 +99,13 @@ def test_a_loaded_context_is_continued_under_any_method_until_another_is_set(mak
     assert other.kv_report.compression_ratio == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_file_is_the_rows_and_one_percent(make_llama, tmp_path):
+def test_a_file_is_the_rows_their_scores_and_one_percent(make_llama, tmp_path):
     llama = make_llama(method=KVCompose(compression_ratio=0.5, scoring="repeat", keep_last=0), n_ctx=8192)
     report = llama.compress(tiny.tokens(CONFIG, 6000, seed=9))
     info = llama.save_session(tmp_path / "a.kvc")
     # a tiny model's row has 512 bytes in 3 layers, so tokens and cells take a larger share than in a real model
-    beside = info.n_bytes - report.kv_bytes_kept
+    n_scores = int(report.n_kept.sum()) * CONFIG.n_head_kv
+    beside = info.n_bytes - report.kv_bytes_kept - 4 * n_scores
     per_cell = beside / int(report.n_kept.max())
     assert per_cell < 40, f"{info.n_bytes} bytes, {report.kv_bytes_kept} of rows"
 
@@ -177,7 +180,7 @@ def test_headers_that_lie_are_refused(make_llama, tmp_path):
     assert rewritten(good) == good
     sections = json.loads(good[16 : 16 + struct.unpack_from("<8sII", good)[2]])["sections"]
     lies: dict[str, dict[str, Any]] = {
-        "context": {"n_context": 10**9}, "negative": {"n_context": -1}, "heads": {"n_heads": 7}, "many": {"n_heads": 2**40},
+        "context": {"n_context": 10**9}, "negative": {"n_context": -1}, "heads": {"n_head_kv": [7]}, "many": {"n_head_kv": [2**40]}, "number": {"n_head_kv": 6},
         "report": {"report": {"n_tokens": 1}}, "listed report": {"report": [1]}, "infinite": {"report": {"kv_bytes": 1e999}}, "extra": {"extra": []},
         "model": {"model": 3}, "created": {"created": "now"}, "no sections": {"sections": sections[:1]},
         "huge section": {"sections": [["tokens", 2**60]]}, "text section": {"sections": [["tokens", "x"]]},
@@ -191,8 +194,8 @@ def test_headers_that_lie_are_refused(make_llama, tmp_path):
         with pytest.raises(StateError, match=r"a\.kvc is damaged"):
             other.load_session(path)
         assert other.context.tokens == held, name
-    path.write_bytes(rewritten(good, format=2))
-    with pytest.raises(StateError, match="session format 2, this version reads format 1: make a new one"):
+    path.write_bytes(rewritten(good, format=3))
+    with pytest.raises(StateError, match="session format 3, this version reads format 2: make a new one"):
         other.load_session(path)
     path.write_bytes(rewritten(good, versions={"llama.cpp": "abc", "kvcompose-gguf": "9.9"}))
     with pytest.raises(

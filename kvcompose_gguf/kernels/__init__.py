@@ -20,7 +20,7 @@ def warm_up() -> None:
     scores = aggregate.add_mean_across_heads(aggregate.aggregate_group(np.zeros((2, 2), np.float32), 1, "mean"))
     ranking = aggregate.rank_tokens(scores)
     aggregate.allocate_budget(aggregate.composite_scores(scores, ranking, "mean")[None], 1)
-    aggregate.select_cells(ranking, 1)
+    aggregate.select_rows(ranking, 1)
     aggregate.pool_tokens(scores, 1, "mean")
     rows, weights, norms = (np.zeros(shape, np.float32) for shape in ((1, 1, 2), (1, 2), (1, 3)))
     linear.weigh_rows(rows, rows, rows, weights, weights, weights, weights, weights, norms, weights[:, :1])

@@ -152,7 +152,7 @@ def allocate_budget(composites: FloatArray, n_total: int, floor: int = 0) -> Lon
 
 
 @njit(cache=True, nogil=True)
-def _select_cells(ranking: IntArray, n_kept: int) -> IntArray:
+def _select_rows(ranking: IntArray, n_kept: int) -> IntArray:
     n_head_kv = ranking.shape[0]
     out = np.empty((n_head_kv, n_kept), dtype=np.int32)
     for h in range(n_head_kv):
@@ -160,12 +160,12 @@ def _select_cells(ranking: IntArray, n_kept: int) -> IntArray:
     return out
 
 
-def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
+def select_rows(ranking: IntArray, n_kept: int) -> IntArray:
     """Returns each head's ``n_kept`` best tokens in position order: int32 ``(n_head_kv, n_kept)`` (step 9)."""
     ranking = as_c(ranking, "ranking", np.int32, 2)
     if not 0 <= n_kept <= ranking.shape[1]:
         raise ConfigError(f"n_kept={n_kept} is not in 0 to {ranking.shape[1]}, the number of tokens")
-    return _select_cells(ranking, n_kept)
+    return _select_rows(ranking, n_kept)
 
 
 @njit(cache=True, nogil=True)

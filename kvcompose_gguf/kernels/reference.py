@@ -41,7 +41,7 @@ def allocate_budget(composites: FloatArray, n_total: int, floor: int) -> LongArr
     return n_kept
 
 
-def select_cells(ranking: IntArray, n_kept: int) -> IntArray:
+def select_rows(ranking: IntArray, n_kept: int) -> IntArray:
     return np.sort(ranking[:, :n_kept], axis=1)
 
 
@@ -70,19 +70,19 @@ def weigh_rows(
 def gather(
     src: npt.NDArray[np.uint8],
     dst: npt.NDArray[np.uint8],
-    cells: IntArray,
+    rows: IntArray,
     n_chunk: int,
     n_bytes: int,
     src_strides: tuple[int, int, int],
     dst_strides: tuple[int, int, int],
 ) -> None:
-    """Copies rows between flat arrays; strides are (cell, head, chunk) in bytes, as in llama-kvc.h."""
-    n_head, n_kept = cells.shape
+    """Copies rows between flat arrays; strides are (row, head, chunk) in bytes, as in llama-kvc.h."""
+    n_head, n_kept = rows.shape
     for h in range(n_head):
         for c in range(n_chunk):
             for j in range(n_kept):
                 to = j * dst_strides[0] + h * dst_strides[1] + c * dst_strides[2]
-                from_ = int(cells[h, j]) * src_strides[0] + h * src_strides[1] + c * src_strides[2]
+                from_ = int(rows[h, j]) * src_strides[0] + h * src_strides[1] + c * src_strides[2]
                 dst[to : to + n_bytes] = src[from_ : from_ + n_bytes]
 
 

@@ -93,14 +93,14 @@ def _overlap(a: FloatArray, b: FloatArray, ratio: float) -> float:
 def _n_common(a: CompositionPlan, b: CompositionPlan) -> int:
     """Returns how many tokens the same head keeps in both plans."""
     n_common = 0
-    for cells_a, cells_b in zip(a.cells, b.cells, strict=True):
+    for cells_a, cells_b in zip(a.rows, b.rows, strict=True):
         for head_a, head_b in zip(cells_a, cells_b, strict=True):
             n_common += len(np.intersect1d(head_a, head_b, assume_unique=True))
     return n_common
 
 
 def _sum_kept(plan: CompositionPlan, scores: Sequence[FloatArray]) -> float:
-    kept = [np.take_along_axis(s, cells.astype(np.int64), axis=1) for s, cells in zip(scores, plan.cells, strict=True)]
+    kept = [np.take_along_axis(s, cells.astype(np.int64), axis=1) for s, cells in zip(scores, plan.rows, strict=True)]
     return float(sum(values.sum(dtype=np.float64) for values in kept))
 
 

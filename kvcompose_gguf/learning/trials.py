@@ -237,7 +237,7 @@ def eviction_errors(
     errors = []
     for l, full in enumerate(outputs(nothing, range(n_layer))):
         hidden = np.full((session.layers[l].n_head_kv, n_tokens), -np.inf, np.float32)
-        np.put_along_axis(hidden, plan.cells[l].astype(np.int64), 0, axis=1)
+        np.put_along_axis(hidden, plan.rows[l].astype(np.int64), 0, axis=1)
         (compressed,) = outputs([*nothing[:l], hidden, *nothing[l + 1 :]], [l])
         lost = np.linalg.norm((compressed - full).astype(np.float64), axis=1)
         errors.append(float((lost / (np.linalg.norm(full.astype(np.float64), axis=1) + EPS)).sum()))

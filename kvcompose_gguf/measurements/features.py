@@ -74,10 +74,10 @@ def _widths(layer: LayerGeometry) -> list[int]:
 def features(evidence: Evidence, l: int, places: Positions | None = None) -> Iterator[FloatArray]:
     """Yields features of a layer's tokens, some tokens at a time: float32 ``(n_head_kv, n_tokens, n_features)``.
 
-    They depend only on the token's own key and value and on the context length, so a prefill could compute them.
+    They depend only on the token's key and value and on the context length, so a token can be scored when it is read.
 
     Args:
-        places: the tokens, int32 ``(n,)``; None: all of the context.
+        places: indices of the tokens in the evidence, int32 ``(n,)``; None: all.
     """
     to_end = _to_end(evidence, l)
     for part in _parts(evidence, l, places):
@@ -116,10 +116,10 @@ def _parts(evidence: Evidence, l: int, places: Positions | None = None) -> Itera
     values = plain_values(values, layer)
     for first in range(0, len(places), CHUNK):
         cached = np.ascontiguousarray(keys[:, first : first + CHUNK])
-        pos = places[first : first + CHUNK]
+        pos = evidence.first + places[first : first + CHUNK]
         rows, at = cached.reshape(-1, layer.n_embd_head_k), np.tile(pos, layer.n_head_kv)
         plain = evidence.unrotate(l, rows, at).reshape(cached.shape)
-        part = _position_features(pos, evidence.n_tokens)
+        part = _position_features(pos, evidence.length)
         yield _Part(cached, plain, values[:, first : first + CHUNK], part)
 
 
@@ -127,7 +127,7 @@ def _to_end(evidence: Evidence, l: int) -> FloatArray:
     """Returns the matrix that rotates cached keys back by the whole context length, ``keys @ matrix``."""
     d = evidence.layers[l].n_embd_head_k
     # the rotation is linear, so its matrix is the rotated identity
-    return evidence.unrotate(l, np.eye(d, dtype=np.float32), np.full(d, evidence.n_tokens, dtype=np.int32))
+    return evidence.unrotate(l, np.eye(d, dtype=np.float32), np.full(d, evidence.length, dtype=np.int32))
 
 
 def _position_features(places: Positions, n_tokens: int) -> FloatArray:

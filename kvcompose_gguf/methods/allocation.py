@@ -16,11 +16,11 @@ from ..kernels.types import FloatArray, IntArray, LongArray
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """The scores of all layers, and the order of their tokens.
+    """The scores of all layers, and the order of their rows: the tokens of a full cache, or what is left of them.
 
     Attributes:
-        scores: for each layer float32 ``(n_head_kv, N)``.
-        ranking: for each layer int32 ``(n_head_kv, N)``, each head's tokens by descending score, ties by index.
+        scores: for each layer float32 ``(n_head_kv, n_rows)``; the layers of a composed cache differ in their rows.
+        ranking: for each layer int32 ``(n_head_kv, n_rows)``, each head's rows by descending score, ties by index.
     """
 
     scores: Sequence[FloatArray]
@@ -31,13 +31,25 @@ class Ranked:
         return len(self.scores)
 
     @property
+    def n_rows(self) -> LongArray:
+        """Returns the number of rows of each layer, int64 ``(n_layer,)``."""
+        return np.array([scores.shape[1] for scores in self.scores], dtype=np.int64)
+
+    @property
     def n_tokens(self) -> int:
-        return int(self.scores[0].shape[1])
+        """Returns the number of rows that the largest layer has."""
+        return int(self.n_rows.max())
 
     def composites(self, agg_head: str) -> FloatArray:
-        """Returns the scores of composite tokens, float32 ``(n_layer, N)``, descending per layer (KVCompose step 6)."""
-        pairs = zip(self.scores, self.ranking, strict=True)
-        return np.stack([aggregate.composite_scores(scores, ranking, agg_head) for scores, ranking in pairs])
+        """Returns the scores of composite tokens (KVCompose step 6).
+
+        Returns:
+            float32 ``(n_layer, n_tokens)``, descending within each layer; minus infinity behind a layer's last row.
+        """
+        out = np.full((self.n_layer, self.n_tokens), -np.inf, dtype=np.float32)
+        for l, (scores, ranking) in enumerate(zip(self.scores, self.ranking, strict=True)):
+            out[l, : scores.shape[1]] = aggregate.composite_scores(scores, ranking, agg_head)
+        return out
 
 
 class Allocation(ABC):
@@ -77,19 +89,21 @@ class GlobalRanking(Allocation):
     first_layer_rule: bool = False
 
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
-        composites = ranked.composites(self.agg_head)
+        check_budget(ranked, n_total, floor)
+        composites, n_rows = ranked.composites(self.agg_head), ranked.n_rows
         if self.first_layer_rule:
-            composites[0] = composites.max(axis=0)
-        bound = min(self.lower_bound, ranked.n_tokens, n_total // ranked.n_layer)  # at most what the budget buys
+            composites[0, : n_rows[0]] = composites.max(axis=0)[: n_rows[0]]
+        bound = min(self.lower_bound, int(n_rows.min()), n_total // ranked.n_layer)  # at most what the budget buys
         return aggregate.allocate_budget(composites, n_total, max(floor, bound))
 
 
 def check_budget(ranked: Ranked, n_total: int, floor: int) -> None:
-    """Raises ConfigError unless every layer can keep its floor, and the total is at most all tokens of all layers."""
-    if not ranked.n_layer * floor <= n_total <= ranked.n_layer * ranked.n_tokens:
+    """Raises ConfigError unless every layer can keep its floor, and the total is at most all rows of all layers."""
+    n_rows = ranked.n_rows
+    if floor > n_rows.min() or not ranked.n_layer * floor <= n_total <= n_rows.sum():
+        sizes = " to ".join(str(n) for n in sorted({int(n_rows.min()), int(n_rows.max())}))
         raise ConfigError(
-            f"{n_total} composites cannot be kept: {ranked.n_layer} layers of {ranked.n_tokens} tokens, "
-            f"at least {floor} in each"
+            f"{n_total} composites cannot be kept: {ranked.n_layer} layers of {sizes} rows, at least {floor} in each"
         )
 
 

@@ -16,16 +16,17 @@ import numpy as np
 from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
-from ..kernels.types import FloatArray
+from ..kernels.types import FloatArray, IntArray
 from ..measurements.learned import Learned
 from ..plan import budget
 from ..plan.composition import CompositionPlan
 from ..plan.geometry import LayerGeometry
+from ..plan.rows import Rows
 from ..plan.trial import Trial
 from ..scoring.evidence import Evidence, check_layers
 from ..scoring.requests import AttentionRequest, StateRequest
 from ..support.checks import check_choice, check_integer, check_number, check_positive, parse_bytes
-from .allocation import ALLOCATIONS, Allocation, Ranked, Uniform
+from .allocation import ALLOCATIONS, Allocation, GlobalRanking, Ranked, Uniform
 
 M = TypeVar("M", bound="Method")
 
@@ -47,6 +48,12 @@ class Method:
         max_score_bytes: limit of the working memory of scoring at any context length, not counting the scores (float32,
             layers x query heads x tokens).
         n_room: free cells to leave after the composites; the cache grows beyond them when needed.
+        chunk: tokens that are read between two compositions, while a prompt is read that does not fit the budget and a
+            chunk. Only methods that score tokens alone do so (``scores_alone``); others need all of the prompt first.
+        n_fresh: so many of the newest tokens stay in every head until the next chunk is read.
+        n_answer: the same when an answer or a conversation makes the cache a chunk larger than the budget, at most half
+            of the budget. Methods that score tokens alone keep ``max_kv_bytes`` and ``n_kept`` at all times.
+            ``compression_ratio`` is a share of the context, and limits no answers.
         allocation: the rule that divides the budget among the layers, or the name of a rule (``"uniform"``,
             ``"global"``); ``None``: the method's own.
     Raises:
@@ -62,6 +69,9 @@ class Method:
     min_tokens: int = 256
     max_score_bytes: int = 64 << 20
     n_room: int = 256
+    chunk: int = 512
+    n_fresh: int = 128
+    n_answer: int = 1024
     allocation: Allocation | str | None = None
 
     def __post_init__(self) -> None:
@@ -70,7 +80,10 @@ class Method:
         if isinstance(self.max_kv_bytes, str):
             object.__setattr__(self, "max_kv_bytes", parse_bytes("max_kv_bytes", self.max_kv_bytes))
         check_integer("max_kv_bytes", self.max_kv_bytes, optional=True)
-        for name in ("n_sink", "n_recent", "keep_last", "min_tokens", "max_score_bytes", "n_room"):
+        for name in (
+            "n_sink", "n_recent", "n_fresh", "n_answer", "keep_last", "min_tokens",
+            "max_score_bytes", "n_room", "chunk",
+        ):  # fmt: skip
             check_integer(name, getattr(self, name))
         budgets = {name: getattr(self, name) for name in ("compression_ratio", "max_kv_bytes", "n_kept")}
         given = {name: value for name, value in budgets.items() if value is not None}
@@ -78,11 +91,11 @@ class Method:
             raise ConfigError(f"exactly one of {', '.join(budgets)} is needed, {len(given)} given: {given}")
         if self.compression_ratio is not None and not 0 <= self.compression_ratio < 1:
             raise ConfigError(f"compression_ratio={self.compression_ratio}, the fraction removed, is not in [0, 1)")
-        for name in ("max_kv_bytes", "n_kept", "min_tokens", "max_score_bytes", "n_room"):
+        for name in ("max_kv_bytes", "n_kept", "min_tokens", "max_score_bytes", "n_room", "chunk"):
             check_positive(name, getattr(self, name))
         if self.n_room >= 1 << 31:
             raise ConfigError(f"n_room={self.n_room} is not below 2^31")
-        for name in ("n_sink", "n_recent", "keep_last"):
+        for name in ("n_sink", "n_recent", "keep_last", "n_fresh", "n_answer"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         if isinstance(self.allocation, str):
@@ -98,6 +111,28 @@ class Method:
     def simulated(self) -> bool:
         """Returns whether the method is only simulated, by ``kvcompose eval``."""
         return False
+
+    @property
+    def scores_alone(self) -> bool:
+        """Returns whether a token's scores depend on nothing but its own key and value, and its place in the context.
+
+        Such a token can be scored as soon as it is read.
+        """
+        return False
+
+    def can_score_alone(self, layers: Sequence[LayerGeometry]) -> bool:
+        """Returns whether new tokens can be scored now, without attention; call ``informed`` before."""
+        return self.streams
+
+    @property
+    def streams(self) -> bool:
+        """Returns whether the method can compose the cache again and again while it reads a prompt."""
+        return self.scores_alone and isinstance(self.rule(), (GlobalRanking, Uniform))
+
+    @property
+    def has_ceiling(self) -> bool:
+        """Returns whether the budget holds at every moment, while answers are written and conversations go on, too."""
+        return self.streams and self.compression_ratio is None
 
     @property
     def attention_request(self) -> AttentionRequest | None:
@@ -200,17 +235,30 @@ class Method:
         if scores is None:
             scores = self.scores(evidence)
         check_layers("scores", scores, [(layer.n_head_kv, n_tokens) for layer in layers], infinite=True)
-        n_sink, n_recent = self.forced(layers, n_tokens)
+        n_total, forced = self.n_composites(layers, n_tokens), self.forced(layers, n_tokens)
+        return self.choose(Rows.of_tokens(scores), n_tokens, n_total, *forced)
+
+    def choose(
+        self, rows: Rows, n_tokens: int, n_total: int, n_sink: int = 0, n_recent: int = 0, n_tail: int = 0
+    ) -> CompositionPlan:
+        """Returns which rows every head keeps, by their scores (KVCompose steps 6 to 9).
+
+        Args:
+            rows: all rows of a cache that stands for ``n_tokens`` tokens.
+            n_total: number of composites to keep, over all layers.
+            n_sink, n_recent: number of first and last tokens that every head keeps.
+            n_tail: so many of the last tokens can still be removed after composing; at most ``n_recent``.
+        """
 
         def rank(l: int) -> tuple[FloatArray, np.ndarray]:
-            forced = with_forced(scores[l], n_sink, n_recent)
+            forced = with_forced(rows.scores[l], rows.positions[l], n_sink, n_tokens - n_recent)
             return forced, aggregate.rank_tokens(forced)
 
-        ranked = map_layers(rank, len(layers))
+        ranked = map_layers(rank, len(rows.scores))
         ranks = Ranked([s for s, _ in ranked], [r for _, r in ranked])
-        n_kept = self.rule().n_kept(ranks, self.n_composites(layers, n_tokens), n_sink + n_recent)
-        cells = map_layers(lambda l: aggregate.select_cells(ranks.ranking[l], int(n_kept[l])), len(layers))
-        return CompositionPlan(n_tokens, tuple(cells))
+        n_kept = self.rule().n_kept(ranks, n_total, n_sink + n_recent)
+        kept = map_layers(lambda l: aggregate.select_rows(ranks.ranking[l], int(n_kept[l])), len(rows.scores))
+        return CompositionPlan(n_tokens, tuple(kept), tuple(rows.n_rows), n_tail)
 
     def trial(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> Trial:
         """Returns what ``kvcompose eval`` makes of a full cache: the plan, unless the method is only simulated.
@@ -221,13 +269,13 @@ class Method:
         return Trial(self.plan(evidence, scores))
 
 
-def with_forced(scores: FloatArray, n_sink: int, n_recent: int) -> FloatArray:
-    """Returns ``scores`` ``(n_head_kv, N)`` with infinity for only the first and last tokens that every head keeps."""
-    if not n_sink and not n_recent:
+def with_forced(scores: FloatArray, positions: IntArray, n_sink: int, end: int) -> FloatArray:
+    """Returns ``scores`` ``(n_head_kv, n)``, infinite only for tokens before ``n_sink`` and from ``end`` on."""
+    forced = (positions < n_sink) | (positions >= end)
+    if not forced.any():
         return scores
     out: FloatArray = np.minimum(scores, np.finfo(np.float32).max)
-    out[:, :n_sink] = np.inf
-    out[:, scores.shape[1] - n_recent :] = np.inf
+    out[forced] = np.inf
     return out
 
 

@@ -19,6 +19,10 @@ class KNorm(Method):
     Neither RoPE nor the Hadamard rotation of a quantized cache changes a norm.
     """
 
+    @property
+    def scores_alone(self) -> bool:
+        return True
+
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Returns the scores of each layer, float32 ``(n_head_kv, N)``, at most 0; reads one layer's keys at a time."""
         return [-np.linalg.norm(evidence.keys(l), axis=2) for l in range(len(evidence.layers))]

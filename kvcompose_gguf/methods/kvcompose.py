@@ -16,6 +16,7 @@ from ..kernels.types import FloatArray
 from ..measurements.learned import Learned, may_learn
 from ..models.hashes import remembered
 from ..native.family import family_of
+from ..plan.geometry import LayerGeometry
 from ..scoring.evidence import Evidence
 from ..scoring.requests import AttentionRequest, Prefill, Prompts, Queries, Repeat, SpotCheck, Window
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
@@ -197,6 +198,13 @@ class KVCompose(Method):
     def can_be_predicted(self) -> bool:
         """Returns whether the options ask for the repeat that is learnt."""
         return (self.scoring_fraction, self.instruction, *self._aggregations) == (1, "", *PREDICTED)
+
+    @property
+    def scores_alone(self) -> bool:
+        return self.scoring == "learned"
+
+    def can_score_alone(self, layers: Sequence[LayerGeometry]) -> bool:
+        return self.streams and self.known is not None and self.known.fits(layers)
 
     @property
     def attention_request(self) -> AttentionRequest | None:

@@ -21,7 +21,11 @@ class StreamingLLM(Method):
 
     n_sink: int = 4
 
+    @property
+    def scores_alone(self) -> bool:
+        return True
+
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Returns each token's position as its score, float32 ``(n_head_kv, N)``; ``plan`` keeps the sinks."""
-        positions = np.arange(evidence.n_tokens, dtype=np.float32)
+        positions = np.arange(evidence.first, evidence.first + evidence.n_tokens, dtype=np.float32)
         return [np.tile(positions, (layer.n_head_kv, 1)) for layer in evidence.layers]

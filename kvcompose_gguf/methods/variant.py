@@ -96,8 +96,8 @@ class Variant(KVCompose):
         scores = self.scores(evidence) if scores is None else scores
         plan = self.plan(evidence, scores)
         layers = range(len(evidence.layers))
-        values = [self._folded(evidence, scores[l], plan.cells[l], l) for l in layers] if self.fold else []
-        biases = [self._corrections(scores[l], plan.cells[l]) for l in layers] if self.correct else []
+        values = [self._folded(evidence, scores[l], plan.rows[l], l) for l in layers] if self.fold else []
+        biases = [self._corrections(scores[l], plan.rows[l]) for l in layers] if self.correct else []
         return Trial(plan, values, biases)
 
     def _folded(self, evidence: Evidence, scores: FloatArray, cells: np.ndarray, l: int) -> FloatArray:

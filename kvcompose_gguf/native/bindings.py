@@ -117,12 +117,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         ctypes.c_int32,
         [_CONTEXT, ctypes.c_uint32, c_float_p, ctypes.c_uint32, c_int32_p, ctypes.c_int32],
     ),
-    # int32_t llama_kvc_compose(struct llama_context * ctx, uint32_t n_tokens, uint32_t n_layer, const uint32_t * n_kept,
-    #         const int32_t * cells, size_t n_cells_total, uint32_t n_room, llama_kvc_gather_t gather);
+    # int32_t llama_kvc_compose(struct llama_context * ctx, uint32_t n_tokens, uint32_t n_tail, uint32_t n_layer,
+    #         const uint32_t * n_kept, const int32_t * rows, size_t n_rows_total, uint32_t n_room, llama_kvc_gather_t gather);
     "llama_kvc_compose": (
         ctypes.c_int32,
         [
             _CONTEXT,
+            ctypes.c_uint32,
             ctypes.c_uint32,
             ctypes.c_uint32,
             c_uint32_p,

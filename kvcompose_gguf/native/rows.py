@@ -40,6 +40,22 @@ class ContextRows:
         return self._session.rope(l, rows, pos, inverse=True)
 
 
+class NewRows(ContextRows):
+    """Reads the rows of the last ``n_tokens`` tokens, behind those of a composed or full cache."""
+
+    def keys(self, l: int) -> FloatArray:
+        """Returns float32 ``(n_head_kv, n_tokens, n_embd_head_k)``."""
+        return self._last(l, "k")
+
+    def values(self, l: int) -> FloatArray:
+        """Returns float32 ``(n_head_kv, n_tokens, n_embd_head_v)``."""
+        return self._last(l, "v")
+
+    def _last(self, l: int, which: Literal["k", "v"]) -> FloatArray:
+        first = self._session.cells(l).n_rows_used - self._n_tokens
+        return read_rows(self._session, l, which, self._n_tokens, first)
+
+
 def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens: int) -> FloatArray:
     """Returns keys or values of the first ``n_tokens`` tokens in a full cache, as :func:`read_rows`.
 
@@ -53,8 +69,8 @@ def cached_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_tokens
     return read_rows(session, ikv, which, n_tokens)
 
 
-def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: int) -> FloatArray:
-    """Returns the first ``n_rows`` rows of cached layer ``ikv``, float32 ``(n_head_kv, n_rows, n_embd_head)``.
+def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: int, first: int = 0) -> FloatArray:
+    """Returns ``n_rows`` rows of cached layer ``ikv`` from ``first`` on, float32 ``(n_head_kv, n_rows, n_embd_head)``.
 
     Rows are returned as stored: keys with their rotation, and both Hadamard-rotated if they are quantized
     (llama-kv-cache.cpp, attn_rot_k and attn_rot_v), which keeps norms and products. Their contents are not checked.
@@ -71,10 +87,10 @@ def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: in
     n_block, n_bytes = GGML_QUANT_SIZES[kind]
     rows: npt.NDArray[np.floating]
     if is_v and layer.v_trans:
-        columns = stored.reshape(n_embd, -1)[:, : n_rows * n_bytes]
+        columns = stored.reshape(n_embd, -1)[:, first * n_bytes : (first + n_rows) * n_bytes]
         rows = dequantize(np.ascontiguousarray(columns), kind).T
     else:
-        rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[:n_rows], kind)
+        rows = dequantize(stored.reshape(-1, n_embd // n_block * n_bytes)[first : first + n_rows], kind)
     out = np.empty((layer.n_head_kv, n_rows, n_embd_head), dtype=np.float32)
     out[:] = rows.reshape(n_rows, layer.n_head_kv, n_embd_head).transpose(1, 0, 2)
     return out

@@ -112,6 +112,10 @@ class KVSession:
         info = self._layer(ikv)
         return KVCells(n_rows=info.n_rows, n_rows_used=info.n_rows_used, n_bytes=info.n_bytes)
 
+    def n_rows_used(self) -> list[int]:
+        """Returns how many rows of each layer hold a composite or a token."""
+        return [self.cells(ikv).n_rows_used for ikv in range(len(self.layers))]
+
     def stored(self, ikv: int, which: str) -> npt.NDArray[np.uint8]:
         """Returns the bytes of a layer's ``"k"`` or ``"v"`` tensor, uint8 ``(n_bytes,)``.
 
@@ -259,26 +263,27 @@ class KVSession:
             self._call("llama_kvc_set_bias", 0, None, 0)
 
     def compose(self, plan: CompositionPlan, n_room: int = 256) -> None:
-        """Applies ``plan`` to the cache, all or nothing.
+        """Applies ``plan`` to the cache, all or nothing; a composed cache can be composed again.
 
         Args:
             n_room: free cells to leave after the composites; the cache grows beyond them when needed.
         Raises:
             ConfigError: the plan does not fit this cache.
-            StateError: the cache does not hold exactly the plan's tokens, or is composed already.
+            StateError: the cache does not hold exactly the plan's tokens.
         """
         n_kept = plan.n_kept.astype(np.uint32)
-        shapes = [cells.shape[0] for cells in plan.cells]
+        shapes = [rows.shape[0] for rows in plan.rows]
         if shapes != [layer.n_head_kv for layer in self.layers]:
             raise ConfigError(f"the plan's KV heads per layer {shapes} are not the cache's")
-        cells = np.concatenate([cells.ravel() for cells in plan.cells]).astype(np.int32)
+        rows = np.concatenate([rows.ravel() for rows in plan.rows]).astype(np.int32)
         self._call(
             "llama_kvc_compose",
             plan.n_tokens,
-            len(plan.cells),
+            plan.n_tail,
+            len(plan.rows),
             n_kept.ctypes.data_as(bindings.c_uint32_p),
-            cells.ctypes.data_as(bindings.c_int32_p),
-            cells.size,
+            rows.ctypes.data_as(bindings.c_int32_p),
+            rows.size,
             n_room,
             gather_function().address,  # type: ignore[attr-defined]
         )

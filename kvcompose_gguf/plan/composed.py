@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..kernels.types import FloatArray
 from .report import KVReport
+from .rows import Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,22 +17,25 @@ class Composed:
     """A compressed context: its tokens, and what the cache keeps of them.
 
     Attributes:
-        tokens: all N tokens of the context, kept or not.
+        tokens: all N tokens of the context, kept or not; none of them can be removed alone.
         choice: the method that compressed it (``choice_of``), or the caller's own name for it; a prompt with another
             choice is read again.
-        kept: the tokens that every KV head keeps, as ``CompositionPlan.bits``.
+        rows: the tokens that every KV head keeps, with their scores; also tokens behind the context that were planned
+            together with it.
         partial: state of the layers that cannot go back (sliding windows) at the end of the context; None: the model
             has no such layers.
     """
 
     tokens: tuple[int, ...]
     choice: str
-    kept: npt.NDArray[np.uint8]
+    rows: Rows
     partial: bytes | None = None
 
     def shares(self) -> FloatArray:
         """Returns for each token the share of all layers' KV heads that keep it, float32 ``(N,)`` in [0, 1]."""
-        shares: FloatArray = np.unpackbits(self.kept, axis=1, count=len(self.tokens)).mean(axis=0, dtype=np.float32)
+        n_tokens, n_heads = len(self.tokens), sum(len(positions) for positions in self.rows.positions)
+        held = np.concatenate([positions.ravel() for positions in self.rows.positions])
+        shares: FloatArray = (np.bincount(held, minlength=n_tokens)[:n_tokens] / n_heads).astype(np.float32)
         return shares
 
 

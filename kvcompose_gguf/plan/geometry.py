@@ -53,7 +53,7 @@ class CacheState:
         n_cells: size of the cell list, llama.cpp's n_ctx.
         n_cells_alloc: cells with allocated memory.
         n_cells_used: index of the last used cell + 1.
-        n_composed: tokens that were compressed, 0 for a full cache.
+        n_composed: tokens that belong to composites, 0 for a full cache.
         scoring: True while attention scores are collected.
         n_cells_swa: cells of the layers with a sliding window, which are not compressed; 0 if there are none.
         n_bytes: bytes of the K and V buffers of all other layers.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ class KVReport:
         n_kept: number of composite tokens in every layer, int64 ``(n_layer,)``.
         kv_bytes_full: bytes of the context's rows in a full cache.
         kv_bytes_kept: bytes of the kept rows.
-        kv_bytes_before, kv_bytes: bytes allocated for the cache before and now, including room for new tokens.
+        kv_bytes_before, kv_bytes: bytes allocated for the cache, including room for new tokens: the most while the
+            context was read, and now.
         prefill_seconds, score_seconds, plan_seconds, compose_seconds: wall time of the steps.
         n_prefilled: number of tokens that the prefill evaluated; less than ``n_tokens`` if the cache held a prefix.
         scoring_chunk: number of query tokens at a time, as many as ``n_ctx`` allowed; 0: only the prefill's queries.
@@ -26,6 +27,7 @@ class KVReport:
             if its budget does not cover them.
         scoring: how a method that learns got its scores, e.g. ``"predicted, checked 1/8 (agreement 0.90)"``; empty for
             other methods.
+        n_composed: how often the cache was composed; more than once if the context did not fit its budget and a chunk.
     """
 
     n_tokens: int
@@ -43,6 +45,14 @@ class KVReport:
     n_sink: int = 0
     n_recent: int = 0
     scoring: str = ""
+    n_composed: int = 1
+
+    def after(self, earlier: KVReport) -> KVReport:
+        """Returns the figures of a cache that was composed again: the times and counts of both together."""
+        steps = ("prefill_seconds", "score_seconds", "plan_seconds", "compose_seconds")
+        added = {name: getattr(self, name) + getattr(earlier, name) for name in (*steps, "n_composed", "n_prefilled")}
+        peak = max(self.kv_bytes_before, earlier.kv_bytes_before)
+        return replace(self, **added, kv_bytes_before=peak, scoring=earlier.scoring or self.scoring)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values, for ``from_json``."""
@@ -77,4 +87,5 @@ class KVReport:
             f"prefill {self.prefill_seconds:.2f} s, scores {self.score_seconds:.2f} s"
             f"{f' ({self.scoring})' if self.scoring else ''}, "
             f"plan {self.plan_seconds:.3f} s, compose {self.compose_seconds:.3f} s"
+            f"{f' ({self.n_composed} times)' if self.n_composed > 1 else ''}"
         )

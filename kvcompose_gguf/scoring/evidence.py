@@ -55,6 +55,9 @@ class QueryStates:
 class Evidence:
     """The data a method reads: a context in a full cache, and the attention that the method requested.
 
+    While a prompt is read below a ceiling, the evidence is of its newest tokens alone, and has no attention. Then N is
+    their number.
+
     Attributes:
         n_tokens: context tokens N.
         layers: the cached layers, in order.
@@ -65,6 +68,8 @@ class Evidence:
         repeated: the context tokens that were evaluated again at the positions that they have in the whole repeat,
             int32 ``(n,)``.
         queries: for each layer the queries of ``QueryStates``; empty if the method has no ``state_request``.
+        first: position of the first token; 0 unless earlier tokens were read before.
+        length: length of the whole context, as far as it is known; 0: it ends with these tokens.
     """
 
     n_tokens: int
@@ -74,8 +79,12 @@ class Evidence:
     rows: RowReader | None = None
     queries: Sequence[FloatArray] = ()
     repeated: Positions = field(default_factory=lambda: np.empty(0, np.int32))
+    first: int = 0
+    length: int = 0
 
     def __post_init__(self) -> None:
+        if not self.length:
+            object.__setattr__(self, "length", self.first + self.n_tokens)
         if self.attention:
             check_layers("attention", self.attention, [(layer.n_head, self.n_tokens) for layer in self.layers])
 

@@ -2,8 +2,9 @@
 
 Layout, little-endian: MAGIC; uint32 format version; uint32 size of the header in bytes; the header (JSON); the
 sections, each at a multiple of ALIGN bytes; the SHA-256 of everything before it. Sections: ``tokens``, int32;
-``kept``, the plan with one bit per token (``CompositionPlan.bits``), zlib-compressed; ``windows``, the state of the
-sliding-window layers; ``state``, llama.cpp's own bytes, loaded straight from the mapped file.
+``kept``, the tokens of the rows (``Rows.bits``), zlib-compressed; ``scores`` of the rows, float32, layer by layer;
+``windows``, the state of the sliding-window layers; ``state``, llama.cpp's own bytes, loaded straight from the mapped
+file.
 """
 
 from __future__ import annotations
@@ -25,16 +26,18 @@ from ..errors import ConfigError, StateError
 from ..models.identity import Identity
 from ..plan.composed import Composed, Contents
 from ..plan.report import KVReport
+from ..plan.rows import Rows
 from ..support.files import replaced, write_parts
 from .info import SessionInfo, Snapshot
 
-MAGIC, FORMAT = b"KVCSESS\n", 1
+MAGIC, FORMAT = b"KVCSESS\n", 2
 ALIGN = 64
 
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
 #: exceptions that a damaged or foreign header causes in the code below
 _MALFORMED = (
+    ConfigError,
     struct.error,
     ValueError,
     LookupError,
@@ -86,7 +89,9 @@ def _sections_of(contents: Contents) -> list[tuple[str, Any]]:
     composed = contents.composed
     sections: list[tuple[str, Any]] = [("tokens", contents.tokens.astype("<i4"))]
     if composed is not None:
-        sections.append(("kept", zlib.compress(composed.kept.tobytes())))
+        sections.append(("kept", zlib.compress(composed.rows.bits().tobytes())))
+        scores = np.concatenate([scores.ravel() for scores in composed.rows.scores])
+        sections.append(("scores", scores.astype("<f4")))
         if composed.partial is not None:
             sections.append(("windows", composed.partial))
     return [*sections, ("state", contents.state)]
@@ -100,7 +105,8 @@ def _header_of(snapshot: Snapshot, sections: list[tuple[str, Any]], created: flo
         "settings": identity.settings,
         "versions": identity.versions,
         "n_context": 0 if composed is None else len(composed.tokens),
-        "n_heads": 0 if composed is None else len(composed.kept),
+        "n_scored": 0 if composed is None else composed.rows.end,
+        "n_head_kv": [] if composed is None else [len(positions) for positions in composed.rows.positions],
         "method": "" if composed is None else composed.choice,
         "report": None if report is None else report.to_json(),
         "first_image": snapshot.contents.first_image,
@@ -219,11 +225,15 @@ def _snapshot(
     if info.n_context:
         if not 0 < info.n_context <= len(tokens):
             raise ValueError(f"the context has {info.n_context} tokens, the cache {len(tokens)}")
-        n_heads, n_row = int(header["n_heads"]), -(-info.n_context // 8)
-        bits = zlib.decompressobj().decompress(sections["kept"].tobytes(), n_heads * n_row)
-        kept = np.frombuffer(bits, dtype=np.uint8).reshape(n_heads, n_row)
+        n_scored, n_head_kv = int(header["n_scored"]), [int(n) for n in header["n_head_kv"]]
+        if not info.n_context <= n_scored <= len(tokens):
+            raise ValueError(f"{n_scored} tokens were scored, the context has {info.n_context} of {len(tokens)}")
+        n_bytes_head = -(-n_scored // 8)
+        held = zlib.decompressobj().decompress(sections["kept"].tobytes(), sum(n_head_kv) * n_bytes_head)
+        bits = np.frombuffer(held, dtype=np.uint8).reshape(-1, n_bytes_head)
+        rows = Rows.from_bits(n_scored, n_head_kv, bits, sections["scores"].view("<f4").astype(np.float32))
         windows = sections["windows"].tobytes() if "windows" in sections else None
-        composed = Composed(tuple(tokens[: info.n_context].tolist()), info.method, kept, windows)
+        composed = Composed(tuple(tokens[: info.n_context].tolist()), info.method, rows, windows)
     identity = Identity(info.model_name, info.model_id, dict(header["settings"]), info.versions)
     image = header.get("first_image")  # older files have none
     contents = Contents(tokens, sections["state"], composed, info.report, None if image is None else int(image))

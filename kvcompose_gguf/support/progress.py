@@ -29,9 +29,9 @@ class Meter:
         self._report = report
         self._progress: Progress | None = None
 
-    def begin(self, step: Step, n_total: int) -> None:
-        """Starts counting a step of ``n_total`` tokens."""
-        self._progress = Progress(step, 0, n_total)
+    def begin(self, step: Step, n_total: int, n_done: int = 0) -> None:
+        """Starts counting a step of ``n_total`` tokens, or goes on with one after ``n_done`` of them."""
+        self._progress = Progress(step, n_done, n_total)
         self._tell()
 
     def add(self, n_tokens: int) -> None:

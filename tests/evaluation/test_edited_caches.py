@@ -38,8 +38,8 @@ class Edited(tiny.NumpyLlama):
 
     def compose(self, plan: CompositionPlan, values: Any = (), biases: Any = ()) -> None:
         """Hides what the plan evicts, and edits the composites' values and logits."""
-        self.visible, self.factors = [], [np.ones((2, N)) for _ in plan.cells]
-        for l, cells in enumerate(plan.cells):
+        self.visible, self.factors = [], [np.ones((2, N)) for _ in plan.rows]
+        for l, cells in enumerate(plan.rows):
             mask = np.zeros((2, N), dtype=bool)
             for h, kept in enumerate(cells):
                 mask[h, kept] = True
@@ -173,7 +173,7 @@ def test_a_bias_of_log_two_is_the_composite_twice(make_llama, flash_attn, n_room
     stored = np.float16 if flash_attn else np.float64
     llama, model = both(make_llama, stored, flash_attn=flash_attn)
     plan, rng = random_plan(N, [30, 80, 7]), np.random.default_rng(1)
-    biases = [np.where(rng.random(cells.shape) < 0.5, np.log(2), 0).astype(np.float32) for cells in plan.cells]
+    biases = [np.where(rng.random(cells.shape) < 0.5, np.log(2), 0).astype(np.float32) for cells in plan.rows]
     llama.compose(plan, n_room)
     model.compose(plan, biases=biases)
     plain = Edited(tiny.GQA_SOFT, stored=stored)
@@ -198,7 +198,7 @@ def test_tokens_behind_the_composites_get_no_bias(make_llama):
     model.compose(plan)
     llama.eval(QUERY[:-1])
     model.forward(QUERY[:-1])
-    with llama.session.biased([np.full(cells.shape, np.log(5), np.float32) for cells in plan.cells]), llama.session.taps("outputs", 1):  # fmt: skip
+    with llama.session.biased([np.full(cells.shape, np.log(5), np.float32) for cells in plan.rows]), llama.session.taps("outputs", 1):  # fmt: skip
         llama.eval(QUERY[-1:])
         got = llama.session.tapped("outputs", 0, 1)[0]
     _, attention = model.forward(QUERY[-1:])
@@ -211,7 +211,7 @@ def test_tokens_behind_the_composites_get_no_bias(make_llama):
 def test_a_layer_that_keeps_nothing_takes_an_empty_bias(make_llama):
     llama, model = both(make_llama)
     plan = random_plan(N, [0, 80, 7])
-    biases = [np.full(cells.shape, 0.7, np.float32) for cells in plan.cells]
+    biases = [np.full(cells.shape, 0.7, np.float32) for cells in plan.rows]
     llama.compose(plan)
     model.compose(plan, biases=biases)
     with llama.session.biased(biases):

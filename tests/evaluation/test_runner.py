@@ -111,7 +111,7 @@ def test_a_question_in_sight_is_judged_by(make_llama):
     methods = {"snapkv,window=16": [make_method("snapkv,window=16", compression_ratio=0.5)]}
     made = [make_trials(make_llama(), methods, [0.5], CONTEXT, suffix) for suffix in ([], QUESTION)]
     plans = [trials.by_method["snapkv,window=16", 0.5].plan for trials in made]
-    hidden, shown = (plan.cells[0] for plan in plans if plan is not None)
+    hidden, shown = (plan.rows[0] for plan in plans if plan is not None)
     assert set(range(N - 16, N)) <= set(hidden[0])
     assert (hidden != shown).any()
 

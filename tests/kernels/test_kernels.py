@@ -152,12 +152,12 @@ def test_composite_scores_pass_nan_on_as_their_twin_does(agg_head: str, head: in
 
 
 @each_case
-def test_select_cells_equals_its_twin_for_every_count(case: str) -> None:
+def test_select_rows_equals_its_twin_for_every_count(case: str) -> None:
     ranking = reference.rank_tokens(CASES[case])
     for n_kept in range(ranking.shape[1] + 1):
-        twin = reference.select_cells(ranking, n_kept)
+        twin = reference.select_rows(ranking, n_kept)
         assert twin.shape == (ranking.shape[0], n_kept)
-        assert_same(aggregate.select_cells(ranking, n_kept), twin)
+        assert_same(aggregate.select_rows(ranking, n_kept), twin)
 
 
 #
@@ -202,7 +202,7 @@ WRAPPERS: dict[str, tuple[Callable[..., Any], np.ndarray]] = {
     "scores of composite_scores": (lambda array: aggregate.composite_scores(array, INTS, "mean"), FLOATS),
     "ranking of composite_scores": (lambda array: aggregate.composite_scores(FLOATS, array, "mean"), INTS),
     "composites": (lambda array: aggregate.allocate_budget(array, 1), FLOATS),
-    "ranking of select_cells": (lambda array: aggregate.select_cells(array, 1), INTS),
+    "ranking of select_rows": (lambda array: aggregate.select_rows(array, 1), INTS),
     "scores of pool_tokens": (lambda array: aggregate.pool_tokens(array, 3, "mean"), FLOATS),
 }
 

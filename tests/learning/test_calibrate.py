@@ -86,7 +86,7 @@ def test_eviction_errors_are_those_of_one_masked_layer_of_the_twin(make_llama):
 
     for l, error in enumerate(got):
         visible = np.zeros((2, 120), bool)
-        np.put_along_axis(visible, plan.cells[l].astype(int), True, axis=1)
+        np.put_along_axis(visible, plan.rows[l].astype(int), True, axis=1)
         full, lost = outputs(None, l), outputs([visible if i == l else None for i in range(3)], l)
         want = sum(
             float(np.linalg.norm(a - b)) / (float(np.linalg.norm(b)) + 1e-5) for a, b in zip(lost, full, strict=True)

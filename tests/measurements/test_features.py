@@ -186,7 +186,7 @@ def test_scores_are_the_predictions_and_what_kvcompose_makes_of_attention(option
     norms = [np.linalg.norm(evidence.values(l), axis=2) for l in range(2)]
     layers = [replace(layer, n_head=layer.n_head_kv) for layer in evidence.layers]
     want = specified_plan(predicted, layers, norms, compression_ratio=0.7, **options)
-    assert [cells.tolist() for cells in method.plan(evidence).cells] == want
+    assert [cells.tolist() for cells in method.plan(evidence).rows] == want
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -168,5 +168,5 @@ def test_a_pyramid_out_of_its_range_is_refused(options: dict[str, float], messag
 @pytest.mark.parametrize("allocation", [Uniform(), GlobalRanking(), Pyramid(4)], ids=lambda a: type(a).__name__)
 @pytest.mark.parametrize(("n_total", "floor"), [(5, 2), (31, 0), (33, 11), (-1, 0)])
 def test_budgets_that_the_layers_cannot_have_are_refused(allocation: Allocation, n_total: int, floor: int) -> None:
-    with pytest.raises(ConfigError, match=f"{n_total} composites cannot be kept: 3 layers of 10 tokens"):
+    with pytest.raises(ConfigError, match=f"{n_total} composites cannot be kept: 3 layers of 10 rows"):
         allocation.n_kept(equal(3, 10), n_total, floor)

@@ -97,13 +97,13 @@ def test_a_layers_kv_heads_keep_the_same_tokens_unless_each_has_its_own(model):
     method = CompressKV(n_kept=20, calibration=make_calibration(model))
     plan = method.plan(evidence)
     assert plan.n_kept.sum() == 20 * len(evidence.layers)
-    for cells in plan.cells:
+    for cells in plan.rows:
         assert (cells == cells[0]).all()
         assert (cells[:, -8:] == np.arange(52, 60)).all()
     own = CompressKV(n_kept=20, per_head=True, calibration=method.calibration).plan(evidence)
     assert own.n_kept.tolist() == plan.n_kept.tolist()
     if all(layer.n_head_kv > 1 for layer in evidence.layers):
-        assert all((cells != cells[0]).any() for cells in own.cells)
+        assert all((cells != cells[0]).any() for cells in own.rows)
 
 
 def test_the_only_head_of_a_group_judges_alone_when_the_others_never_retrieve():

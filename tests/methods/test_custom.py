@@ -43,7 +43,7 @@ def test_a_custom_scorer_needs_no_request_and_may_return_any_floats() -> None:
 
     method = Custom(n_kept=4, scorer=every_third)
     assert (method.attention_request, method.state_request) == (None, None)
-    for cells in method.plan(evidence).cells:
+    for cells in method.plan(evidence).rows:
         assert cells.tolist() == [[0, 3, 6, 9]] * 2
     assert Custom(n_kept=4, scorer=every_third, states=StateRequest(8)).state_request == StateRequest(8)
 
@@ -115,6 +115,6 @@ def test_a_scorer_is_registered_like_a_built_in_method(monkeypatch: pytest.Monke
     register("by-norm", lambda **options: Custom(scorer=lambda e: KNorm(n_kept=1).scores(e), **options))
     evidence = make_evidence()
     got = make_method("by-norm,n_kept=5").plan(evidence)
-    assert [c.tolist() for c in got.cells] == [c.tolist() for c in KNorm(n_kept=5).plan(evidence).cells]
+    assert [c.tolist() for c in got.rows] == [c.tolist() for c in KNorm(n_kept=5).plan(evidence).rows]
     with pytest.raises(ConfigError, match="'by-norm' is taken"):
         register("by-norm", KNorm)

@@ -66,10 +66,10 @@ def test_evicted_values_join_the_kept_ones_with_the_most_similar_keys(n_kept, ki
     scores = method.scores(evidence)
     assert len(edited.biases) == 0
     np.testing.assert_array_equal(edited.n_kept, plan.n_kept)
-    for a, b in zip(plan.cells, KVCompose(n_kept=n_kept, add_v_norm=True, n_sink=0).plan(evidence).cells, strict=True):
+    for a, b in zip(plan.rows, KVCompose(n_kept=n_kept, add_v_norm=True, n_sink=0).plan(evidence).rows, strict=True):
         np.testing.assert_array_equal(a, b)
     assert n_kept > 1 or 0 in edited.n_kept, "every layer keeps something"
-    for l, cells in enumerate(plan.cells):
+    for l, cells in enumerate(plan.rows):
         want = folded(evidence.keys(l), evidence.values(l), scores[l], cells, share)
         n_embd_head_v = evidence.values(l).shape[2]
         assert edited.values[l].dtype == np.float32
@@ -82,7 +82,7 @@ def test_where_nothing_is_evicted_nothing_is_edited():
     plan, edited = edits_of(Variant(compression_ratio=0.0, fold=1.0, correct=1.0), evidence)
     for l in range(3):
         assert_close(edited.values[l], evidence.values(l), 1e-6)
-        assert_close(edited.biases[l], np.zeros(plan.cells[l].shape), 1e-6)
+        assert_close(edited.biases[l], np.zeros(plan.rows[l].shape), 1e-6)
 
 
 def test_folding_all_into_one_is_the_mean_by_weight():
@@ -112,7 +112,7 @@ def test_kept_logits_are_raised_by_the_logarithm_of_what_was_lost(n_kept, correc
     scores = method.scores(evidence)
     assert len(edited.values) == 0
     assert n_kept > 1 or 0 in edited.n_kept, "every layer keeps something"
-    for l, cells in enumerate(plan.cells):
+    for l, cells in enumerate(plan.rows):
         want = np.empty(cells.shape)
         for h, j in np.ndindex(cells.shape):
             kept = sum(float(scores[l][h, i]) for i in cells[h])
@@ -136,6 +136,6 @@ def test_the_edits_follow_the_given_scores():
     method = Variant(n_kept=9, fold=1.0, correct=1.0)
     given = [s[:, ::-1].copy() for s in method.scores(evidence)]
     plan, edited = edits_of(method, evidence, given)
-    for l, cells in enumerate(plan.cells):
+    for l, cells in enumerate(plan.rows):
         want = folded(evidence.keys(l), evidence.values(l), given[l], cells, 1.0)
         assert_close(edited.values[l], np.array(want), 1e-5)

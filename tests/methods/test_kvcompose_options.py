@@ -147,7 +147,7 @@ def test_floors_larger_than_the_budget_shrink_to_what_it_buys_in_every_layer(
     assert plan.n_kept.sum() == n_total
     assert plan.n_kept.min() >= n_total // 3  # every layer its share
     if "n_sink" in floor:
-        for cells in plan.cells:
+        for cells in plan.rows:
             assert (cells[:, : n_total // 3] == np.arange(n_total // 3)).all()
 
 
@@ -161,7 +161,7 @@ def test_v_norms_are_not_used_without_add_v_norm() -> None:
     attention, layers, v_norms = inputs("continuous")
     with_norms = plan_of(plain(n_kept=6), attention, layers, v_norms)
     without = plan_of(plain(n_kept=6), attention, layers)
-    assert [cells.tolist() for cells in with_norms.cells] == [cells.tolist() for cells in without.cells]
+    assert [cells.tolist() for cells in with_norms.rows] == [cells.tolist() for cells in without.rows]
 
 
 @pytest.mark.parametrize(

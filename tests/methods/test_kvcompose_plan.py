@@ -26,12 +26,12 @@ def assert_as_specified(
     expected = specified_plan(attention, layers, v_norms, **options)
     plan = plan_of(plain(**options), attention, layers, v_norms)
     assert plan.n_tokens == attention[0].shape[1]
-    got = [cells.tolist() for cells in plan.cells]
+    got = [cells.tolist() for cells in plan.rows]
     n_different = max(
         len(set(a) ^ set(b)) for g, e in zip(got, expected, strict=True) for a, b in zip(g, e, strict=True)
     )
     assert got == expected, f"{options}: the largest difference of a head is {n_different} tokens"
-    assert [cells.dtype for cells in plan.cells] == [np.int32] * len(layers)
+    assert [cells.dtype for cells in plan.rows] == [np.int32] * len(layers)
 
 
 #
@@ -88,7 +88,7 @@ def test_each_option_changes_the_kept_tokens(option: dict[str, Any], bought: dic
     attention, layers, v_norms = inputs("continuous")
     default = plan_of(plain(**bought), attention, layers, v_norms)
     changed = plan_of(plain(**bought, **option), attention, layers, v_norms)
-    assert [cells.tolist() for cells in changed.cells] != [cells.tolist() for cells in default.cells]
+    assert [cells.tolist() for cells in changed.rows] != [cells.tolist() for cells in default.rows]
     assert_as_specified(attention, layers, v_norms, bought | option)
 
 
@@ -108,7 +108,7 @@ def test_the_plan_depends_on_the_attention_and_not_on_its_source(option: dict[st
     attention, layers, v_norms = inputs("continuous")
     default = plan_of(plain(n_kept=6), attention, layers, v_norms)
     changed = plan_of(plain(n_kept=6, **option), attention, layers, v_norms)
-    assert [cells.tolist() for cells in changed.cells] == [cells.tolist() for cells in default.cells]
+    assert [cells.tolist() for cells in changed.rows] == [cells.tolist() for cells in default.rows]
 
 
 # sums and means of these values are exact in float32, in any order
@@ -179,7 +179,7 @@ def test_the_heads_of_a_composite_keep_their_own_tokens() -> None:
     for head, tokens in enumerate(favourites):
         attention[head, tokens] = [0.5, 0.25]
     plan = plan_of(plain(n_kept=2, add_mean_across_heads=False), [attention], [layer(4, 4)])
-    assert plan.cells[0].tolist() == favourites
+    assert plan.rows[0].tolist() == favourites
 
 
 def test_the_mean_across_heads_lets_a_token_that_all_heads_need_win() -> None:
@@ -187,8 +187,8 @@ def test_the_mean_across_heads_lets_a_token_that_all_heads_need_win() -> None:
     attention = np.array([[0.5, 0, 0, 0.4], [0, 0.5, 0, 0.4], [0, 0, 0.5, 0.4]], np.float32)
     own = plan_of(plain(n_kept=1, add_mean_across_heads=False), [attention], [layer(3, 3)])
     shared = plan_of(plain(n_kept=1), [attention], [layer(3, 3)])
-    assert own.cells[0].tolist() == [[0], [1], [2]]
-    assert shared.cells[0].tolist() == [[3], [3], [3]]
+    assert own.rows[0].tolist() == [[0], [1], [2]]
+    assert shared.rows[0].tolist() == [[3], [3], [3]]
 
 
 def test_a_layer_that_is_attended_more_keeps_more() -> None:
@@ -202,14 +202,14 @@ def test_a_layer_that_is_attended_more_keeps_more() -> None:
 def test_among_equal_scores_the_first_tokens_of_the_first_layers_stay() -> None:
     equal = [np.full((2, 6), 0.25, np.float32)] * 3
     plan = plan_of(plain(n_kept=3), equal, [layer(2, 2)] * 3)
-    assert [cells.tolist() for cells in plan.cells] == [[list(range(6))] * 2, [list(range(3))] * 2, [[], []]]
+    assert [cells.tolist() for cells in plan.rows] == [[list(range(6))] * 2, [list(range(3))] * 2, [[], []]]
 
 
 def test_a_lower_bound_keeps_the_best_ranks_of_a_layer_that_nobody_attends_to() -> None:
     weak = np.array([[0, 0.01, 0, 0.02, 0, 0]], np.float32)
     strong = np.linspace(0.5, 1, 6, dtype=np.float32)[None]
     plan = plan_of(plain(n_kept=3, keep_token_lower_bound=2), [weak, strong], [layer(1, 1)] * 2)
-    assert [cells.tolist() for cells in plan.cells] == [[[1, 3]], [[2, 3, 4, 5]]]
+    assert [cells.tolist() for cells in plan.rows] == [[[1, 3]], [[2, 3, 4, 5]]]
 
 
 def test_sinks_stay_in_every_head_of_every_layer() -> None:
@@ -218,8 +218,8 @@ def test_sinks_stay_in_every_head_of_every_layer() -> None:
         cells[:, :3] = 0
     without = plan_of(plain(n_kept=6), attention, layers)
     plan = plan_of(plain(n_kept=6, n_sink=3), attention, layers)
-    assert not any((cells < 3).any() for cells in without.cells)
-    for cells in plan.cells:
+    assert not any((cells < 3).any() for cells in without.rows)
+    for cells in plan.rows:
         assert (cells[:, :3] == [0, 1, 2]).all()
     assert plan.n_kept.sum() == without.n_kept.sum()
 
@@ -234,7 +234,7 @@ def test_ratio_zero_keeps_everything() -> None:
     attention, layers, _ = inputs("continuous")
     plan = plan_of(plain(compression_ratio=0.0), attention, layers)
     expected = CompositionPlan.keep_all(23, [4, 2, 4])
-    assert [cells.tolist() for cells in plan.cells] == [cells.tolist() for cells in expected.cells]
+    assert [cells.tolist() for cells in plan.rows] == [cells.tolist() for cells in expected.rows]
 
 
 def test_planning_leaves_its_inputs_as_they_were() -> None:
@@ -252,7 +252,7 @@ def test_planning_leaves_its_inputs_as_they_were() -> None:
 def test_the_arrays_of_a_plan_are_read_only() -> None:
     attention, layers, _ = inputs("continuous")
     plan = plan_of(plain(n_kept=6), attention, layers)
-    assert len(plan.cells) == 3
-    for cells in plan.cells:
+    assert len(plan.rows) == 3
+    for cells in plan.rows:
         with pytest.raises(ValueError, match="read-only"):
             cells[0, 0] = 0

@@ -177,10 +177,10 @@ def test_every_method_spends_exactly_its_budget_and_is_deterministic(name: str, 
         plan = method.plan(evidence)
         assert plan.n_tokens == n_tokens
         assert plan.n_kept.sum() == method.n_composites(evidence.layers, n_tokens)
-        assert [len(cells) for cells in plan.cells] == [layer.n_head_kv for layer in evidence.layers]
+        assert [len(cells) for cells in plan.rows] == [layer.n_head_kv for layer in evidence.layers]
         again = built_in(name, evidence, compression_ratio=ratio).plan(evidence)
-        assert [cells.tolist() for cells in plan.cells] == [cells.tolist() for cells in again.cells]
-        for cells in plan.cells:
+        assert [cells.tolist() for cells in plan.rows] == [cells.tolist() for cells in again.rows]
+        for cells in plan.rows:
             assert (cells[:, : method.n_sink] == np.arange(method.n_sink)).all()
 
 
@@ -195,10 +195,10 @@ def test_every_method_keeps_all_of_a_few_tokens_at_ratio_zero(name: str, n_token
 def test_every_method_keeps_the_sinks_that_it_is_asked_for(name: str) -> None:
     evidence = make_evidence("layers that differ", 60, n_window=2)
     plan = built_in(name, evidence, compression_ratio=0.7, n_sink=7).plan(evidence)
-    for cells in plan.cells:
+    for cells in plan.rows:
         assert (cells[:, :7] == np.arange(7)).all()
     plan = built_in(name, evidence, compression_ratio=0.9, n_sink=7).plan(evidence)  # 17 tokens, at least 5 a layer
-    for cells in plan.cells:
+    for cells in plan.rows:
         assert (cells[:, :5] == np.arange(5)).all()
 
 
@@ -232,7 +232,7 @@ def test_what_the_context_has_of_the_window_is_kept(name: str, n_window: int) ->
     for head in itertools.chain.from_iterable(evidence.attention):
         head[82:] = 0  # by score the window would go
     plan = make_method(name, compression_ratio=0.9, window=8).plan(evidence)
-    for cells in itertools.chain.from_iterable(plan.cells):
+    for cells in itertools.chain.from_iterable(plan.rows):
         assert set(range(90 - n_window, 90)) <= set(cells.tolist())
         assert (cells >= 84).sum() == min(n_window, 6)
 
@@ -259,23 +259,23 @@ def test_pyramidkv_is_snapkv_with_budgets_that_fall() -> None:
 
 def test_tova_keeps_the_same_tokens_in_all_heads() -> None:
     evidence = make_evidence("layers that differ", 50, n_window=1)
-    for cells in TOVA(compression_ratio=0.8).plan(evidence).cells:
+    for cells in TOVA(compression_ratio=0.8).plan(evidence).rows:
         assert (cells == cells[0]).all()
         assert cells[0, -1] == 49
 
 
 def test_streaming_llm_keeps_the_first_and_the_last_tokens() -> None:
-    for cells in StreamingLLM(n_kept=10).plan(make_evidence("GQA", 50)).cells:
+    for cells in StreamingLLM(n_kept=10).plan(make_evidence("GQA", 50)).rows:
         assert cells.tolist() == [[0, 1, 2, 3, *range(44, 50)]] * 2
 
 
 def test_random_tokens_are_other_ones_in_every_head_and_for_every_seed() -> None:
     evidence = make_evidence("MHA", 60)
     plans = [RandomTokens(n_kept=20, seed=seed).plan(evidence) for seed in (0, 1, 0)]
-    heads = [tuple(cells) for plan in plans for layer in plan.cells for cells in layer.tolist()]
+    heads = [tuple(cells) for plan in plans for layer in plan.rows for cells in layer.tolist()]
     assert len(set(heads[:16])) == 16
     assert heads[:8] == heads[16:]
-    kept = np.concatenate([cells.ravel() for plan in plans[:2] for cells in plan.cells])
+    kept = np.concatenate([cells.ravel() for plan in plans[:2] for cells in plan.rows])
     assert abs(kept.mean() - 29.5) < 3
 
 

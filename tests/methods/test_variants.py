@@ -46,7 +46,7 @@ def test_first_and_last_tokens_are_kept_by_every_head_of_every_method(spec, n_si
     method = make_method(spec, compression_ratio=ratio, n_sink=n_sink, n_recent=n_recent)
     plan = method.plan(evidence)
     assert plan.n_kept.sum() == int(3 * 60 * (1 - ratio))
-    for cells in itertools.chain.from_iterable(plan.cells):
+    for cells in itertools.chain.from_iterable(plan.rows):
         assert set(range(n_sink)) | set(range(60 - n_recent, 60)) <= set(cells.tolist())
 
 
@@ -54,23 +54,23 @@ def test_first_and_last_tokens_are_kept_by_every_head_of_every_method(spec, n_si
 def test_more_forced_tokens_than_the_budget_has_are_sinks_first_and_as_many_as_it_buys(spec):
     evidence = make_evidence("layers that differ", 60, n_window=4)
     exact = make_method(spec, n_kept=10, n_sink=3, n_recent=7)
-    for cells in itertools.chain.from_iterable(exact.plan(evidence).cells):
+    for cells in itertools.chain.from_iterable(exact.plan(evidence).rows):
         assert cells.tolist() == [*range(3), *range(53, 60)]
     method = make_method(spec, n_kept=9.9, n_sink=3, n_recent=7)
     assert method.forced(evidence.layers, 60) == (3, 6)
     plan = method.plan(evidence)
     assert plan.n_kept.sum() == 29
-    for cells in itertools.chain.from_iterable(plan.cells):
+    for cells in itertools.chain.from_iterable(plan.rows):
         assert {*range(3), *range(54, 60)} <= set(cells.tolist())
     method = make_method(spec, n_kept=2, n_sink=3, n_recent=7)
     assert method.forced(evidence.layers, 60) == (2, 0)
-    for cells in itertools.chain.from_iterable(method.plan(evidence).cells):
+    for cells in itertools.chain.from_iterable(method.plan(evidence).rows):
         assert cells.tolist() == [0, 1]
 
 
 def test_last_tokens_are_kept_before_the_rest_of_a_window_that_the_budget_has_no_room_for():
     evidence = make_evidence("GQA", 60, n_window=16)
-    for cells in itertools.chain.from_iterable(SnapKV(n_kept=8, window=16, n_recent=4).plan(evidence).cells):
+    for cells in itertools.chain.from_iterable(SnapKV(n_kept=8, window=16, n_recent=4).plan(evidence).rows):
         assert set(range(56, 60)) <= set(cells.tolist())
 
 
@@ -232,7 +232,7 @@ def test_a_variant_without_an_idea_is_kvcompose():
     assert not len(trial.values)
     assert not len(trial.biases)
     assert trial.plan is not None
-    for cells, same in zip(trial.plan.cells, plain.plan(evidence).cells, strict=True):
+    for cells, same in zip(trial.plan.rows, plain.plan(evidence).rows, strict=True):
         np.testing.assert_array_equal(cells, same)
 
 

@@ -40,7 +40,7 @@ def some_plan(config: tiny.TinyConfig) -> CompositionPlan:
 
 def visible_of(plan: CompositionPlan, config: tiny.TinyConfig) -> list[np.ndarray | None]:
     visible: list[np.ndarray | None] = [None] * config.n_layer
-    for il, cells in zip(full_layers(config), plan.cells, strict=True):
+    for il, cells in zip(full_layers(config), plan.rows, strict=True):
         seen = np.zeros((config.n_head_kv, N), dtype=bool)
         np.put_along_axis(seen, cells, True, axis=1)
         visible[il] = seen

@@ -17,7 +17,7 @@ N = 300
 def masked(config: tiny.TinyConfig, context: list[int], plan: CompositionPlan) -> NumpyLlama:
     """Returns the numpy model after the context; later tokens cannot see what the plan drops."""
     visible: list[np.ndarray | None] = []
-    for cells in plan.cells:
+    for cells in plan.rows:
         mask = np.zeros((config.n_head_kv, N), dtype=bool)
         np.put_along_axis(mask, cells, True, axis=1)
         visible.append(mask)
@@ -129,7 +129,7 @@ def test_rows_are_moved_byte_by_byte(make_llama, cache):
     for which in "kv":
         after = rows(which)
         for h in range(config.n_head_kv):
-            np.testing.assert_array_equal(after[:77, h], before[which][plan.cells[1][h], h])
+            np.testing.assert_array_equal(after[:77, h], before[which][plan.rows[1][h], h])
 
 
 def test_layers_are_allocated_at_their_own_size(make_llama):

@@ -30,7 +30,7 @@ def test_composing_moves_bytes_and_the_model_goes_on(make_llama, k, v, flash_att
     llama.context.prefill(tiny.tokens(CONFIG, N))
     before = [[stored_rows(llama, il, which).copy() for which in "kv"] for il in range(3)]
     llama.session.compose(PLAN, n_room=16)
-    for il, cells in enumerate(PLAN.cells):
+    for il, cells in enumerate(PLAN.rows):
         for was, which in zip(before[il], "kv", strict=True):
             now = stored_rows(llama, il, which)
             for h in range(2):

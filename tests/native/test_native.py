@@ -30,18 +30,19 @@ def lib():
     return bindings.declare(llama_cpp.llama_cpp._lib)
 
 
-def compose(lib, llama, n_tokens=N, n_kept=(4, 4, 4), cells=None, n_total=None, gather=None) -> int:
+def compose(lib, llama, n_tokens=N, n_kept=(4, 4, 4), rows=None, n_total=None, gather=None, n_tail=0) -> int:
     kept = np.array(n_kept, dtype=np.uint32)
-    if cells is None:
-        cells = np.concatenate([np.tile(np.arange(n, dtype=np.int32), 2) for n in n_kept])
-    cells = np.ascontiguousarray(cells, dtype=np.int32)
+    if rows is None:
+        rows = np.concatenate([np.tile(np.arange(n, dtype=np.int32), 2) for n in n_kept])
+    rows = np.ascontiguousarray(rows, dtype=np.int32)
     return lib.llama_kvc_compose(
         ctypes.cast(llama.ctx, ctypes.c_void_p),
         n_tokens,
+        n_tail,
         len(kept),
         kept.ctypes.data_as(bindings.c_uint32_p),
-        cells.ctypes.data_as(bindings.c_int32_p),
-        cells.size if n_total is None else n_total,
+        rows.ctypes.data_as(bindings.c_int32_p),
+        rows.size if n_total is None else n_total,
         16,
         gather_function().address if gather is None else gather,  # type: ignore[attr-defined]
     )
@@ -54,18 +55,21 @@ ASCENDING = np.tile(np.arange(4), 6)
     ("arguments", "status", "words"),
     [
         ({"n_kept": (4, 4)}, bindings.ERR_ARGUMENT, "3 layers"),
-        ({"n_kept": (4, N + 1, 4)}, bindings.ERR_ARGUMENT, "of 300 tokens"),
+        ({"n_kept": (4, N + 1, 4)}, bindings.ERR_ARGUMENT, "of 300 rows"),
         ({"n_kept": (0, 0, 0)}, bindings.ERR_ARGUMENT, "nothing to keep"),
         ({"n_tokens": 0}, bindings.ERR_ARGUMENT, "nothing to keep"),
         ({"n_tokens": N - 1}, bindings.ERR_STATE, "300 tokens"),
-        ({"cells": np.where(ASCENDING == 3, N, ASCENDING)}, bindings.ERR_ARGUMENT, "not in [0, 300)"),
-        ({"cells": np.where(ASCENDING == 0, -1, ASCENDING)}, bindings.ERR_ARGUMENT, "not in [0, 300)"),
-        ({"cells": ASCENDING[::-1]}, bindings.ERR_ARGUMENT, "not ascending"),
-        ({"cells": np.zeros(24)}, bindings.ERR_ARGUMENT, "not ascending"),
+        ({"rows": np.where(ASCENDING == 3, N, ASCENDING)}, bindings.ERR_ARGUMENT, "not in [0, 300)"),
+        ({"rows": np.where(ASCENDING == 0, -1, ASCENDING)}, bindings.ERR_ARGUMENT, "not in [0, 300)"),
+        ({"rows": ASCENDING[::-1]}, bindings.ERR_ARGUMENT, "not ascending"),
+        ({"rows": np.zeros(24)}, bindings.ERR_ARGUMENT, "not ascending"),
         ({"n_total": 23}, bindings.ERR_ARGUMENT, "23 entries"),
-        ({"cells": np.zeros(25), "n_kept": (4, 4, 4)}, bindings.ERR_ARGUMENT, "ascending"),
-        ({"cells": np.append(ASCENDING, 0)}, bindings.ERR_ARGUMENT, "25 entries"),
+        ({"rows": np.zeros(25), "n_kept": (4, 4, 4)}, bindings.ERR_ARGUMENT, "ascending"),
+        ({"rows": np.append(ASCENDING, 0)}, bindings.ERR_ARGUMENT, "25 entries"),
         ({"gather": 0}, bindings.ERR_ARGUMENT, "NULL"),
+        ({"n_tail": N}, bindings.ERR_ARGUMENT, "nothing to compose"),
+        ({"n_tail": 5}, bindings.ERR_ARGUMENT, "with the last 5"),
+        ({"n_tail": 2}, bindings.ERR_ARGUMENT, "head 0 does not keep its last 2 rows"),
     ],
 )
 def test_a_bad_compose_is_refused_and_changes_nothing(lib, llama, arguments, status, words):
@@ -94,7 +98,7 @@ def test_null_and_wrong_sizes_are_arguments_too(lib, llama):
     assert lib.llama_kvc_get_tensor(ctx, 0, 1, buffer, 2**63, 2**63) == bindings.ERR_ARGUMENT
 
 
-def test_scoring_twice_composing_while_scoring_and_composing_twice_are_refused(lib, llama):
+def test_scoring_twice_and_composing_while_scoring_are_refused(lib, llama):
     session = llama.session
     plan = CompositionPlan.keep_all(N, [2, 2, 2])
     with (
@@ -106,8 +110,6 @@ def test_scoring_twice_composing_while_scoring_and_composing_twice_are_refused(l
     with session.scoring("max", N, 1 << 20), pytest.raises(StateError, match="scoring is on"):
         session.compose(plan)
     session.compose(plan)
-    with pytest.raises(StateError, match="composed already"):
-        session.compose(plan)
     with pytest.raises(StateError, match="composed"), session.scoring("max", N, 1 << 20):
         pass
 

@@ -11,8 +11,8 @@ from support import tiny
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import ConfigError, KVCompose
-from kvcompose_gguf.compression import attend
 from kvcompose_gguf.llama_base import llama_cpp
+from kvcompose_gguf.reading import attend
 from kvcompose_gguf.scoring import requests
 from kvcompose_gguf.scoring.requests import AttentionRequest, Repeat
 

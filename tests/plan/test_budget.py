@@ -214,6 +214,6 @@ def test_a_smaller_ratio_keeps_every_token_that_a_larger_one_keeps(
         for ratio in sorted((a, b), reverse=True)
     )
     assert (fewer.n_kept <= more.n_kept).all()
-    for cells_fewer, cells_more in zip(fewer.cells, more.cells, strict=True):
+    for cells_fewer, cells_more in zip(fewer.rows, more.rows, strict=True):
         for head_fewer, head_more in zip(cells_fewer, cells_more, strict=True):
             assert set(head_fewer) <= set(head_more)

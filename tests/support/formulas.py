@@ -139,7 +139,7 @@ def assert_scores(method: Method, evidence: Evidence, expected: Scores) -> list[
 def assert_plan(method: Method, evidence: Evidence, scores: list[np.ndarray], n_kept: list[int]) -> None:
     """Checks that each head keeps its sinks, then its highest scores, lowest index first."""
     plan = method.plan(evidence)
-    for cells, rows, n in zip(plan.cells, scores, n_kept, strict=True):
+    for cells, rows, n in zip(plan.rows, scores, n_kept, strict=True):
         for kept, row in zip(cells, rows, strict=True):
             order = sorted(range(evidence.n_tokens), key=lambda i: (i >= method.n_sink, -float(row[i]), i))
             assert kept.tolist() == sorted(order[:n])

@@ -144,7 +144,7 @@ def test_a_mask_shows_what_it_says(make_llama):
     plan = random_plan(N, [100, 100, 100])
     biases = [np.full((2, N), -np.inf, dtype=np.float32) for _ in range(3)]
     for l in range(3):
-        np.put_along_axis(biases[l], plan.cells[l].astype(np.int64), 0, axis=1)
+        np.put_along_axis(biases[l], plan.rows[l].astype(np.int64), 0, axis=1)
     with compressed(llama, state, Trial(plan)):
         want = llama.eval_logits(QUESTION)
     with compressed(llama, state, Trial(None, biases=biases)):

@@ -3,7 +3,8 @@
 // The state that compression adds to a llama_kv_cache. A cache without it (kvc == nullptr) runs llama.cpp's own code only.
 //
 // Layers are aligned on the right. n_max is the largest n_kept of all layers. Cells [0, n_max) hold composites, and new
-// tokens follow. Layer ikv has no rows for the cells below off = n_max - n_kept[ikv], so cell i is its row i - off.
+// tokens follow. Layer ikv has no rows for the cells below off = n_max - n_kept[ikv], so cell i is its row i - off. A
+// composed cache can be composed again: then its rows are composites and the tokens behind them.
 //
 // ikv counts the layers that have a cache, il counts all layers of the model.
 //
@@ -47,9 +48,10 @@ public:
 
     struct plan {
         uint32_t                     n_tokens;
+        uint32_t                     n_tail; // last tokens, which stay as they are in every head
         uint32_t                     n_room; // free cells to allocate behind the composites
         std::vector<uint32_t>        n_kept; // [n_layer]
-        std::vector<const int32_t *> cells;  // [n_layer] of [n_head_kv][n_kept]; the caller's memory
+        std::vector<const int32_t *> rows;   // [n_layer] of [n_head_kv][n_kept]; the caller's memory
         llama_kvc_gather_t           gather;
     };
 
@@ -193,8 +195,8 @@ private:
     // layers that have the same offset and number of rows share their indices
     struct group { uint32_t off; uint32_t n_rows; };
 
-    // The rows of a layer that stay: those in cells [n_head_kv][n], or the first n if there is no gather.
-    struct kept_rows { uint32_t n; const int32_t * cells; llama_kvc_gather_t gather; };
+    // The rows of a layer that stay: those in from [n_head_kv][n], or the first n if there is no gather.
+    struct kept_rows { uint32_t n; const int32_t * from; llama_kvc_gather_t gather; };
 
     // the tensors of one layer in a buffer of their own
     struct layer_tensors;
@@ -247,7 +249,7 @@ private:
 
     uint64_t n_epoch = 1;
 
-    uint32_t              n_past  = 0; // tokens composed, 0: not composed
+    uint32_t              n_past  = 0; // tokens that belong to composites, 0: not composed
     uint32_t              n_alloc = 0; // cells that every layer has room for
     std::vector<uint32_t> offs;        // [n_layer], empty: all are 0
     std::vector<uint32_t> group_of;    // [n_layer]

@@ -5,9 +5,6 @@
 #include "ggml-backend.h"
 
 std::string llama_kvc::check_compose(uint32_t n_tokens) const {
-    if (composed()) {
-        return "the cache is composed already, clear it first";
-    }
     if (scoring()) {
         return "scoring is on, end it first";
     }
@@ -17,12 +14,16 @@ std::string llama_kvc::check_compose(uint32_t n_tokens) const {
     if (cells.get_has_shift()) {
         return "a position shift is pending";
     }
-    if (cells.used_max_p1() != n_tokens || cells.get_used() != n_tokens) {
-        return format("the cache holds %u tokens in %u cells, not the %u tokens given", cells.get_used(), cells.used_max_p1(), n_tokens);
+    const uint32_t n_cells = cells.used_max_p1();
+
+    if (cells.get_used() != n_cells || n_cells > n_tokens || (!composed() && n_cells != n_tokens)) {
+        return format("the cache holds %u tokens in %u cells, not the %u tokens given", cells.get_used(), n_cells, n_tokens);
     }
-    for (uint32_t i = 0; i < n_tokens; ++i) {
-        if (cells.pos_get(i) != (llama_pos) i || cells.seq_count(i) != 1 || !cells.seq_has(i, 0)) {
-            return format("cell %u is not position %u of sequence 0 alone", i, i);
+    // the composites of an earlier compose end at their context's last position, so all positions are consecutive
+    const uint32_t first = n_tokens - n_cells;
+    for (uint32_t i = 0; i < n_cells; ++i) {
+        if (cells.pos_get(i) != (llama_pos) (first + i) || cells.seq_count(i) != 1 || !cells.seq_has(i, 0)) {
+            return format("cell %u is not position %u of sequence 0 alone", i, first + i);
         }
     }
 
@@ -48,13 +49,13 @@ void llama_kvc::compose() {
     for (uint32_t ikv = 0; ikv < n_layer; ++ikv) {
         offs_new[ikv] = n_max - p->n_kept[ikv];
     }
-    n_past = p->n_tokens;
+    n_past = p->n_tokens - p->n_tail;
     offs.swap(offs_new);
 
     // one layer after the other, so that the peak of memory is the old cache and one layer
     for (uint32_t ikv = 0; ikv < n_layer; ++ikv) {
         const uint32_t  n_rows_new = n_alloc_new - offs[ikv];
-        const kept_rows rows       = { p->n_kept[ikv], p->cells[ikv], p->gather };
+        const kept_rows rows       = { p->n_kept[ikv], p->rows[ikv], p->gather };
 
         // the kept rows always fit where they are: without memory for new tensors the layer stays large, but is composed
         if (n_rows_new == n_rows(ikv) || !rebuild(ikv, n_rows_new, rows)) {

@@ -47,8 +47,8 @@ void move_first(const uint8_t * src, uint8_t * dst, uint32_t n, const strides & 
     }
 }
 
-void move_gathered(const uint8_t * src, uint8_t * dst, uint32_t n, const int32_t * cells, llama_kvc_gather_t gather, const strides & from, const strides & to) {
-    gather(src, dst, cells, from.n_head, n, from.n_chunk, from.n_bytes,
+void move_gathered(const uint8_t * src, uint8_t * dst, uint32_t n, const int32_t * rows, llama_kvc_gather_t gather, const strides & from, const strides & to) {
+    gather(src, dst, rows, from.n_head, n, from.n_chunk, from.n_bytes,
             from.cell, from.head, from.chunk, to.cell, to.head, to.chunk);
 }
 
@@ -125,7 +125,7 @@ void llama_kvc::move_tensors(uint32_t ikv, const layer_tensors & dst, const kept
         uint8_t       * to_data   = is_host ? (uint8_t       *) to->data   : to_host.data();
 
         if (rows.gather) {
-            move_gathered(from_data, to_data, rows.n, rows.cells, rows.gather, s_from, s_to);
+            move_gathered(from_data, to_data, rows.n, rows.from, rows.gather, s_from, s_to);
         } else {
             move_first(from_data, to_data, rows.n, s_from, s_to);
         }
@@ -186,7 +186,7 @@ void llama_kvc::gather_in_place(uint32_t ikv, const kept_rows & rows, std::vecto
         if (!is_host) {
             ggml_backend_tensor_get(t, data, 0, ggml_nbytes(t));
         }
-        move_gathered(data, data, rows.n, rows.cells, rows.gather, s, s);
+        move_gathered(data, data, rows.n, rows.from, rows.gather, s, s);
         if (!is_host) {
             ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
         }

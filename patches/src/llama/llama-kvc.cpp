@@ -136,39 +136,47 @@ int32_t llama_kvc_reserve(llama_context * ctx, uint32_t n_cells) {
 // compose
 //
 
-// fails if the cells of one layer are not strictly ascending within a head, or not below n_tokens
-static void check_cells(uint32_t ikv, const int32_t * cells, size_t n, uint32_t n_kept, uint32_t n_tokens) {
-    for (size_t i = 0; i < n; ++i) {
-        const bool first = i % n_kept == 0;
-        if (cells[i] < 0 || (uint32_t) cells[i] >= n_tokens || (!first && cells[i] <= cells[i - 1])) {
-            fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u: cell %d is not in [0, %u) or not ascending", ikv, cells[i], n_tokens));
+// fails if the rows of one layer are not below n_used and strictly ascending within a head, or do not end with its last n_tail
+static void check_rows(uint32_t ikv, const int32_t * rows, uint32_t n_head_kv, uint32_t n_kept, uint32_t n_used, uint32_t n_tail) {
+    for (uint32_t h = 0; h < n_head_kv; ++h) {
+        const int32_t * head = rows + size_t(h)*n_kept;
+        for (uint32_t j = 0; j < n_kept; ++j) {
+            if (head[j] < 0 || (uint32_t) head[j] >= n_used || (j > 0 && head[j] <= head[j - 1])) {
+                fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u: row %d is not in [0, %u) or not ascending", ikv, head[j], n_used));
+            }
+        }
+        // they ascend, so the rows behind this one are the last ones, too
+        if (n_tail > 0 && (uint32_t) head[n_kept - n_tail] != n_used - n_tail) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u: head %u does not keep its last %u rows", ikv, h, n_tail));
         }
     }
 }
 
 // divides the caller's array among the layers of the plan; fails if it does not fit them
-static void set_cells(const cache & c, llama_kvc::plan & plan, const int32_t * cells, size_t n_cells_total) {
+static void set_rows(const cache & c, llama_kvc::plan & plan, const int32_t * rows, size_t n_rows_total) {
     const auto & hparams = c.ctx.get_model().hparams;
     const auto   ids     = c.kv.get_layer_ids();
 
     size_t offset = 0;
     for (uint32_t ikv = 0; ikv < plan.n_kept.size(); ++ikv) {
-        const uint32_t n_kept = plan.n_kept[ikv];
-        if (n_kept > plan.n_tokens) {
-            fail(LLAMA_KVC_ERR_ARGUMENT, format("n_kept[%u] = %u of %u tokens", ikv, n_kept, plan.n_tokens));
+        const uint32_t n_kept    = plan.n_kept[ikv];
+        const uint32_t n_used    = c.kvc().n_rows_used(ikv);
+        const uint32_t n_head_kv = hparams.n_head_kv(ids[ikv]);
+        if (n_kept > n_used || n_kept < plan.n_tail) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("n_kept[%u] = %u of %u rows, with the last %u", ikv, n_kept, n_used, plan.n_tail));
         }
 
-        const size_t n = size_t(hparams.n_head_kv(ids[ikv]))*n_kept;
-        if (n > n_cells_total - offset) {
-            fail(LLAMA_KVC_ERR_ARGUMENT, format("cells has %zu entries, layer %u ends at %zu", n_cells_total, ikv, offset + n));
+        const size_t n = size_t(n_head_kv)*n_kept;
+        if (n > n_rows_total - offset) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("rows has %zu entries, layer %u ends at %zu", n_rows_total, ikv, offset + n));
         }
 
-        check_cells(ikv, cells + offset, n, n_kept, plan.n_tokens);
-        plan.cells.push_back(cells + offset);
+        check_rows(ikv, rows + offset, n_head_kv, n_kept, n_used, plan.n_tail);
+        plan.rows.push_back(rows + offset);
         offset += n;
     }
-    if (offset != n_cells_total) {
-        fail(LLAMA_KVC_ERR_ARGUMENT, format("cells has %zu entries, n_kept needs %zu", n_cells_total, offset));
+    if (offset != n_rows_total) {
+        fail(LLAMA_KVC_ERR_ARGUMENT, format("rows has %zu entries, n_kept needs %zu", n_rows_total, offset));
     }
 }
 
@@ -197,15 +205,16 @@ static void apply(const cache & c, llama_kvc::plan plan) {
 int32_t llama_kvc_compose(
         llama_context    * ctx,
         uint32_t           n_tokens,
+        uint32_t           n_tail,
         uint32_t           n_layer,
         const uint32_t   * n_kept,
-        const int32_t    * cells,
-        size_t             n_cells_total,
+        const int32_t    * rows,
+        size_t             n_rows_total,
         uint32_t           n_room,
         llama_kvc_gather_t gather) {
     return with_cache(ctx, [&](const cache & c) {
-        if (!n_kept || !cells || !gather) {
-            fail(LLAMA_KVC_ERR_ARGUMENT, "n_kept, cells or gather is NULL");
+        if (!n_kept || !rows || !gather) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, "n_kept, rows or gather is NULL");
         }
         if (n_layer != c.kv.get_layer_ids().size()) {
             fail(LLAMA_KVC_ERR_ARGUMENT, format("n_layer = %u, the cache has %zu layers", n_layer, c.kv.get_layer_ids().size()));
@@ -213,14 +222,20 @@ int32_t llama_kvc_compose(
         if (n_tokens == 0 || *std::max_element(n_kept, n_kept + n_layer) == 0) {
             fail(LLAMA_KVC_ERR_ARGUMENT, "nothing to keep: n_tokens or every n_kept is 0");
         }
+        if (n_tail >= n_tokens) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, format("n_tail = %u of %u tokens leaves nothing to compose", n_tail, n_tokens));
+        }
 
         const std::string why = c.kvc().check_compose(n_tokens);
         if (!why.empty()) {
             fail(LLAMA_KVC_ERR_STATE, why);
         }
+        if (n_tokens - n_tail < c.kvc().n_composed()) {
+            fail(LLAMA_KVC_ERR_STATE, format("the last %u tokens are not plain tokens: %u of %u are composed", n_tail, c.kvc().n_composed(), n_tokens));
+        }
 
-        llama_kvc::plan plan = { n_tokens, n_room, { n_kept, n_kept + n_layer }, {}, gather };
-        set_cells(c, plan, cells, n_cells_total);
+        llama_kvc::plan plan = { n_tokens, n_tail, n_room, { n_kept, n_kept + n_layer }, {}, gather };
+        set_rows(c, plan, rows, n_rows_total);
         apply(c, std::move(plan));
     });
 }

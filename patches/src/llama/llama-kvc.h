@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 4
+#define LLAMA_KVC_ABI 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -54,7 +54,7 @@ struct llama_kvc_cache_info {
     uint32_t n_cells;       // cells of the cache: n_ctx, padded
     uint32_t n_cells_alloc; // cells that every layer has room for
     uint32_t n_cells_used;  // index of the last used cell + 1
-    uint32_t n_composed;    // tokens that were composed; 0: the cache is not composed
+    uint32_t n_composed;    // tokens that belong to composites and cannot be removed; 0: the cache is not composed
     int32_t  scoring;       // 1 between llama_kvc_scores_begin and llama_kvc_scores_end
     uint32_t n_cells_swa;   // cells of the layers with a sliding window, which are not compressed; 0: no such layers
     uint64_t n_bytes;       // bytes of all K and V buffers, without those of the layers with a sliding window
@@ -79,14 +79,14 @@ struct llama_kvc_layer_info {
 };
 
 // Copies rows. For every head h, chunk c and j < n_kept it copies n_bytes bytes
-//   from src + cells[h*n_kept + j]*src_cell + h*src_head + c*src_chunk
-//   to   dst + j*dst_cell                   + h*dst_head + c*dst_chunk
-// cells are strictly ascending within a head. src may equal dst, so j must run upwards.
+//   from src + rows[h*n_kept + j]*src_row + h*src_head + c*src_chunk
+//   to   dst + j*dst_row                  + h*dst_head + c*dst_chunk
+// rows are strictly ascending within a head. src may equal dst, so j must run upwards.
 typedef void (*llama_kvc_gather_t)(
-        const uint8_t * src, uint8_t * dst, const int32_t * cells,
+        const uint8_t * src, uint8_t * dst, const int32_t * rows,
         int64_t n_head, int64_t n_kept, int64_t n_chunk, int64_t n_bytes,
-        int64_t src_cell, int64_t src_head, int64_t src_chunk,
-        int64_t dst_cell, int64_t dst_head, int64_t dst_chunk);
+        int64_t src_row, int64_t src_head, int64_t src_chunk,
+        int64_t dst_row, int64_t dst_head, int64_t dst_chunk);
 
 //
 // library
@@ -209,23 +209,27 @@ LLAMA_API int32_t llama_kvc_rope(struct llama_context * ctx, uint32_t ikv, float
 // compose
 //
 
-// Replaces the first n_tokens cells by composites: row j of layer ikv gets, for every head, its j-th kept cell. The cells
-// must be the whole cache: sequence 0 at the positions [0, n_tokens). An error leaves the cache as it was.
-//   n_layer  the cache's number of layers
-//   n_kept   [n_layer], at most n_tokens each, and not all 0
-//   cells    int32 [n_head_kv][n_kept[ikv]] for one layer after the other; in [0, n_tokens), strictly ascending within a head
-//   n_cells_total  number of entries in cells
-//   n_room   free cells to allocate behind the composites; the cache grows if a decode needs more
-//   gather   copies the rows
-//   ERR_ARGUMENT  a pointer is NULL, or n_layer, n_kept or cells do not fit this cache
-//   ERR_STATE     the cache holds other tokens, is composed, or scoring is on
+// Replaces the rows of all layers by some of them: row j of layer ikv gets, for every head, its j-th kept row. The cache
+// must hold sequence 0 alone, up to position n_tokens - 1. If it is composed already, its rows are composites and the tokens
+// behind them. An error leaves the cache as it was.
+//   n_tokens  tokens that the cache stands for
+//   n_tail    so many last tokens are kept in every head, and stay plain tokens, which can be removed; below n_tokens
+//   n_layer   the cache's number of layers
+//   n_kept    [n_layer], at least n_tail and at most the used rows of each layer, and not all 0
+//   rows      int32 [n_head_kv][n_kept[ikv]] for one layer after the other; in [0, n_rows_used), strictly ascending in a head
+//   n_rows_total  number of entries in rows
+//   n_room    free cells to allocate behind the composites; the cache grows if a decode needs more
+//   gather    copies the rows
+//   ERR_ARGUMENT  a pointer is NULL, or n_tail, n_layer, n_kept or rows do not fit this cache
+//   ERR_STATE     the cache holds other tokens, the tail has composites, or scoring is on
 LLAMA_API int32_t llama_kvc_compose(
         struct llama_context * ctx,
         uint32_t               n_tokens,
+        uint32_t               n_tail,
         uint32_t               n_layer,
         const uint32_t       * n_kept,
-        const int32_t        * cells,
-        size_t                 n_cells_total,
+        const int32_t        * rows,
+        size_t                 n_rows_total,
         uint32_t               n_room,
         llama_kvc_gather_t     gather);
 

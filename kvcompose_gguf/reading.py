@@ -1,0 +1,198 @@
+"""Reads a context into the cache in parts: each is scored when it was read, and the cache composed before the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from .context import START_CELLS, Context
+from .methods.base import Method, choice_of
+from .native.rows import ContextRows, NewRows
+from .plan import seam
+from .plan.geometry import LayerGeometry
+from .plan.report import KVReport
+from .plan.rows import Rows
+from .scoring.collect import Attention
+from .scoring.evidence import Evidence
+from .scoring.requests import CHUNK, AttentionRequest, StateRequest
+from .support.timing import Stopwatch, timed
+
+
+def attend(
+    context: Context,
+    tokens: Sequence[int],
+    request: AttentionRequest | None,
+    suffix: Sequence[int] = (),
+    max_bytes: int = 64 << 20,
+) -> Attention:
+    """Prefills ``tokens`` and returns the attention that ``request`` asks for, if any (``AttentionRequest.collect``).
+
+    Args:
+        suffix: tokens that follow the context in its prompt.
+        max_bytes: limit of the working memory, not counting the scores.
+    """
+    if request is None:
+        n_prefilled, seconds = timed(lambda: context.prefill(tokens))
+        return Attention([], n_prefilled, seconds, 0.0, 0)
+    try:
+        return request.collect(context, tokens, suffix, context.vocabulary.tokens, max_bytes)
+    finally:
+        context.forget_logits()  # the last logits belong to another decode
+
+
+def evidence_of(context: Context, tokens: Sequence[int], attention: Attention, states: StateRequest | None) -> Evidence:
+    """Returns the evidence of a full cache that holds ``tokens``."""
+    queries = [] if states is None else states.collect(context, tokens)
+    rows, layers = ContextRows(context.session, len(tokens)), context.session.layers
+    return Evidence(len(tokens), layers, attention.layers, attention.n_window, rows, queries, attention.repeated)
+
+
+def first_part(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
+    """Returns how many tokens of a context are read before any is evicted: all, unless the method ``streams``."""
+    n_rows = method.n_composites(layers, n_tokens) // len(layers)
+    if not method.streams or n_tokens + START_CELLS <= n_rows + method.chunk:
+        return n_tokens
+    return min(n_tokens, most_tokens(method, layers, n_tokens))
+
+
+def most_tokens(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
+    """Returns how many tokens a full cache may have, so that pieces of them can be repeated on top of it."""
+    return max(START_CELLS, most_cells(method, layers, n_tokens) - CHUNK)
+
+
+def most_cells(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
+    """Returns how many cells a full cache may have: those of the budget and a chunk, in llama.cpp's steps."""
+    n_rows = method.n_composites(layers, n_tokens) // len(layers)
+    return max(2, (n_rows + method.chunk) // START_CELLS) * START_CELLS
+
+
+class Reading:
+    """One context on its way into a cache: what has been read, scored and composed of it so far.
+
+    Args:
+        n_tokens: number of tokens of the whole context, which decides the budget.
+    Attributes:
+        method: the method, with what this context has taught it.
+        rows: the rows of the cache, with their scores.
+        n_composed: how often the cache was composed.
+    """
+
+    def __init__(self, context: Context, method: Method, n_tokens: int) -> None:
+        self._context, self._layers, self._n_tokens = context, context.session.layers, n_tokens
+        self._choice = choice_of(method)
+        self._n_total = method.n_composites(self._layers, n_tokens)
+        self._n_sink, self._n_recent = method.forced(self._layers, n_tokens)
+        self.method = method.informed()
+        self.rows = Rows.of_tokens([np.zeros((layer.n_head_kv, 0), np.float32) for layer in self._layers])
+        self.n_composed = 0
+        self._attention = Attention([], 0, 0.0, 0.0, 0)
+        self._clock, self._n_read, self._peak = Stopwatch(), 0, 0
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Reads tokens into a full cache, and scores nothing."""
+        self._attention = attend(self._context, tokens, None)
+        self._look()
+
+    def begin(self, tokens: Sequence[int], suffix: Sequence[int] = ()) -> None:
+        """Reads the first tokens into a full cache, and scores them with all evidence that the method asks for."""
+        method, time = self.method, self._clock.time
+        self._attention = attend(self._context, tokens, method.attention_request, suffix, method.max_score_bytes)
+        if len(tokens) < self._n_tokens:
+            self._context.session.reserve(most_cells(method, self._layers, self._n_tokens))
+        self._look()
+        evidence = time("scores", lambda: evidence_of(self._context, tokens, self._attention, method.state_request))
+        self.method = time("scores", partial(method.taught_by, evidence))
+        self.rows = Rows.of_tokens(time("scores", partial(self.method.scores, evidence)))
+
+    def resume(self, tokens: Sequence[int]) -> bool:
+        """Goes on from the compressed beginning of ``tokens`` in the cache; returns False if there is none."""
+        composed = self._context.composed
+        if composed is None or composed.choice != self._choice or not self.method.can_score_alone(self._layers):
+            return False
+        if tuple(tokens[: len(composed.tokens)]) != composed.tokens:
+            return False
+        self._context.rewind(seam.common_prefix(self._context.tokens, tokens))
+        composed = self._context.composed
+        if composed is None:  # this cache could not go back
+            return False
+        self.rows = composed.rows
+        self.method = self.method.taught_by(self._evidence(0, 0))  # nothing, but the method must not ask for more
+        self.score()
+        return True
+
+    def go_on(self, tokens: Sequence[int]) -> None:
+        """Reads the rest of ``tokens``, chunk by chunk; composes the cache before a chunk that does not fit."""
+        n_first, n_chunk = self._context.n_tokens, self.method.chunk
+        if n_first < len(tokens):
+            self._context.meter.begin("reading", len(tokens), n_first)
+        for first in range(n_first, len(tokens), n_chunk):
+            if self.rows.n_rows.sum() > self._n_total:
+                # a context that is interrupted here has no name, so nobody continues it: its budget is another
+                self.compose(n_chunk, choice="", n_fresh=self.method.n_fresh)
+            chunk = tokens[first : first + n_chunk]
+            self._clock.time("prefill", partial(self._context.extend, chunk))
+            self._n_read += len(chunk)
+            self.score()
+        if n_first < len(tokens):
+            self._context.forget_logits()
+
+    def score(self) -> None:
+        """Scores the tokens of the cache that have no scores."""
+        self._look()
+        first = self.rows.end
+        if first < self._context.n_tokens:
+            evidence = self._evidence(first, self._context.n_tokens - first)
+            scores = self._clock.time("scores", partial(self.method.scores, evidence))
+            self.rows = self.rows.followed_by(Rows.of_tokens(scores, first))
+
+    def compose(self, n_room: int, choice: str | None = None, n_fresh: int = 0, n_tail: int = 0) -> None:
+        """Composes the cache to its budget.
+
+        Args:
+            n_room: free cells to leave.
+            choice: name under which the context continues; None: that of the method.
+            n_fresh: so many of the newest tokens stay in every head, but at most a quarter of the budget.
+            n_tail: so many of the newest tokens stay, and can still be removed, but at most half of the budget.
+        """
+        n_rows = self._n_total // len(self._layers)
+        n_tail = min(n_tail, n_rows // 2, n_rows - self._n_sink)
+        n_fresh = max(self._n_recent, n_tail, min(n_fresh, n_rows // 4, n_rows - self._n_sink))
+        choose = partial(
+            self.method.choose, self.rows, self._context.n_tokens, self._n_total, self._n_sink, n_fresh, n_tail
+        )
+        plan = self._clock.time("plan", choose)
+        choice = self._choice if choice is None else choice
+        self._clock.time("compose", partial(self._context.compose, plan, choice, n_room, self.rows))
+        self.rows, self.n_composed = self.rows.kept(plan), self.n_composed + 1
+
+    def report(self) -> KVReport:
+        """Returns the figures so far."""
+        n_kept = self.rows.n_rows if self.n_composed else np.full(len(self._layers), self._n_tokens)
+        n_bytes_row = [layer.n_bytes_row for layer in self._layers]
+        return KVReport(
+            n_tokens=self._n_tokens,
+            n_kept=n_kept,
+            n_sink=self._n_sink if self.n_composed else 0,
+            n_recent=self._n_recent if self.n_composed else 0,
+            kv_bytes_full=self._n_tokens * sum(n_bytes_row),
+            kv_bytes_kept=int(sum(n * size for n, size in zip(n_kept, n_bytes_row, strict=True))),
+            kv_bytes_before=self._peak,
+            kv_bytes=self._context.session.state().n_bytes,
+            prefill_seconds=self._attention.prefill_seconds + self._clock.seconds["prefill"],
+            score_seconds=self._attention.score_seconds + self._clock.seconds["scores"],
+            plan_seconds=self._clock.seconds["plan"],
+            compose_seconds=self._clock.seconds["compose"],
+            n_prefilled=self._attention.n_prefilled + self._n_read,
+            scoring_chunk=self._attention.chunk,
+            scoring=self.method.note,
+            n_composed=self.n_composed,
+        )
+
+    def _evidence(self, first: int, n: int) -> Evidence:
+        """Returns the evidence of the newest ``n`` tokens of the cache, from position ``first`` on."""
+        return Evidence(n, self._layers, rows=NewRows(self._context.session, n), first=first, length=self._n_tokens)
+
+    def _look(self) -> None:
+        self._peak = max(self._peak, self._context.session.state().n_bytes)

@@ -1,0 +1,219 @@
+"""Budgets that hold while a prompt is read, while an answer is written, and over the turns of a conversation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support import tiny
+from support.llamas import greedy, last_logits
+from support.tiny import NumpyLlama
+
+from kvcompose_gguf import KVCompose
+from kvcompose_gguf.methods import KNorm, SnapKV, StreamingLLM
+from kvcompose_gguf.plan.rows import Rows
+
+CONFIG = tiny.GQA
+TOKENS = tiny.tokens(CONFIG, 900, seed=21)
+#: 300 rows a layer on average, composed when there are 64 more
+OPTIONS: dict[str, Any] = {
+    "n_kept": 300, "chunk": 64, "n_fresh": 16, "n_answer": 40, "min_tokens": 100, "keep_last": 8, "n_sink": 2,
+    "allocation": "global",
+}  # fmt: skip
+RATIO: dict[str, Any] = {**OPTIONS, "n_kept": None, "compression_ratio": 0.6}
+
+
+class Watched:
+    """A Llama on a tiny model that notes every compose, and the largest number of bytes of its cache."""
+
+    def __init__(self, llama: Any) -> None:
+        self.llama, self.n_evaluated, self.peak = llama, 0, 0
+        self.composed: list[tuple[int, Rows]] = []
+        compose, context = llama.context.compose, llama.context
+
+        def noted(plan: Any, choice: str = "", n_room: int = 256, rows: Rows | None = None) -> None:
+            self.look()
+            compose(plan, choice, n_room, rows)
+            self.composed.append((plan.n_tokens, context.composed.rows))
+
+        def through(decode: Any, n_tokens: int) -> None:
+            decode()
+            self.n_evaluated += n_tokens
+            self.look()
+
+        context.compose, context.through = noted, through
+
+    def look(self) -> None:
+        self.peak = max(self.peak, self.llama.kv_bytes)
+
+    @property
+    def n_rows_most(self) -> float:
+        """Rows a layer, on average, that the cache ever had memory for."""
+        return self.peak / int(sum(layer.n_bytes_row for layer in self.llama.kv_layers))
+
+    def logits(self) -> np.ndarray:
+        """Returns what numpy computes for the last token, with masks in place of every compose."""
+        model, tokens, n_done = NumpyLlama(CONFIG), self.llama.context.tokens, 0
+        for n_tokens, rows in self.composed:
+            model.forward(tokens[n_done:n_tokens])
+            model.visible = []
+            for positions in rows.positions:
+                mask = np.zeros((len(positions), n_tokens), dtype=bool)
+                np.put_along_axis(mask, positions.astype(np.int64), True, axis=1)
+                model.visible.append(mask)
+            n_done = n_tokens
+        logits: np.ndarray = model.forward(tokens[n_done:])[0][-1]
+        return logits
+
+
+@pytest.fixture
+def watched(make_llama: Any) -> Any:
+    return lambda method, **kwargs: Watched(make_llama(CONFIG, method, n_batch=64, n_ctx=2048, **kwargs))
+
+
+METHODS = [
+    KNorm(**OPTIONS),
+    StreamingLLM(**OPTIONS),
+    KNorm(**RATIO),
+    StreamingLLM(
+        **RATIO,
+    ),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{type(m).__name__}-{m.n_kept or m.compression_ratio}")
+def test_a_long_prompt_is_composed_again_and_again_while_it_is_read(watched: Any, method: Any) -> None:
+    seen = watched(method)
+    report = seen.llama.compress(TOKENS)
+    n_rows = int(method.n_composites(seen.llama.kv_layers, len(TOKENS)) / 3)
+    assert report.n_composed == len(seen.composed) > 5
+    assert report.n_kept.sum() == n_rows * 3 == sum(seen.llama.session.n_rows_used())
+    assert seen.n_evaluated == report.n_prefilled == len(TOKENS)
+    # a full cache grows in steps of 256 cells
+    assert seen.n_rows_most <= max(n_rows + method.chunk, 512) * 1.02
+    assert seen.llama.n_context == len(TOKENS)
+    seen.llama.eval(tiny.tokens(CONFIG, 10, seed=3))
+    assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
+
+
+def test_what_is_kept_has_the_best_scores_of_all_that_was_read(watched: Any) -> None:
+    """Whatever was evicted on the way has a lower score than what is left, except for the newest tokens on the way."""
+    seen = watched(StreamingLLM(**{**OPTIONS, "allocation": "uniform"}))
+    seen.llama.compress(TOKENS)
+    want = [0, 1, *range(900 - 298, 900)]
+    for positions in seen.llama.context.composed.rows.positions:
+        assert positions.tolist() == [want] * CONFIG.n_head_kv
+
+
+@pytest.mark.parametrize("n_prompt", [90, 250, 900])
+def test_a_long_answer_stays_below_the_budget_and_a_chunk(watched: Any, n_prompt: Any) -> None:
+    seen = watched(KNorm(**OPTIONS))
+    said = greedy(seen.llama, TOKENS[:n_prompt], 700)
+    assert len(said) == 700
+    assert seen.n_rows_most <= 512 * 1.02
+    assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
+    assert seen.llama.context.tokens == [*TOKENS[:n_prompt], *said][: n_prompt + 699]
+    assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
+    held = seen.llama.context.composed
+    newest = np.arange(held.rows.end - 40, held.rows.end)
+    for positions in held.rows.positions:  # the newest tokens are in every head, and can be removed
+        assert (positions[:, -40:] == newest).all()
+    assert len(held.tokens) == held.rows.end - 40
+    assert seen.llama.kv_report.n_composed == len(seen.composed)
+    assert seen.llama.kv_report.n_tokens == held.rows.end
+
+
+def test_a_conversation_reads_only_what_is_new(watched: Any) -> None:
+    seen, conversation = watched(KNorm(**OPTIONS)), list(TOKENS[:600])
+    for turn in range(12):
+        conversation += tiny.tokens(CONFIG, 50, seed=turn)
+        before = seen.n_evaluated
+        said = greedy(seen.llama, conversation, 30)
+        # all but the last token of an answer are evaluated
+        n_new = len(conversation) if not turn else 50 + 1
+        assert seen.n_evaluated - before == n_new + 29, turn
+        conversation += said
+    assert seen.llama.context.tokens == conversation[:-1]
+    assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
+    assert seen.n_rows_most <= 512 * 1.02
+
+
+def test_a_conversation_that_has_doubled_is_compressed_again_without_reading_it_again(watched: Any) -> None:
+    seen, conversation = watched(KNorm(**RATIO)), list(TOKENS[:400])
+    greedy(seen.llama, conversation, 4)
+    assert seen.llama.n_context == 392
+    conversation = seen.llama.context.tokens + tiny.tokens(CONFIG, 500, seed=5)
+    before = seen.n_evaluated
+    greedy(seen.llama, conversation, 4)
+    assert seen.n_evaluated - before == 500 + 3
+    n_context = len(conversation) - 8
+    assert seen.llama.n_context == n_context
+    assert seen.llama.context.composed.rows.n_rows.sum() == int(3 * n_context * 0.4)
+    assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
+
+
+def test_an_answer_can_be_taken_back_as_far_as_its_newest_tokens(watched: Any) -> None:
+    seen = watched(KNorm(**OPTIONS))
+    said = greedy(seen.llama, TOKENS, 200)
+    context = seen.llama.context
+    n_context, end = len(context.composed.tokens), context.composed.rows.end
+    assert n_context > len(TOKENS)
+    other = [*TOKENS, *said][: end - 20] + tiny.tokens(CONFIG, 30, seed=8)
+    before = seen.n_evaluated
+    greedy(seen.llama, other, 3)
+    assert seen.n_evaluated - before == 30 + 2
+    assert context.composed.rows.end == end - 20
+
+    # before them, it is read again
+    before = seen.n_evaluated
+    greedy(seen.llama, [*other[: n_context - 1], 7, 8], 3)
+    assert seen.n_evaluated - before == n_context + 1 + 2
+
+
+def test_an_error_between_two_composes_leaves_nothing_that_is_continued(watched: Any) -> None:
+    seen = watched(KNorm(**OPTIONS))
+    through, calls = seen.llama.context.through, []
+
+    def failing(decode: Any, n_tokens: int) -> None:
+        calls.append(n_tokens)
+        if len(calls) == 9:
+            raise MemoryError
+        through(decode, n_tokens)
+
+    seen.llama.context.through = failing
+    with pytest.raises(MemoryError):
+        seen.llama.compress(TOKENS)
+    assert seen.composed
+    seen.llama.context.through = through
+    del seen.composed[:]
+    before = seen.n_evaluated
+    assert greedy(seen.llama, [*TOKENS, *TOKENS[:8]], 3)
+    assert seen.n_evaluated - before == len(TOKENS) + 8 + 2
+    assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
+
+
+def test_a_method_that_needs_the_whole_prompt_reads_it_as_before(watched: Any) -> None:
+    seen = watched(SnapKV(**{**OPTIONS, "window": 16, "n_recent": 0}))
+    assert seen.llama.context.ceiling is None
+    report = seen.llama.compress(TOKENS)
+    assert (report.n_composed, len(seen.composed)) == (1, 1)
+    assert seen.n_rows_most >= len(TOKENS)
+
+
+def test_predicted_scores_keep_a_ceiling_too(watched: Any, kept: Any) -> None:
+    method = KVCompose(**{**OPTIONS, "allocation": None})
+    seen = watched(method)
+    for _ in range(3):  # the first prompts teach
+        seen.llama.compress(TOKENS)
+        seen.llama.reset()
+    del seen.composed[:]
+    seen.peak = 0
+    report = seen.llama.compress(TOKENS)
+    assert report.scoring.startswith("predicted")
+    assert report.n_composed == len(seen.composed) > 5
+    assert report.n_kept.sum() == 900
+    assert seen.n_rows_most <= 512 * 1.02
+    greedy(seen.llama, [*TOKENS, 5, 6, 7], 300)
+    assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
+    assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
