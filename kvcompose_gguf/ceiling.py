@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .context import START_CELLS, Context
 from .methods.base import Method
 from .plan.composed import Composed
+from .plan.geometry import LayerGeometry
 from .reading import Reading, most_cells, most_tokens
+
+
+def ceiling_bytes(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
+    """Returns the largest number of bytes that a cache of a method that ``has_ceiling`` may have for ``n_tokens``."""
+    n_bytes_row = [layer.n_bytes_row for layer in layers]
+    return method.n_composites(layers, n_tokens) * max(n_bytes_row) + method.chunk * sum(n_bytes_row)
 
 
 class Ceiling:
@@ -28,6 +37,11 @@ class Ceiling:
     def chunk(self) -> int:
         """Returns the largest number of tokens that there is room for at once."""
         return self._method.chunk
+
+    @property
+    def n_bytes(self) -> int:
+        """Returns the largest number of bytes that the cache may have."""
+        return ceiling_bytes(self._method, self._layers, self._context.n_ctx)
 
     @property
     def n_cells_full(self) -> int:

@@ -58,11 +58,14 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
     return context.report
 
 
-def prepare(context: Context, tokens: Sequence[int], method: Method | None) -> None:
+def prepare(context: Context, tokens: Sequence[int], method: Method | None, again: bool = True) -> None:
     """Makes the cache hold the compressed beginning of a prompt, from which a generation continues.
 
     A context that ``method`` has compressed is continued if the prompt begins with it. Otherwise the prompt's beginning
     is compressed, if it is long enough.
+
+    Args:
+        again: compress a context again if it ``has_grown``, and the method can do so without reading it again.
     """
     composed = context.composed
     if composed is not None:
@@ -70,9 +73,9 @@ def prepare(context: Context, tokens: Sequence[int], method: Method | None) -> N
         # sampling needs the last token's logits, so at least one token must be left to evaluate
         continues = len(tokens) > n_context and tuple(tokens[:n_context]) == composed.tokens
         if continues and composed.choice == choice_of(method):
-            n_compressed = len(tokens) - max(1, method.keep_last) if method else 0
-            if method is not None and method.streams and has_grown(len(tokens), n_context, method):
-                compress(context, tokens[:n_compressed], method, tokens[n_compressed:])
+            if again and method is not None and method.streams and has_grown(len(tokens), n_context, method):
+                n_context = len(tokens) - max(1, method.keep_last)
+                compress(context, tokens[:n_context], method, tokens[n_context:])
                 return
             n_same = seam.common_prefix(context.tokens, tokens)
             if composed.partial is not None and n_same < context.n_tokens:

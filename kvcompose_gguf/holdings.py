@@ -25,6 +25,10 @@ class Room(Protocol):
         """Largest number of tokens that there is room for at once."""
 
     @property
+    def n_bytes(self) -> int:
+        """Largest number of bytes that the cache may have."""
+
+    @property
     def n_cells_full(self) -> int:
         """Number of tokens that a full cache may have."""
 

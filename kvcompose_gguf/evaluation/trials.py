@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..compression import compress
 from ..methods import Method
 from ..plan.trial import Trial
+from ..reading import first_part
 from ..scoring.requests import AttentionRequest, StateRequest
 from ..support.timing import timed
 
@@ -65,18 +67,28 @@ def make_trials(
 ) -> Trials:
     """Reads ``context`` into an empty cache; collects each request, and scores each method, once.
 
+    A method that composes the cache while it reads this context reads it once more for every ratio.
+
     Args:
         methods: for every name one method per ratio, which differ only in the ratio.
         suffix: tokens that follow the context in its prompt.
     """
     requests: dict[Request, list[str]] = {}
+    trials: dict[tuple[str, float], Trial] = {}
+    seconds: dict[str, float] = {}
     for spec, for_ratio in methods.items():
-        requests.setdefault(Request.of(for_ratio[0]), []).append(spec)
+        if all(first_part(method, llama.kv_layers, len(context)) == len(context) for method in for_ratio):
+            requests.setdefault(Request.of(for_ratio[0]), []).append(spec)
+            continue
+        for ratio, method in zip(ratios, for_ratio, strict=True):
+            llama.reset()
+            report = compress(llama.context, context, method)
+            seconds[spec] = seconds.get(spec, 0.0) + report.score_seconds / len(ratios)
+            trials[spec, ratio] = Trial(None, state=llama.save_state())
+        llama.reset()
     in_order = sorted(requests, key=lambda request: not request.scores_while_reading)
     first_reads = bool(in_order) and in_order[0].scores_while_reading
     prefill_seconds = 0.0 if first_reads else timed(lambda: llama.prefill(context))[1]
-    trials: dict[tuple[str, float], Trial] = {}
-    seconds: dict[str, float] = {}
     for request in in_order:
         specs = requests[request]
         evidence, elapsed = timed(partial(llama.observe, context, methods[specs[0]][0], suffix))
@@ -97,7 +109,7 @@ def compressed(llama: Llama, state: Any, trial: Trial) -> Iterator[Callable[[], 
     """Loads the full cache of ``state`` and applies ``trial``; yields a function that restores this state."""
 
     def restore() -> None:
-        llama.load_state(state)
+        llama.load_state(state if trial.state is None else trial.state)
         if trial.plan is not None:
             llama.compose(trial.plan)
         if len(trial.values):

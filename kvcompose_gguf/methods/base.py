@@ -42,6 +42,7 @@ class Method:
         n_kept: tokens kept per layer, on average over layers.
         n_sink, n_recent: number of first and last context tokens that every head keeps. If the budget does not cover
             them in every layer, recent tokens are dropped before sinks (``KVReport`` has the numbers kept).
+        protect_first: number of first tokens that every head keeps, e.g. those of a system prompt; as ``n_sink``.
         keep_last: number of last prompt tokens that are not compressed, but evaluated on top of the compressed context.
             The papers have no prompt after the context. In a chat the last tokens are the question, so they stay whole.
         min_tokens: shorter contexts are not compressed.
@@ -65,6 +66,7 @@ class Method:
     n_kept: float | None = None
     n_sink: int = 0
     n_recent: int = 0
+    protect_first: int = 0
     keep_last: int = 32
     min_tokens: int = 256
     max_score_bytes: int = 64 << 20
@@ -81,7 +83,7 @@ class Method:
             object.__setattr__(self, "max_kv_bytes", parse_bytes("max_kv_bytes", self.max_kv_bytes))
         check_integer("max_kv_bytes", self.max_kv_bytes, optional=True)
         for name in (
-            "n_sink", "n_recent", "n_fresh", "n_answer", "keep_last", "min_tokens",
+            "n_sink", "n_recent", "protect_first", "n_fresh", "n_answer", "keep_last", "min_tokens",
             "max_score_bytes", "n_room", "chunk",
         ):  # fmt: skip
             check_integer(name, getattr(self, name))
@@ -95,7 +97,7 @@ class Method:
             check_positive(name, getattr(self, name))
         if self.n_room >= 1 << 31:
             raise ConfigError(f"n_room={self.n_room} is not below 2^31")
-        for name in ("n_sink", "n_recent", "keep_last", "n_fresh", "n_answer"):
+        for name in ("n_sink", "n_recent", "protect_first", "keep_last", "n_fresh", "n_answer"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         if isinstance(self.allocation, str):
@@ -207,7 +209,7 @@ class Method:
         They rank first, so every layer keeps at least their sum.
         """
         most = min(self.n_composites(layers, n_tokens) // len(layers), n_tokens)
-        n_sink = min(self.n_sink, most)
+        n_sink = min(max(self.n_sink, self.protect_first), most)
         return n_sink, min(self.n_recent, most - n_sink)
 
     def check_budget(self, layers: Sequence[LayerGeometry]) -> None:
@@ -287,6 +289,14 @@ def choice_of(method: Method | None) -> str:
 def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:
     """Returns whether more tokens follow a compressed context than it has. Then everything is compressed again.
 
-    So every token of a growing conversation is read three times at most, and at most about half is not compressed.
+    So at most about half of a growing conversation is not compressed.
     """
     return method is not None and n_tokens - n_context - method.keep_last > max(n_context, method.min_tokens)
+
+
+def is_read_again(n_tokens: int, n_context: int, method: Method | None) -> bool:
+    """Returns whether a conversation has grown so much that it is read again from its beginning.
+
+    Every token is read three times at most. A method that ``streams`` reads none again: it composes what is there.
+    """
+    return method is not None and not method.streams and has_grown(n_tokens, n_context, method)

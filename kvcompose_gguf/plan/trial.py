@@ -23,15 +23,21 @@ class Trial:
             empty: they keep their values.
         biases: the terms added to the logits of the rows for each layer, float32 ``(n_head_kv, n_rows)``, minus
             infinity for hidden rows; empty: no terms.
+        state: the compressed cache itself, as ``Llama.save_state`` returns it, if it was composed again and again while
+            the context was read; then there is no plan.
     """
 
     plan: CompositionPlan | None
     values: Sequence[FloatArray] = ()
     biases: Sequence[FloatArray] = ()
+    state: Any = None
 
     @property
     def n_kept(self) -> npt.NDArray[Any]:
         """Returns how many tokens every layer keeps, the mean over its heads if these differ, ``(n_layer,)``."""
+        if self.state is not None:
+            n_rows: npt.NDArray[Any] = self.state.kv_composed.rows.n_rows
+            return n_rows
         if self.plan is not None:
             return self.plan.n_kept
         return np.array([(biases > -np.inf).sum(axis=1).mean() for biases in self.biases])

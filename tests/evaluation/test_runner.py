@@ -7,11 +7,12 @@ import pytest
 from support import tiny
 
 from kvcompose_gguf import ConfigError, KVCompose, UnsupportedError
+from kvcompose_gguf.compression import compress
 from kvcompose_gguf.evaluation import runner, suites
 from kvcompose_gguf.evaluation.options import EvalOptions
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
 from kvcompose_gguf.evaluation.runner import evaluate
-from kvcompose_gguf.evaluation.trials import Request, make_trials
+from kvcompose_gguf.evaluation.trials import Request, compressed, make_trials
 from kvcompose_gguf.evaluation.worker import SampleJob, SampleWorker
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.unstructured import Unstructured
@@ -114,6 +115,26 @@ def test_a_question_in_sight_is_judged_by(make_llama):
     hidden, shown = (plan.rows[0] for plan in plans if plan is not None)
     assert set(range(N - 16, N)) <= set(hidden[0])
     assert (hidden != shown).any()
+
+
+def test_a_method_that_composes_while_it_reads_is_judged_by_that_cache(make_llama):
+    spec = "knorm,chunk=64,n_fresh=8,min_tokens=64"
+    methods = {spec: [make_method(spec, compression_ratio=ratio) for ratio in (0.9, 0.95)]}
+    llama = make_llama()
+    made = make_trials(llama, methods, [0.9, 0.95], CONTEXT)
+    assert llama.context.composed is None
+    assert llama.context.tokens == CONTEXT
+    other, state = make_llama(), llama.save_state()
+    for ratio, method in zip((0.9, 0.95), methods[spec], strict=True):
+        trial = made.by_method[spec, ratio]
+        report = compress(other.context, CONTEXT, method)
+        assert report.n_composed > 1
+        assert trial.n_kept.tolist() == report.n_kept.tolist()
+        with compressed(llama, state, trial):
+            assert llama.session.n_rows_used() == report.n_kept.tolist()
+            held, same = (each.context.composed for each in (llama, other))
+            for a, b in zip(held.rows.positions, same.rows.positions, strict=True):
+                np.testing.assert_array_equal(a, b)
 
 
 def test_passkeys_are_hidden_at_all_depths_in_turn(model_path):

@@ -9,6 +9,7 @@ import pytest
 from support import tiny
 from support.serving import CONFIG, METHOD, post
 
+from kvcompose_gguf.methods import KNorm
 from kvcompose_gguf.server.api.errors import ApiError
 from kvcompose_gguf.server.routes.slots import slot_filename
 
@@ -33,6 +34,21 @@ def test_prompts_are_compressed_as_the_server_or_the_request_says(start):
     assert "kv" not in post(client, "/completion", **short)["timings"]
     slots = [slot for slot in client.get("/slots").json() if slot.get("kv_bytes")]
     assert slots
+
+
+def test_a_slot_with_a_ceiling_stays_below_it_and_says_so(start):
+    client = start(method=KNorm(n_kept=300, chunk=64, n_fresh=8, n_answer=32, min_tokens=64, keep_last=8))
+    conversation = tiny.tokens(CONFIG, 600)
+    options = {"n_predict": 60, "temperature": 0, "return_tokens": True, "id_slot": 0}
+    for turn in range(4):
+        body = post(client, "/completion", prompt=conversation, **options)
+        # only what is new is read: the next turn's tokens, and the last one of the answer
+        assert body["timings"]["prompt_n"] == (600 if not turn else 21)
+        conversation = [*conversation, *body["tokens"], *tiny.tokens(CONFIG, 20, seed=turn)]
+    slot = client.get("/slots").json()[0]
+    assert 0 < slot["kv_bytes"] <= slot["kv_bytes_ceiling"] * 1.02
+    assert slot["kv_bytes_ceiling"] == (300 + 64) * slot["kv_bytes_full"] // slot["n_prompt_tokens"]
+    assert slot["kv_bytes_full"] > 2 * slot["kv_bytes_ceiling"]
 
 
 def test_what_is_kept_of_a_context_is_told(start):

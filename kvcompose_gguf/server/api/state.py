@@ -61,6 +61,8 @@ def slot_state(slot: Slot) -> dict[str, Any]:
             "n_decoded": 0 if slot.is_idle else task.n_decoded,
         }],
         "kv_bytes": slot.kv_bytes,
+        "kv_bytes_ceiling": None if llama.context.ceiling is None else llama.context.ceiling.n_bytes,
+        "kv_bytes_full": slot.kv_bytes_full,
         "kv": compression(llama.kv_report) if llama.n_context and llama.kv_report is not None else None,
     }  # fmt: skip
     return body

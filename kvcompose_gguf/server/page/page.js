@@ -103,7 +103,9 @@ async function refresh() {
   }
   const kv = slot.kv, mb = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
   at("summary").textContent = `Slot ${slot.id}: ${kv.n_tokens} tokens, ${(100 * kv.ratio).toFixed(0)} % of their cache removed. ` +
-    `${mb(kv.bytes)} instead of ${mb(kv.bytes_full)}, ${mb(slot.kv_bytes)} allocated. Scoring took ${(kv.score_ms / 1000).toFixed(2)} s.`;
+    `${mb(kv.bytes)} instead of ${mb(kv.bytes_full)}, ${mb(slot.kv_bytes)} allocated` +
+    (slot.kv_bytes_ceiling ? `, never more than ${mb(slot.kv_bytes_ceiling)}` : "") +
+    `. Scoring took ${(kv.score_ms / 1000).toFixed(2)} s.`;
   kv.n_kept.forEach((n, layer) => {
     const whole = document.createElement("div"), part = document.createElement("div");
     part.style.height = `${100 * n / kv.n_tokens}%`;

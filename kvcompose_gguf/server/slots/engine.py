@@ -11,6 +11,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+from ...ceiling import ceiling_bytes
 from ...errors import ConfigError, UnsupportedError
 from .embedder import Embedder
 from .idle import IdleCaches
@@ -203,9 +204,14 @@ class Engine:
             )
 
     def _bytes_of(self, job: Job) -> int:
-        """Returns the bytes of a cache that holds the job's tokens before they are compressed."""
+        """Returns the largest number of bytes of a cache while the job runs."""
         # a cache grows by a quarter at a time, and scoring needs a chunk of cells on top
-        return max(self._empty_bytes, (job.n_tokens * 5 // 4 + N_SCRATCH) * self._cell_bytes)
+        n_bytes = (job.n_tokens * 5 // 4 + N_SCRATCH) * self._cell_bytes
+        if job.method is not None and job.method.has_ceiling:
+            layers = self.slots[0].llama.kv_layers
+            # composing holds one layer twice
+            n_bytes = min(n_bytes, ceiling_bytes(job.method, layers, job.n_tokens) * (len(layers) + 1) // len(layers))
+        return max(self._empty_bytes, n_bytes)
 
     def _make_room(self, slot: Slot, job: Job) -> bool:
         """Start to evict idle caches until a job fits; returns False if it has to wait for running jobs."""

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ...errors import StateError
 from ...methods import Method
-from ...methods.base import choice_of, has_grown
+from ...methods.base import choice_of, is_read_again
 from .saved import SlotFile, describe, restore, save
 from .slot_llama import SlotLlama
 
@@ -117,7 +117,7 @@ class IdleCaches:
             n_context = len(entry.context)
             return (
                 entry.composed_by == choice and entry.n_tokens <= most and n_context < n_tokens
-                and (entry.is_document or not has_grown(n_tokens, n_context, asked.method))
+                and (entry.is_document or not is_read_again(n_tokens, n_context, asked.method))
                 and llama.begins(asked.tokens, entry.context)
             )  # fmt: skip
 

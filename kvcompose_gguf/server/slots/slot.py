@@ -77,7 +77,7 @@ class Slot:
         self.id = number
         self.check: Callable[[], None] = lambda: None
         self.on_decode: Callable[[int], None] = lambda n_tokens: None
-        self.n_decodes = self.kv_bytes = 0
+        self.n_decodes = self.kv_bytes = self._n_bytes_token = 0
         self.busy_since: float | None = None
         self.last_used = 0.0
         self.reserved = 0
@@ -123,6 +123,12 @@ class Slot:
         """Set ``kv_bytes``. Call it only while nothing changes the cache. Stays 0 for models without compression."""
         with contextlib.suppress(UnsupportedError):
             self.kv_bytes = self.llama.kv_bytes
+            self._n_bytes_token = sum(layer.n_bytes_row for layer in self.llama.kv_layers)
+
+    @property
+    def kv_bytes_full(self) -> int:
+        """Bytes that a full cache would have for the tokens so far."""
+        return self.llama.n_tokens * self._n_bytes_token
 
     def forget(self) -> None:
         """Empty the cache. The slot has to be idle."""

@@ -14,7 +14,7 @@ from ...compression import prepare
 from ...kernels.types import FloatArray
 from ...llama import Llama
 from ...methods import Method
-from ...methods.base import choice_of, has_grown
+from ...methods.base import choice_of, is_read_again
 from ...plan import seam
 from ...plan.composed import Composed
 from ...plan.report import KVReport
@@ -95,7 +95,7 @@ class SlotLlama(Llama):
     def continuation(self, tokens: Sequence[int], method: Method | None, reuse: bool = True) -> Continuation:
         """Returns how a prompt can continue from the cache.
 
-        It cannot if another method compressed the context, or if the conversation ``has_grown``.
+        It cannot if another method compressed the context, or if the conversation ``is_read_again``.
 
         Args:
             method: the method that compresses the prompt.
@@ -114,7 +114,7 @@ class SlotLlama(Llama):
     def _may_continue(self, composed: Composed, n_tokens: int, method: Method | None) -> bool:
         if composed.choice != choice_of(method):
             return False
-        return self.is_document or not has_grown(n_tokens, len(composed.tokens), method)
+        return self.is_document or not is_read_again(n_tokens, len(composed.tokens), method)
 
     def _n_reusable(self, tokens: Sequence[int]) -> int:
         """Returns how many tokens of a prompt are in the cache, whatever method compressed it."""
@@ -135,7 +135,7 @@ class SlotLlama(Llama):
         if not n_before:
             self.reset()
         before = self.kv_report
-        prepare(self.context, tokens, method)
+        prepare(self.context, tokens, method, again=not self.is_document)
         if self.kv_report is not before and self.kv_report is not None:
             n_before = self.n_context - self.kv_report.n_prefilled
         n_same = self.context.rewind(self._n_reusable(tokens))
