@@ -33,9 +33,9 @@ def observe(context: Context, tokens: Sequence[int], method: Method, suffix: Seq
 def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Sequence[int] = ()) -> KVReport:
     """Prefills and compresses ``tokens``; a context below ``method.min_tokens`` stays full.
 
-    A method that ``streams`` never has more rows in the cache than its budget and a chunk: it reads as many tokens as
-    fit, and from there on composes the cache before each chunk. What it has compressed already is not read again if the
-    tokens begin with it.
+    A method that reads in parts never has more rows in the cache than its budget and a chunk: it reads as many tokens
+    as fit, and from there on composes the cache before each chunk. What a method that ``streams`` has compressed
+    already is not read again if the tokens begin with it.
 
     Returns:
         The figures, also kept as ``context.report``.
@@ -50,7 +50,7 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
         reading.prefill(tokens)
     else:
         if not reading.resume(tokens):
-            n_first = first_part(method, context.session.layers, n_tokens)
+            n_first = first_part(reading.method, context.session.layers, n_tokens)
             reading.begin(tokens[:n_first], tokens[n_first:] or suffix)
         reading.go_on(tokens)
         reading.compose(method.chunk if method.has_ceiling else method.n_room)

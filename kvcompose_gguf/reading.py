@@ -50,9 +50,9 @@ def evidence_of(context: Context, tokens: Sequence[int], attention: Attention, s
 
 
 def first_part(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
-    """Returns how many tokens of a context are read before any is evicted: all, unless the method ``streams``."""
+    """Returns how many tokens of a context are read before any is evicted: all, unless it is read in parts."""
     n_rows = method.n_composites(layers, n_tokens) // len(layers)
-    if not method.streams or n_tokens + START_CELLS <= n_rows + method.chunk:
+    if not method.reads_in_parts or n_tokens + START_CELLS <= n_rows + method.chunk:
         return n_tokens
     return min(n_tokens, most_tokens(method, layers, n_tokens))
 

@@ -132,6 +132,11 @@ class Method:
         return self.scores_alone and isinstance(self.rule(), (GlobalRanking, Uniform))
 
     @property
+    def reads_in_parts(self) -> bool:
+        """Returns whether the next context is read in parts, and composed in between; call ``informed`` before."""
+        return self.streams
+
+    @property
     def has_ceiling(self) -> bool:
         """Returns whether the budget holds at every moment, while answers are written and conversations go on, too."""
         return self.streams and self.compression_ratio is None

@@ -203,6 +203,11 @@ class KVCompose(Method):
     def scores_alone(self) -> bool:
         return self.scoring == "learned"
 
+    @property
+    def reads_in_parts(self) -> bool:
+        # the first prompts teach most if all of them can be repeated; only a budget in tokens or bytes forbids it
+        return self.streams and (self.has_ceiling or self.predictor.is_trusted)
+
     def can_score_alone(self, layers: Sequence[LayerGeometry]) -> bool:
         return self.streams and self.known is not None and self.known.fits(layers)
 

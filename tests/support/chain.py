@@ -5,6 +5,7 @@ python -m support.chain MODEL OPTIONS [ENDPOINT …]
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def compare(device: dict[str, Any], local: dict[str, Any], score_error: float, l
         error = np.abs(np.array(device[name]) - np.array(local[name])).max()
         print(f"{name}: largest difference {error:.2e}")
         assert error <= score_error, f"{name}: {error:.2e}"
-    for name in ("composed", "full", "loaded"):
+    assert device["rows_again"] == local["rows_again"]
+    for name in ("composed", "full", "loaded", "again"):
         error = np.abs(np.array(device[name]) - np.array(local[name])).max()
         print(f"{name}: largest difference {error:.2e}")
         assert error <= logit_error, f"{name}: {error:.2e}"
@@ -55,8 +57,29 @@ def compare(device: dict[str, Any], local: dict[str, Any], score_error: float, l
         assert np.abs(np.array(local["biased"]) - np.array(local["plain"])).max() > 10 * score_error
 
 
+# llama_kvc_gather_t of llama-kvc.h
+GATHER_T = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 10)
+
+
+class CountedGather:
+    """The compiled gather, and the number of its calls: it moves only rows in host memory."""
+
+    def __init__(self) -> None:
+        from kvcompose_gguf.kernels.compose import gather_function
+
+        self.n_calls = 0
+        self._gather = GATHER_T(gather_function().address)  # type: ignore[attr-defined]
+        self._counted = GATHER_T(self._count)
+        self.address = ctypes.cast(self._counted, ctypes.c_void_p).value
+
+    def _count(self, *arguments: int) -> None:
+        self.n_calls += 1
+        self._gather(*arguments)
+
+
 def main() -> None:
     from kvcompose_gguf import CompositionPlan, KVCompose, Llama, add_rpc_server
+    from kvcompose_gguf.native import session as native_session
 
     path, options, endpoints = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
     for endpoint in endpoints:
@@ -65,6 +88,8 @@ def main() -> None:
     defaults = {"n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "verbose": False, "n_batch": 128}
     llama = Llama(path, **(defaults | options))
     session = llama.session
+    gather = CountedGather()
+    native_session.gather_function = lambda: gather  # type: ignore[attr-defined]
 
     def logits() -> list[float]:
         return list(np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).tolist())
@@ -110,6 +135,18 @@ def main() -> None:
     llama.load_state(state)
     llama.eval([7])
     out["loaded"] = logits()
+
+    for _ in range(3):
+        n_rows = session.n_rows_used()
+        kept = [np.sort(rng.permuted(np.tile(np.arange(n - 5), (2, 1)), axis=1)[:, : n // 2], axis=1) for n in n_rows]
+        tails = [np.tile(np.arange(n - 5, n), (2, 1)) for n in n_rows]  # the newest tokens stay plain
+        layers = tuple(np.concatenate(pair, axis=1).astype(np.int32) for pair in zip(kept, tails, strict=True))
+        session.compose(CompositionPlan(llama.n_tokens, layers, tuple(n_rows), n_tail=5), n_room=8)
+        llama.truncate(llama.n_tokens - 2)
+        llama.eval(after[:20])
+    out["again"] = logits()
+    out["rows_again"] = session.n_rows_used()
+    out["n_host_gathers"] = gather.n_calls
     print(json.dumps(out))
 
 

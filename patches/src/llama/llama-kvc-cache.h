@@ -23,6 +23,8 @@
 #include "llama-kvc-buffer.h"
 #include "llama-kv-cache.h"
 
+#include "ggml-backend.h"
+
 #include <algorithm>
 #include <memory>
 #include <string>
@@ -95,7 +97,7 @@ public:
 
     // Changes follow llama_memory_i's protocol: note the change first; init_update() and update() then carry it out.
     bool pending() const;
-    void apply_pending();
+    void apply_pending(ggml_backend_sched_t sched = nullptr);
 
     // The next update allocates at least n_cells cells. A cache that is empty gives back what it does not need any more.
     void reserve(uint32_t n_cells);
@@ -195,8 +197,9 @@ private:
     // layers that have the same offset and number of rows share their indices
     struct group { uint32_t off; uint32_t n_rows; };
 
-    // The rows of a layer that stay: those in from [n_head_kv][n], or the first n if there is no gather.
-    struct kept_rows { uint32_t n; const int32_t * from; llama_kvc_gather_t gather; };
+    // The rows of a layer that stay: those in from [n_head_kv][n], or the first n if there is no gather. With a scheduler,
+    // a device can gather its rows itself.
+    struct kept_rows { uint32_t n; const int32_t * from; llama_kvc_gather_t gather; ggml_backend_sched_t sched; };
 
     // the tensors of one layer in a buffer of their own
     struct layer_tensors;
@@ -217,7 +220,7 @@ private:
     void gather_in_place(uint32_t ikv, const kept_rows & rows, std::vector<uint8_t> & stage);
 
     // compose
-    void     compose();
+    void     compose(ggml_backend_sched_t sched);
     size_t   n_stage_bytes() const;
     void     set_composites(uint32_t n_max, uint32_t n_tokens);
 

@@ -30,7 +30,7 @@ std::string llama_kvc::check_compose(uint32_t n_tokens) const {
     return "";
 }
 
-void llama_kvc::compose() {
+void llama_kvc::compose(ggml_backend_sched_t sched) {
     const auto p = std::move(pending_plan);
 
     n_reserved = 0; // it was for the tokens that are composed now
@@ -55,7 +55,7 @@ void llama_kvc::compose() {
     // one layer after the other, so that the peak of memory is the old cache and one layer
     for (uint32_t ikv = 0; ikv < n_layer; ++ikv) {
         const uint32_t  n_rows_new = n_alloc_new - offs[ikv];
-        const kept_rows rows       = { p->n_kept[ikv], p->rows[ikv], p->gather };
+        const kept_rows rows       = { p->n_kept[ikv], p->rows[ikv], p->gather, sched };
 
         // the kept rows always fit where they are: without memory for new tensors the layer stays large, but is composed
         if (n_rows_new == n_rows(ikv) || !rebuild(ikv, n_rows_new, rows)) {

@@ -36,9 +36,9 @@ bool llama_kvc::pending() const {
     return kv.v_cells[0].get_used() == 0 && (composed() || n_alloc != n_empty());
 }
 
-void llama_kvc::apply_pending() {
+void llama_kvc::apply_pending(ggml_backend_sched_t sched) {
     if (pending_plan) {
-        compose();
+        compose(sched);
     } else if (kv.v_cells[0].get_used() == 0) {
         n_past = 0;
         offs.clear();
@@ -90,7 +90,7 @@ void llama_kvc::resize(uint32_t n_alloc_new) {
 
     for (uint32_t ikv = 0; ok && ikv < kv.layers.size(); ++ikv) {
         const uint32_t  n_rows_new = n_alloc_new - off(ikv);
-        const kept_rows rows       = { n_used > off(ikv) ? n_used - off(ikv) : 0, nullptr, nullptr };
+        const kept_rows rows       = { n_used > off(ikv) ? n_used - off(ikv) : 0, nullptr, nullptr, nullptr };
 
         ok = n_rows(ikv) == n_rows_new || rebuild(ikv, n_rows_new, rows);
     }

@@ -52,6 +52,81 @@ void move_gathered(const uint8_t * src, uint8_t * dst, uint32_t n, const int32_t
             from.cell, from.head, from.chunk, to.cell, to.head, to.chunk);
 }
 
+// a tensor of 32-bit integers over n_rows rows of ne0 in the memory of t
+ggml_tensor * as_i32(ggml_context * ctx, const ggml_tensor * t, int64_t ne0, int64_t n_rows) {
+    ggml_tensor * res = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, ne0, n_rows);
+    res->data   = t->data;
+    res->buffer = t->buffer;
+
+    return res;
+}
+
+// the scheduler's backend that works on the tensor's memory; nullptr: there is none
+ggml_backend_t backend_of(ggml_backend_sched_t sched, const ggml_tensor * t) {
+    for (int i = 0; sched && i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        if (ggml_backend_supports_buft(backend, ggml_backend_buffer_get_type(t->buffer))) {
+            return backend;
+        }
+    }
+
+    return nullptr;
+}
+
+// Gathers rows [n_head][n] of one tensor into another, on their device. They are moved as 32-bit integers, so no type is
+// decoded. Returns false and changes nothing if the device cannot do that.
+bool gather_on_device(ggml_backend_t backend, const ggml_tensor * from, ggml_tensor * to, int64_t n_head, uint32_t n, const int32_t * rows) {
+    const int64_t head = from->nb[1]/n_head;
+    if (!backend || n == 0 || head % sizeof(int32_t) != 0) {
+        return false;
+    }
+
+    const ggml_init_params params = { 4*ggml_tensor_overhead() + ggml_graph_overhead_custom(4, false), NULL, true };
+    ggml_context_ptr ctx_idx(ggml_init(params));
+    ggml_context_ptr ctx    (ggml_init(params));
+    if (!ctx_idx || !ctx) {
+        return false;
+    }
+
+    ggml_tensor * idx = ggml_new_tensor_1d(ctx_idx.get(), GGML_TYPE_I32, n_head*n);
+    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx_idx.get(), backend));
+    if (!buf) {
+        return false;
+    }
+
+    ggml_tensor * src = as_i32(ctx.get(), from, head/sizeof(int32_t), n_head*from->ne[1]);
+    ggml_tensor * dst = ggml_get_rows(ctx.get(), src, idx);
+    dst->data   = to->data;
+    dst->buffer = to->buffer;
+    if (!ggml_backend_supports_op(backend, dst)) {
+        return false;
+    }
+
+    std::vector<int32_t> places(n_head*n);
+    for (int64_t h = 0; h < n_head; ++h) {
+        for (uint32_t j = 0; j < n; ++j) {
+            places[j*n_head + h] = rows[h*n + j]*n_head + h;
+        }
+    }
+    ggml_backend_tensor_set(idx, places.data(), 0, ggml_nbytes(idx));
+
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), 4, false);
+    ggml_build_forward_expand(graph, dst);
+
+    return ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS;
+}
+
+// copies the first n rows within device memory, or through the host where devices differ
+void copy_first(const ggml_tensor * from, ggml_tensor * to, uint32_t n) {
+    const ggml_init_params params = { 2*ggml_tensor_overhead(), NULL, true };
+    ggml_context_ptr ctx(ggml_init(params));
+    if (!ctx) {
+        throw std::bad_alloc();
+    }
+    const int64_t ne0 = from->nb[1]/sizeof(int32_t);
+    ggml_backend_tensor_copy(as_i32(ctx.get(), from, ne0, n), as_i32(ctx.get(), to, ne0, n));
+}
+
 // the bytes of a tensor in device memory
 std::vector<uint8_t> download(const ggml_tensor * t) {
     std::vector<uint8_t> res(ggml_nbytes(t));
@@ -113,6 +188,16 @@ void llama_kvc::move_tensors(uint32_t ikv, const layer_tensors & dst, const kept
     const auto move = [&](const ggml_tensor * from, ggml_tensor * to, bool trans, int64_t n_embd_head) {
         const strides s_from = strides_of(from, trans, n_head_kv, n_embd_head);
         const strides s_to   = strides_of(to,   trans, n_head_kv, n_embd_head);
+
+        if (!is_host && !trans) {
+            if (rows.gather && gather_on_device(backend_of(rows.sched, from), from, to, n_head_kv, rows.n, rows.from)) {
+                return;
+            }
+            if (!rows.gather && rows.n > 0 && from->nb[1] % sizeof(int32_t) == 0) {
+                copy_first(from, to, rows.n);
+                return;
+            }
+        }
 
         std::vector<uint8_t> from_host;
         std::vector<uint8_t> to_host;
