@@ -61,7 +61,7 @@ def test_a_prompt_is_made_room_for_at_once_and_given_back_at_reset(make_llama):
 
 
 def test_it_shrinks_when_composed_and_grows_again_while_decoding(make_llama):
-    method = KVCompose(n_kept=100, min_tokens=10, n_room=32, keep_last=0)
+    method = KVCompose(n_kept=100, scoring="repeat", min_tokens=10, n_room=32, keep_last=0)
     llama = make_llama(n_ctx=2048, method=method, elastic=True)
     llama.compress(CONTEXT)
     composed = llama.kv_bytes
@@ -84,7 +84,7 @@ def test_the_whole_context_can_be_filled(make_llama):
     with pytest.raises(ContextLengthError):
         llama.eval([7])
     with pytest.raises(NativeError):
-        llama.context._decoder.decode([7], 512, "last")
+        llama.context.decoder.decode([7], 512, "last")
     want = tiny.NumpyLlama(tiny.GQA).forward(CONTEXT[:512])[0][-1]
     llama._ctx.kv_cache_seq_rm(-1, 511, -1)
     llama.n_tokens = 511

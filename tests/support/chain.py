@@ -89,7 +89,7 @@ def main() -> None:
     llama = Llama(path, **(defaults | options))
     session = llama.session
     gather = CountedGather()
-    native_session.gather_function = lambda: gather  # type: ignore[attr-defined]
+    native_session.gather_function = lambda: gather  # type: ignore[assignment, attr-defined]
 
     def logits() -> list[float]:
         return list(np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).tolist())
