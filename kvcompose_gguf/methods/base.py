@@ -42,7 +42,7 @@ class Method:
         n_kept: tokens kept per layer, on average over layers.
         n_sink, n_recent: number of first and last context tokens that every head keeps. If the budget does not cover
             them in every layer, recent tokens are dropped before sinks (``KVReport`` has the numbers kept).
-        protect_first: number of first tokens that every head keeps, e.g. those of a system prompt; as ``n_sink``.
+        protect_first: number of first tokens that every head keeps, at most half of the budget, e.g. a system prompt.
         keep_last: number of last prompt tokens that are not compressed, but evaluated on top of the compressed context.
             The papers have no prompt after the context. In a chat the last tokens are the question, so they stay whole.
         min_tokens: shorter contexts are not compressed.
@@ -214,7 +214,7 @@ class Method:
         They rank first, so every layer keeps at least their sum.
         """
         most = min(self.n_composites(layers, n_tokens) // len(layers), n_tokens)
-        n_sink = min(max(self.n_sink, self.protect_first), most)
+        n_sink = min(max(self.n_sink, min(self.protect_first, most // 2)), most)
         return n_sink, min(self.n_recent, most - n_sink)
 
     def check_budget(self, layers: Sequence[LayerGeometry]) -> None:
@@ -288,7 +288,7 @@ def with_forced(scores: FloatArray, positions: IntArray, n_sink: int, end: int) 
 
 def choice_of(method: Method | None) -> str:
     """Returns as text the options that decide what a method keeps of a context; empty without a method."""
-    return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1))
+    return "" if method is None else repr(replace(method, keep_last=0, min_tokens=1, protect_first=0))
 
 
 def has_grown(n_tokens: int, n_context: int, method: Method | None) -> bool:

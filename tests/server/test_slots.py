@@ -51,6 +51,24 @@ def test_a_slot_with_a_ceiling_stays_below_it_and_says_so(start):
     assert slot["kv_bytes_full"] > 2 * slot["kv_bytes_ceiling"]
 
 
+def test_a_system_message_stays_in_every_head(start):
+    client = start(chat_template="chatml", method=KNorm(compression_ratio=0.6, min_tokens=100, keep_last=8, n_sink=0))
+    system, user = "be short " * 6, "what is a river " * 30
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    said = post(client, "/v1/chat/completions", messages=messages, max_tokens=4, temperature=0, id_slot=0)
+    shares = client.get("/kv/slots/0").json()["shares"]
+    n_system = len(post(client, "/tokenize", content=system)["tokens"])
+    assert 20 < n_system < len(shares) / 5
+    assert min(shares[:n_system]) == 1
+    assert min(shares[n_system + 20 :]) < 1
+    assert said["usage"]["prompt_tokens"] > len(shares)
+
+    # a context that was compressed without it is continued all the same
+    prompt = client.post("/apply-template", json={"messages": messages}).json()["prompt"]
+    n_cached = post(client, "/completion", prompt=prompt, n_predict=2, id_slot=0)["timings"]["cache_n"]
+    assert n_cached >= len(shares)
+
+
 def test_what_is_kept_of_a_context_is_told(start):
     client = start(method=METHOD)
     assert client.get("/kv/slots/0").json() == {"id": 0, "pieces": [], "shares": []}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from ...models.templates import CALL_BEGIN, TemplateError
+from ...plan import seam
 from ...support import reasoning
 from ..api import openai
 from ..api.errors import ApiError, invalid
@@ -36,12 +37,14 @@ class ChatPrompt:
         begun: the beginning of the assistant's message, if the request gives one to continue.
         tools: tools that the model may call.
         choice: whether the model may ("auto"), must not ("none") or has to ("required") call one.
+        opening: what the prompt begins with whatever the user says: system messages and tools.
     """
 
     text: str
     begun: str
     tools: list[dict[str, Any]]
     choice: str
+    opening: str = ""
 
 
 def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
@@ -79,8 +82,21 @@ def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
         raise ApiError(500, str(error)) from error
     return ChatPrompt(
         text=prompt if thinks else reasoning.closed(prompt), begun=str(last.get("prefill", last.get("content", ""))),
-        tools=offered, choice=choice,
+        tools=offered, choice=choice, opening=_opening(server, messages, variables),
     )  # fmt: skip
+
+
+def _opening(server: Server, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
+    """Returns what a chat begins with whatever the user says: system messages and tools; empty: there are none."""
+    n_system = next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    if not n_system and "tools" not in variables:
+        return ""
+    said = ([*messages[:n_system], {"role": "user", "content": text}] for text in ("A", "Z"))
+    try:
+        one, other = (server.template.render(each, False, variables) for each in said)
+    except TemplateError:  # it allows no such chat
+        return ""
+    return one[: next((n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)]
 
 
 @dataclass(frozen=True)
@@ -112,8 +128,12 @@ def _asked(server: Server, request: ChatRequest) -> _Asked:
     if grammar is not None or request.grammar:
         prompt = reasoning.closed(prompt)  # the grammar does not allow thinking
     calls = asked.tools if asked.choice != "none" else []
+    what = server.generation(request, server.reader.tokens(prompt + begun), grammar)
+    if what.method is not None and asked.opening:
+        n_first = seam.common_prefix(server.reader.tokens(asked.opening), what.tokens)
+        what = replace(what, method=replace(what.method, protect_first=max(n_first, what.method.protect_first)))
     return _Asked(
-        server.generation(request, server.reader.tokens(prompt + begun), grammar), prompt[-64:], begun,
+        what, prompt[-64:], begun,
         not request.continue_final_message or request.echo,
         frozenset(tool["function"]["name"] for tool in calls),
     )  # fmt: skip
