@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from .plan.report import KVReport
 from .plan.rows import Rows
 from .scoring.collect import Attention
 from .scoring.evidence import Evidence
-from .scoring.requests import CHUNK, AttentionRequest, StateRequest
+from .scoring.requests import AttentionRequest, StateRequest
 from .support.timing import Stopwatch, timed
 
 
@@ -59,7 +60,7 @@ def first_part(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -
 
 def most_tokens(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
     """Returns how many tokens a full cache may have, so that pieces of them can be repeated on top of it."""
-    return max(START_CELLS, most_cells(method, layers, n_tokens) - CHUNK)
+    return max(START_CELLS, most_cells(method, layers, n_tokens) - method.n_on_top)
 
 
 def most_cells(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
@@ -99,11 +100,14 @@ class Reading:
         """Reads the first tokens into a full cache, and scores them with all evidence that the method asks for."""
         method, time = self.method, self._clock.time
         self._attention = attend(self._context, tokens, method.attention_request, suffix, method.max_score_bytes)
-        if len(tokens) < self._n_tokens:
+        is_part = len(tokens) < self._n_tokens
+        if is_part:
             self._context.session.reserve(most_cells(method, self._layers, self._n_tokens))
         self._look()
         evidence = time("scores", lambda: evidence_of(self._context, tokens, self._attention, method.state_request))
         self.method = time("scores", partial(method.taught_by, evidence))
+        if is_part:  # scored as the parts that follow are
+            evidence = replace(evidence, length=self._n_tokens)
         self.rows = Rows.of_tokens(time("scores", partial(self.method.scores, evidence)))
 
     def resume(self, tokens: Sequence[int]) -> bool:

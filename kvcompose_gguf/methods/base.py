@@ -137,6 +137,11 @@ class Method:
         return self.streams
 
     @property
+    def n_on_top(self) -> int:
+        """Returns how many tokens are evaluated on top of a part that is read; call ``informed`` before."""
+        return 0
+
+    @property
     def has_ceiling(self) -> bool:
         """Returns whether the budget holds at every moment, while answers are written and conversations go on, too."""
         return self.streams and self.compression_ratio is None

@@ -18,7 +18,7 @@ from ..models.hashes import remembered
 from ..native.family import family_of
 from ..plan.geometry import LayerGeometry
 from ..scoring.evidence import Evidence
-from ..scoring.requests import AttentionRequest, Prefill, Prompts, Queries, Repeat, SpotCheck, Window
+from ..scoring.requests import CHUNK, AttentionRequest, Prefill, Prompts, Queries, Repeat, SpotCheck, Window
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .allocation import Allocation, GlobalRanking
 from .base import Method
@@ -207,6 +207,13 @@ class KVCompose(Method):
     def reads_in_parts(self) -> bool:
         # the first prompts teach most if all of them can be repeated; only a budget in tokens or bytes forbids it
         return self.streams and (self.has_ceiling or self.predictor.is_trusted)
+
+    @property
+    def n_on_top(self) -> int:
+        check = self.check()
+        if self.scoring != "learned" or check is None:
+            return 0
+        return check.piece if self.predictor.is_trusted else CHUNK  # a whole repeat goes in chunks
 
     def can_score_alone(self, layers: Sequence[LayerGeometry]) -> bool:
         return self.streams and self.known is not None and self.known.fits(layers)
