@@ -60,7 +60,8 @@ def first_part(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -
 
 def most_tokens(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
     """Returns how many tokens a full cache may have, so that pieces of them can be repeated on top of it."""
-    return max(START_CELLS, most_cells(method, layers, n_tokens) - method.n_on_top)
+    n_spare = max(START_CELLS, method.n_on_top)  # a cache reserves as many when it reads
+    return max(START_CELLS, most_cells(method, layers, n_tokens) - n_spare)
 
 
 def most_cells(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
