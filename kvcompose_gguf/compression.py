@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from .context import Context
 from .errors import ContextLengthError
-from .methods.base import Method, choice_of, has_grown
+from .methods.base import Method
+from .methods.continuing import choice_of, has_grown
 from .plan import seam
 from .plan.report import KVReport
 from .reading import Reading, attend, evidence_of, first_part

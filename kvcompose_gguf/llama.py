@@ -11,7 +11,8 @@ from .access import changes_cache, reads_cache
 from .ceiling import Ceiling
 from .errors import ConfigError, UnsupportedError
 from .llama_base import LlamaBase, Prompt, llama_cpp
-from .methods.base import Method, choice_of
+from .methods.base import Method
+from .methods.continuing import choice_of
 from .plan.composed import Contents
 from .plan.composition import CompositionPlan
 from .plan.report import KVReport

@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 
 from .context import START_CELLS, Context
-from .methods.base import Method, choice_of
+from .methods.base import Method
+from .methods.continuing import choice_of
 from .native.rows import ContextRows, NewRows
 from .plan import seam
 from .plan.geometry import LayerGeometry

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ContextLengthError, StateError
-from ..methods.base import has_grown
+from ..methods.continuing import has_grown
 from ..plan import seam
 from . import prompts
 from .answers import Answer, Piece, Writer

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ...errors import StateError
 from ...methods import Method
-from ...methods.base import choice_of, is_read_again
+from ...methods.continuing import choice_of, is_read_again
 from .saved import SlotFile, describe, restore, save
 from .slot_llama import SlotLlama
 

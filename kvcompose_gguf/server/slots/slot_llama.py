@@ -14,7 +14,7 @@ from ...compression import prepare
 from ...kernels.types import FloatArray
 from ...llama import Llama
 from ...methods import Method
-from ...methods.base import choice_of, is_read_again
+from ...methods.continuing import choice_of, is_read_again
 from ...plan import seam
 from ...plan.composed import Composed
 from ...plan.report import KVReport
