@@ -31,7 +31,7 @@ class Ceiling:
         self._context, self._method = context, method
         self._layers = context.session.layers
         self._of: Composed | None = None  # the compressed context that the limit is of
-        self._limit, self._n_alloc = self.n_cells_full, 0
+        self._limit, self._n_alloc, self._n_before = self.n_cells_full, 0, 0
 
     @property
     def chunk(self) -> int:
@@ -61,6 +61,9 @@ class Ceiling:
 
     def _grow(self, n_tokens: int) -> None:
         """Lets a full cache grow in steps that end at the ceiling; by itself it would grow beyond."""
+        if n_tokens < self._n_before:  # it was emptied, and is small again
+            self._n_alloc = 0
+        self._n_before = n_tokens
         if n_tokens > self._n_alloc:
             session = self._context.session
             self._n_alloc = session.state().n_cells_alloc

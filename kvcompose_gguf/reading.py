@@ -162,12 +162,11 @@ class Reading:
             n_fresh: so many of the newest tokens stay in every head, but at most a quarter of the budget.
             n_tail: so many of the newest tokens stay, and can still be removed, but at most half of the budget.
         """
-        n_rows = self._n_total // len(self._layers)
+        n_total = min(self._n_total, int(self.rows.n_rows.sum()))  # fewer are left if tokens were taken back
+        n_rows = n_total // len(self._layers)
         n_tail = min(n_tail, n_rows // 2, n_rows - self._n_sink)
         n_fresh = max(self._n_recent, n_tail, min(n_fresh, n_rows // 4, n_rows - self._n_sink))
-        choose = partial(
-            self.method.choose, self.rows, self._context.n_tokens, self._n_total, self._n_sink, n_fresh, n_tail
-        )
+        choose = partial(self.method.choose, self.rows, self._context.n_tokens, n_total, self._n_sink, n_fresh, n_tail)
         plan = self._clock.time("plan", choose)
         choice = self._choice if choice is None else choice
         self._clock.time("compose", partial(self._context.compose, plan, choice, n_room, self.rows))

@@ -69,7 +69,7 @@ class Watched:
 
 @pytest.fixture
 def watched(make_llama: Any) -> Any:
-    return lambda method, **kwargs: Watched(make_llama(CONFIG, method, n_batch=64, n_ctx=2048, **kwargs))
+    return lambda method, **kwargs: Watched(make_llama(CONFIG, method, **({"n_batch": 64, "n_ctx": 2048} | kwargs)))
 
 
 METHODS = [
@@ -169,6 +169,32 @@ def test_an_answer_can_be_taken_back_as_far_as_its_newest_tokens(watched: Any) -
     before = seen.n_evaluated
     greedy(seen.llama, [*other[: n_context - 1], 7, 8], 3)
     assert seen.n_evaluated - before == n_context + 1 + 2
+
+
+def test_a_context_that_lost_its_newest_tokens_can_be_compressed_again(watched: Any) -> None:
+    seen = watched(KNorm(**OPTIONS))
+    said = greedy(seen.llama, TOKENS, 200)
+    context = seen.llama.context
+    end = context.composed.rows.end
+    shorter = [*TOKENS, *said][: end - 30] + tiny.tokens(CONFIG, 5, seed=8)
+    before = seen.n_evaluated
+    report = seen.llama.compress(shorter)
+    assert seen.n_evaluated - before == 5
+    # 30 rows of every head are gone, and do not come back
+    assert report.n_kept.sum() == 3 * (300 - 30 + 5)
+    assert seen.llama.session.n_rows_used() == report.n_kept.tolist()
+
+
+def test_a_full_cache_does_not_grow_beyond_its_ceiling_after_it_was_emptied(watched: Any) -> None:
+    """llama.cpp's caches grow by a quarter at a time, here from 2,304 to 3,072 cells."""
+    seen = watched(KNorm(**{**OPTIONS, "n_kept": 2400, "chunk": 512}), n_ctx=4096)
+    tokens = tiny.tokens(CONFIG, 2500, seed=4)
+    for _ in range(2):
+        seen.llama.reset()
+        seen.peak = 0
+        for first in range(0, 2500, 50):
+            seen.llama.eval(tokens[first : first + 50])
+        assert seen.n_rows_most <= (2400 + 512) * 1.02
 
 
 def test_an_error_between_two_composes_leaves_nothing_that_is_continued(watched: Any) -> None:
