@@ -181,7 +181,7 @@ def test_slots_are_saved_and_erased_under_a_budget_as_well(start, tmp_path):
 
 def test_a_file_of_a_slot_is_restored_under_a_budget_that_one_full_slot_would_break(start, tmp_path):
     client = start(slot_save_path=tmp_path, kv_budget=1024 * 2048)
-    post(client, "/completion", prompt=tiny.tokens(CONFIG, 60), id_slot=0, n_predict=4)
+    post(client, "/completion", prompt=tiny.tokens(CONFIG, 60), id_slot=0, n_predict=4, ignore_eos=True)
     post(client, "/slots/0?action=save", filename="one.bin")
     assert post(client, "/slots/1?action=restore", filename="one.bin")["n_restored"] == 63
 
