@@ -188,7 +188,7 @@ class LlamaBase(llama_cpp.Llama):  # type: ignore[misc, name-defined]
 
     @changes_cache
     def eval(self, tokens: Sequence[int]) -> None:
-        """Evaluates ``tokens`` like ``llama_cpp.Llama.eval``; never compresses."""
+        """Evaluates ``tokens`` like ``llama_cpp.Llama.eval``; compresses only to stay below a ceiling."""
         self.context.eval(tokens)
 
     @changes_cache

@@ -135,8 +135,8 @@ class Reading:
             self._context.meter.begin("reading", len(tokens), n_first)
         for first in range(n_first, len(tokens), n_chunk):
             if self.rows.n_rows.sum() > self._n_total:
-                # a context that is interrupted here has no name, so nobody continues it: its budget is another
-                self.compose(n_chunk, choice="", n_fresh=self.method.n_fresh)
+                # nobody continues a context that is interrupted here: its budget is another. No method has this name
+                self.compose(n_chunk, choice="unfinished", n_fresh=self.method.n_fresh)
             chunk = tokens[first : first + n_chunk]
             self._clock.time("prefill", partial(self._context.extend, chunk))
             self._n_read += len(chunk)

@@ -197,7 +197,8 @@ def test_a_full_cache_does_not_grow_beyond_its_ceiling_after_it_was_emptied(watc
         assert seen.n_rows_most <= (2400 + 512) * 1.02
 
 
-def test_an_error_between_two_composes_leaves_nothing_that_is_continued(watched: Any) -> None:
+@pytest.mark.parametrize("method", [KNorm(**OPTIONS), None], ids=["the-same-method", "no-method"])
+def test_an_error_between_two_composes_leaves_nothing_that_is_continued(watched: Any, method: Any) -> None:
     seen = watched(KNorm(**OPTIONS))
     through, calls = seen.llama.context.through, []
 
@@ -212,6 +213,7 @@ def test_an_error_between_two_composes_leaves_nothing_that_is_continued(watched:
         seen.llama.compress(TOKENS)
     assert seen.composed
     seen.llama.context.through = through
+    seen.llama.kv_compressor = method
     del seen.composed[:]
     before = seen.n_evaluated
     assert greedy(seen.llama, [*TOKENS, *TOKENS[:8]], 3)

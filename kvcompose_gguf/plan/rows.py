@@ -42,11 +42,6 @@ class Rows:
         """Returns the number of rows of each layer, int64 ``(n_layer,)``."""
         return np.array([positions.shape[1] for positions in self.positions], dtype=np.int64)
 
-    @property
-    def n_bytes(self) -> int:
-        """Returns the bytes that these records take beside the cache."""
-        return sum(array.nbytes for array in (*self.positions, *self.scores))
-
     def followed_by(self, other: Rows) -> Rows:
         """Returns these rows, and behind them those of ``other``."""
         return Rows(_joined(self.positions, other.positions), _joined(self.scores, other.scores), other.end)
