@@ -14,8 +14,6 @@ import numpy.typing as npt
 
 from ..kernels.types import FloatArray
 
-Float64Array = npt.NDArray[np.float64]
-
 #: number of directions in which the precision is kept
 RANK = 16
 
@@ -77,29 +75,30 @@ class Regression:
             keep: how much these count now, at most 1.
         """
         n_features = rows.shape[2]
-        factors = self.factors.astype(np.float64)
-        diagonal = np.einsum("hf,fg->hfg", self.diagonal.astype(np.float64), np.eye(n_features))
-        old = keep * (diagonal + factors @ factors.transpose(0, 2, 1))
-        precision = old + (rows.transpose(0, 2, 1) @ rows).astype(np.float64)
-        penalty = np.full(n_features, RIDGE * (keep * n_before + rows.shape[1]))
-        penalty[-1] = 1e-6  # the constant is free
-        wanted = old @ self.weights[:, :, None] + (rows.transpose(0, 2, 1) @ target[:, :, None]).astype(np.float64)
-        weights = np.linalg.solve(precision + np.diag(penalty), wanted)[:, :, 0]
+        old, factors = np.float32(keep) * self.diagonal, np.float32(np.sqrt(keep)) * self.factors.astype(np.float32)
+        # what was known counts as RANK more tokens
+        known = np.concatenate([rows, factors.transpose(0, 2, 1)], axis=1)
+        expected = np.concatenate([target, np.einsum("hfr,hf->hr", factors, self.weights)], axis=1)
+        wanted = old * self.weights + np.einsum("hnf,hn->hf", known, expected)
+        precision = known.transpose(0, 2, 1) @ known
+        diagonal = np.einsum("hff->hf", precision)  # a view
+        diagonal += old
         factors = _largest(precision, factors)
-        rest = np.maximum(np.einsum("hff->hf", precision) - np.square(factors).sum(axis=2), 0)
-        return replace(
-            self, weights=weights.astype(np.float32), diagonal=rest.astype(np.float32),
-            factors=factors.astype(np.float16),
-        )  # fmt: skip
+        rest = np.maximum(diagonal - np.square(factors).sum(axis=2), 0)
+        penalty = np.full(n_features, RIDGE * (keep * n_before + rows.shape[1]), np.float32)
+        penalty[-1] = 1e-6  # the constant is free
+        diagonal += penalty
+        weights = np.linalg.solve(precision, wanted[:, :, None])[:, :, 0]
+        return replace(self, weights=weights, diagonal=rest, factors=factors.astype(np.float16))
 
 
-def _largest(matrices: Float64Array, start: Float64Array) -> Float64Array:
+def _largest(matrices: FloatArray, start: FloatArray) -> FloatArray:
     """Returns the ``RANK`` largest components of symmetric ``(n, f, f)``, as ``(n, f, RANK)`` times its transpose."""
     n_features, rank = matrices.shape[1], min(RANK, matrices.shape[1])
-    basis = start[:, :, :rank] + np.random.default_rng(0).standard_normal((n_features, rank))
+    basis = start[:, :, :rank] + np.random.default_rng(0).standard_normal((n_features, rank), np.float32)
     for _ in range(N_POWER):
         basis = np.linalg.qr(matrices @ basis).Q
     values, vectors = np.linalg.eigh(basis.transpose(0, 2, 1) @ matrices @ basis)
-    out = np.zeros((len(matrices), n_features, RANK))
+    out = np.zeros((len(matrices), n_features, RANK), np.float32)
     out[:, :, :rank] = basis @ (vectors * np.sqrt(np.maximum(values, 0))[:, None])
     return out

@@ -91,7 +91,7 @@ class KVCompose(Method):
             checks.
         in_place: evaluate the chunks of the repeat at the positions that they have in the whole repeat, whose attention
             they then have nearly; False: each directly after the context (``scoring.requests.Repeat``).
-        spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a quarter of a model's
+        spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a fifth of a model's
             first prompt, 256 to 1,024 tokens; all of the second, at most 2,048 tokens; later an eighth or, if the
             prediction is good, a sixteenth, at most 256 tokens. 0: nothing, once two prompts are known.
         learn: keep what is learnt of the model for later prompts and processes. ``scoring="repeat"`` teaches as well,

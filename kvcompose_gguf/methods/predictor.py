@@ -14,7 +14,7 @@ from ..scoring.requests import SpotCheck
 
 #: share of a model's first prompt that is repeated, and the largest number of tokens: it should not take long. Nothing
 #: else is known, so one piece is too little: a needle in 566 tokens was found in one text of four, with two in all
-FIRST_SHARE, FIRST_MOST, FIRST_LEAST = 0.25, 1024, 256
+FIRST_SHARE, FIRST_MOST, FIRST_LEAST = 0.2, 1024, 256
 
 #: the same for the next prompts: only a whole repeat shows all that a token gets, so it teaches far more than pieces
 NEXT_SHARE, NEXT_MOST = 1.0, 2048

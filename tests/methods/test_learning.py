@@ -99,12 +99,12 @@ def test_what_is_repeated_of_a_prompt_depends_on_what_is_known() -> None:
     def check(n_prompts: int, n_tokens: int, share: float | None = None, agreements: tuple[float, ...] = ()) -> Any:
         return Predictor("f", Learned(n_prompts, n_tokens, agreements)).check(share)
 
-    assert Predictor("f").check(None) == check(0, 0) == SpotCheck(0.25, 1024, least=256)
+    assert Predictor("f").check(None) == check(0, 0) == SpotCheck(0.2, 1024, least=256)
     assert check(1, 384) == check(1, 1024) == check(3, 500) == SpotCheck(1.0, 2048)
     assert check(2, 1300, None, (0.6, 0.75)) == SpotCheck(0.125, 256, to_end=False)
     assert check(4, 1800, None, (0.65, 0.7, 0.8)) == SpotCheck(0.0625, 256, to_end=False)
     assert check(0, 0, 0.5) == check(9, 5000, 0.5) == SpotCheck(0.5)
-    assert check(0, 0, 0.0) == SpotCheck(0.25, 1024, least=256)  # something has to be known first
+    assert check(0, 0, 0.0) == SpotCheck(0.2, 1024, least=256)  # something has to be known first
     assert check(9, 5000, 0.0) is None
 
 
