@@ -72,7 +72,7 @@ def prepare(context: Context, tokens: Sequence[int], method: Method | None, agai
     if composed is not None:
         n_context = context.n_context
         # sampling needs the last token's logits, so at least one token must be left to evaluate
-        continues = len(tokens) > n_context and tuple(tokens[:n_context]) == composed.tokens
+        continues = len(tokens) > n_context and composed.begins(tokens)
         if continues and composed.choice == choice_of(method):
             if again and method is not None and method.streams and has_grown(len(tokens), n_context, method):
                 n_context = len(tokens) - max(1, method.keep_last)

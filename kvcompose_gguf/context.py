@@ -193,7 +193,7 @@ class Context(Holdings):
             rows = Rows.of_tokens([np.zeros((len(kept), plan.n_tokens), np.float32) for kept in plan.rows])
         if tuple(rows.n_rows) != plan.n_rows:
             raise ConfigError(f"the plan is for layers of {plan.n_rows} rows, not {tuple(rows.n_rows.tolist())}")
-        tokens = tuple(self.ids[: min(plan.n_tokens - plan.n_tail, self.n_tokens)].tolist())
+        tokens = self.ids[: min(plan.n_tokens - plan.n_tail, self.n_tokens)].copy()
         composed = Composed(tokens, choice, rows.kept(plan), self.partial_state())
         try:
             session.compose(plan, n_room)

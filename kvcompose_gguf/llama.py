@@ -117,7 +117,7 @@ class Llama(LlamaBase):
         tokens = self.prompt_tokens(context)
         if not tokens:
             raise ConfigError("the context is empty: give at least one token")
-        self.context.meter = Meter(on_progress)
+        self.context.meter = Meter(on_progress, lambda: self.kv_bytes)
         try:
             return compression.compress(self.context, tokens, self.kv_compressor)
         finally:
@@ -232,7 +232,7 @@ class Llama(LlamaBase):
         composed = self.context.composed
         if composed is not None and suffix is None and not (echo and isinstance(prompt, str)):
             tokens = self.prompt_tokens(prompt)
-            joined = self.context.vocabulary.joined(tokens, composed.tokens)
+            joined = self.context.vocabulary.joined(tokens, composed.tokens.tolist())
             if joined is not None and joined != tokens:
                 prompt = joined
         return self.access.stream(super()._create_completion(prompt=prompt, suffix=suffix, echo=echo, **kwargs))

@@ -10,7 +10,7 @@ from support import tiny
 from support.llamas import greedy, last_logits
 from support.tiny import NumpyLlama
 
-from kvcompose_gguf import KVCompose
+from kvcompose_gguf import KVCompose, Progress
 from kvcompose_gguf.methods import KNorm, SnapKV, StreamingLLM
 from kvcompose_gguf.plan.rows import Rows
 
@@ -122,6 +122,13 @@ def test_a_long_answer_stays_below_the_budget_and_a_chunk(watched: Any, n_prompt
     assert len(held.tokens) == held.rows.end - 40
     assert seen.llama.kv_report.n_composed == len(seen.composed)
     assert seen.llama.kv_report.n_tokens == held.rows.end
+
+
+def test_progress_tells_the_bytes_below_the_ceiling(watched: Any) -> None:
+    seen, told = watched(KNorm(**OPTIONS)), list[Progress]()
+    seen.llama.compress(TOKENS, told.append)
+    assert told[-1].n_done == told[-1].n_total == 900
+    assert 0 < told[0].kv_bytes <= max(progress.kv_bytes for progress in told) == seen.peak
 
 
 def test_a_conversation_reads_only_what_is_new(watched: Any) -> None:

@@ -138,7 +138,7 @@ class Screen:
             return
         columns = (
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(),
-            TextColumn("{task.completed:,}/{task.total:,}"), _Speed(),
+            TextColumn("{task.completed:,}/{task.total:,}"), _Speed(), TextColumn("{task.fields[memory]}"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         )  # fmt: skip
         bars = Progress(*columns, console=self._err, transient=True)
@@ -147,8 +147,9 @@ class Screen:
         def show(progress: progress.Progress) -> None:
             if progress.step not in tasks:
                 bars.start()  # not before: most questions need no reading
-                tasks[progress.step] = bars.add_task(_STEPS[progress.step], total=progress.n_total)
-            bars.update(tasks[progress.step], completed=progress.n_done, total=progress.n_total)
+                tasks[progress.step] = bars.add_task(_STEPS[progress.step], total=progress.n_total, memory="")
+            memory = f"cache {megabytes(progress.kv_bytes)}"
+            bars.update(tasks[progress.step], completed=progress.n_done, total=progress.n_total, memory=memory)
 
         try:
             yield show

@@ -50,7 +50,8 @@ class Method:
             layers x query heads x tokens).
         n_room: free cells to leave after the composites; the cache grows beyond them when needed.
         chunk: tokens that are read between two compositions, while a prompt is read that does not fit the budget and a
-            chunk. Only methods that score tokens alone do so (``scores_alone``); others need all of the prompt first.
+            chunk; fewer if the budget is less than a chunk. Only methods that score tokens alone do so
+            (``scores_alone``); others need all of the prompt first.
         n_fresh: so many of the newest tokens stay in every head until the next chunk is read.
         n_answer: the same when an answer or a conversation makes the cache a chunk larger than the budget, at most half
             of the budget. Methods that score tokens alone keep ``max_kv_bytes`` and ``n_kept`` at all times.

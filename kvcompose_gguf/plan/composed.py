@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ class Composed:
     """A compressed context: its tokens, and what the cache keeps of them.
 
     Attributes:
-        tokens: all N tokens of the context, kept or not; none of them can be removed alone.
+        tokens: all N tokens of the context, kept or not, int32 ``(N,)``; none of them can be removed alone.
         choice: the method that compressed it (``choice_of``), or the caller's own name for it; a prompt with another
             choice is read again.
         rows: the tokens that every KV head keeps, with their scores; also tokens behind the context that were planned
@@ -26,10 +27,14 @@ class Composed:
             has no such layers.
     """
 
-    tokens: tuple[int, ...]
+    tokens: npt.NDArray[np.int32]
     choice: str
     rows: Rows
     partial: bytes | None = None
+
+    def begins(self, tokens: Sequence[int]) -> bool:
+        """Returns whether ``tokens`` begin with this context."""
+        return np.array_equal(tokens[: len(self.tokens)], self.tokens)
 
     def shares(self) -> FloatArray:
         """Returns for each token the share of all layers' KV heads that keep it, float32 ``(N,)`` in [0, 1]."""

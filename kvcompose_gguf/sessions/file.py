@@ -233,7 +233,7 @@ def _snapshot(
         bits = np.frombuffer(held, dtype=np.uint8).reshape(-1, n_bytes_head)
         rows = Rows.from_bits(n_scored, n_head_kv, bits, sections["scores"].view("<f4").astype(np.float32))
         windows = sections["windows"].tobytes() if "windows" in sections else None
-        composed = Composed(tuple(tokens[: info.n_context].tolist()), info.method, rows, windows)
+        composed = Composed(tokens[: info.n_context].copy(), info.method, rows, windows)
     identity = Identity(info.model_name, info.model_id, dict(header["settings"]), info.versions)
     image = header.get("first_image")  # older files have none
     contents = Contents(tokens, sections["state"], composed, info.report, None if image is None else int(image))

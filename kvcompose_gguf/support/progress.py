@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Step = Literal["reading", "scoring"]
@@ -11,11 +11,12 @@ Step = Literal["reading", "scoring"]
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of one step: ``n_done`` of its ``n_total`` tokens are evaluated."""
+    """The progress of one step: ``n_done`` of its ``n_total`` tokens are evaluated, in a cache of ``kv_bytes``."""
 
     step: Step
     n_done: int
     n_total: int
+    kv_bytes: int = 0
 
 
 class Meter:
@@ -23,10 +24,13 @@ class Meter:
 
     Args:
         report: called at the start of a step and after every batch, in the thread that decodes; None: no reports.
+        kv_bytes: returns how many bytes the cache takes.
     """
 
-    def __init__(self, report: Callable[[Progress], None] | None = None) -> None:
-        self._report = report
+    def __init__(
+        self, report: Callable[[Progress], None] | None = None, kv_bytes: Callable[[], int] = lambda: 0
+    ) -> None:
+        self._report, self._kv_bytes = report, kv_bytes
         self._progress: Progress | None = None
 
     def begin(self, step: Step, n_total: int, n_done: int = 0) -> None:
@@ -38,9 +42,9 @@ class Meter:
         """Adds evaluated tokens to the current step; before the first step it does nothing."""
         if self._progress is not None:
             n_done = min(self._progress.n_done + n_tokens, self._progress.n_total)
-            self._progress = Progress(self._progress.step, n_done, self._progress.n_total)
+            self._progress = replace(self._progress, n_done=n_done)
             self._tell()
 
     def _tell(self) -> None:
         if self._report is not None and self._progress is not None:
-            self._report(self._progress)
+            self._report(replace(self._progress, kv_bytes=self._kv_bytes()))

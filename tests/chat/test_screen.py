@@ -212,9 +212,9 @@ def test_progress_has_a_bar_for_each_step_with_speed() -> None:
     with screen.progress() as show:
         for step in ("reading", "scoring"):
             for n in (0, 1024, 2048):
-                show(Progress(step, n, 2048))  # type: ignore[arg-type]
+                show(Progress(step, n, 2048, 12_500_000))  # type: ignore[arg-type]
     text = err.getvalue()
-    for part in ("Reading", "Scoring", "2,048/2,048", "tokens/s"):
+    for part in ("Reading", "Scoring", "2,048/2,048", "tokens/s", "cache 12.5 MB"):
         assert part in text
 
 

@@ -279,3 +279,6 @@ def test_the_prompts_progress_is_told(start):
     progress = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
     assert [part["processed"] for part in progress] == [0, 64, 128, 192, 200]
     assert {(part["total"], part["cache"]) for part in progress} == {(200, 0)}
+    sizes = [part["kv_bytes"] for part in progress]
+    assert sizes == sorted(sizes)
+    assert sizes[0] > 0

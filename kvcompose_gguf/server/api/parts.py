@@ -114,7 +114,8 @@ def extras(step: Token | Progress, timings_per_token: bool) -> dict[str, Any]:
 
 def _progress(progress: Progress) -> dict[str, Any]:
     return {
-        "total": progress.total, "cache": progress.cache, "processed": progress.processed, "time_ms": progress.time_ms
+        "total": progress.total, "cache": progress.cache, "processed": progress.processed, "time_ms": progress.time_ms,
+        "kv_bytes": progress.kv_bytes,
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 "use strict";
 
 const at = (id) => document.getElementById(id);
+const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
 let messages = [];
 let asking = null; // aborts the current request
 
@@ -66,7 +67,7 @@ async function send(text) {
       const delta = chunk.choices[0]?.delta ?? {}, progress = chunk.prompt_progress;
       said += delta.content ?? "";
       thought += delta.reasoning_content ?? "";
-      if (progress) element.textContent = `reading: ${progress.processed} of ${progress.total} tokens`;
+      if (progress) element.textContent = `reading: ${progress.processed} of ${progress.total} tokens, cache ${megabytes(progress.kv_bytes)}`;
       else if (said || thought) element.textContent = said || `(${thought})`;
       timings = chunk.timings ?? timings;
     }
@@ -101,10 +102,10 @@ async function refresh() {
     at("summary").textContent = "Nothing is compressed. Prompts of at least 256 tokens will be.";
     return;
   }
-  const kv = slot.kv, mb = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
+  const kv = slot.kv;
   at("summary").textContent = `Slot ${slot.id}: ${kv.n_tokens} tokens, ${(100 * kv.ratio).toFixed(0)} % of their cache removed. ` +
-    `${mb(kv.bytes)} instead of ${mb(kv.bytes_full)}, ${mb(slot.kv_bytes)} allocated` +
-    (slot.kv_bytes_ceiling ? `, never more than ${mb(slot.kv_bytes_ceiling)}` : "") +
+    `${megabytes(kv.bytes)} instead of ${megabytes(kv.bytes_full)}, ${megabytes(slot.kv_bytes)} allocated` +
+    (slot.kv_bytes_ceiling ? `, never more than ${megabytes(slot.kv_bytes_ceiling)}` : "") +
     `. Scoring took ${(kv.score_ms / 1000).toFixed(2)} s.`;
   kv.n_kept.forEach((n, layer) => {
     const whole = document.createElement("div"), part = document.createElement("div");

@@ -98,7 +98,7 @@ class _Reading:
     def _tell(self) -> None:
         total = len(self._start.tokens)
         self._task.n_cached, self._task.n_processed = self._n_known, self._processed - self._n_known
-        self._emit(Progress(total, self._n_known, self._processed, self._clock.elapsed_ms))
+        self._emit(Progress(total, self._n_known, self._processed, self._clock.elapsed_ms, self._slot.llama.kv_bytes))
 
 
 def _continue(

@@ -72,7 +72,7 @@ def describe(llama: SlotLlama, file: Path) -> SlotFile:
         llama.identity.check_loads(saved.identity, file.name)
         composed = saved.contents.composed
         return SlotFile(
-            context=() if composed is None else composed.tokens, composed_by=info.method,
+            context=() if composed is None else tuple(composed.tokens.tolist()), composed_by=info.method,
             is_document=info.extra.get("is_document") is True, n_tokens=info.n_tokens, n_bytes=info.n_bytes,
         )  # fmt: skip
 

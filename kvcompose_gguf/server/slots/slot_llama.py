@@ -59,7 +59,7 @@ class SlotLlama(Llama):
     def context_tokens(self) -> tuple[int, ...]:
         """Tokens of the compressed context."""
         composed = self.context.composed
-        return () if composed is None else composed.tokens
+        return () if composed is None else tuple(composed.tokens.tolist())
 
     @property
     def composed_by(self) -> str:
@@ -102,7 +102,7 @@ class SlotLlama(Llama):
             reuse: False: nothing in the cache may be used.
         """
         composed = self.context.composed
-        joined = tuple((None if composed is None else self._joined(tokens, composed.tokens)) or tokens)
+        joined = tuple((None if composed is None else self._joined(tokens, self.context_tokens)) or tokens)
         if not reuse or (composed is not None and not self._may_continue(composed, len(joined), method)):
             return Continuation(joined, 0)
         return Continuation(joined, self._n_reusable(joined))

@@ -54,12 +54,16 @@ class Generation:
 
 @dataclass(frozen=True)
 class Progress:
-    """A part of the prompt was read: ``processed`` of ``total`` tokens. ``cache`` of them were in the cache before."""
+    """A part of the prompt was read: ``processed`` of ``total`` tokens. ``cache`` of them were in the cache before.
+
+    The cache takes ``kv_bytes`` bytes now.
+    """
 
     total: int
     cache: int
     processed: int
     time_ms: int
+    kv_bytes: int
 
     @property
     def timings(self) -> Timings:
