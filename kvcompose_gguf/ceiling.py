@@ -35,8 +35,8 @@ class Ceiling:
 
     @property
     def chunk(self) -> int:
-        """Returns the largest number of tokens that there is room for at once."""
-        return self._method.chunk
+        """Returns the largest number of tokens that there is room for at once, in an empty cache as well."""
+        return min(self._method.chunk, self.n_cells_full)
 
     @property
     def n_bytes(self) -> int:
@@ -77,17 +77,19 @@ class Ceiling:
         if composed is None:
             return self.n_cells_full
         n_layer, n_rows = len(self._layers), int(composed.rows.n_rows.sum())
-        n_most = self._method.n_composites(self._layers, self._context.n_ctx) + self.chunk * n_layer
-        return composed.rows.end + min(self.chunk, (n_most - n_rows) // n_layer)  # the room that it was composed with
+        n_most = self._method.n_composites(self._layers, self._context.n_ctx) + self._method.chunk * n_layer
+        return composed.rows.end + min(
+            self._method.chunk, (n_most - n_rows) // n_layer
+        )  # the room that it was composed with
 
     def _compose(self) -> None:
         context, method, n_tokens = self._context, self._method, self._context.n_tokens
         reading = Reading(context, method, n_tokens)
-        if not reading.resume(context.tokens):
+        if not reading.resume(context.tokens, unscored=True):
             if context.composed is not None:
                 return
             reading.begin(context.tokens)
         n_tail = min(method.n_answer, n_tokens - max(1, context.n_context))
-        reading.compose(self.chunk, n_tail=n_tail)
+        reading.compose(self._method.chunk, n_tail=n_tail)
         report = reading.report()
         context.report = report if context.report is None else report.after(context.report)

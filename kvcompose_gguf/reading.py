@@ -96,11 +96,11 @@ class Reading:
         self._choice = choice_of(method)
         self._n_total = method.n_composites(self._layers, n_tokens)
         self._n_sink, self._n_recent = method.forced(self._layers, n_tokens)
-        self.method = method.informed()
+        self._given, self.method = method, method.informed()
         self.rows = Rows.of_tokens([np.zeros((layer.n_head_kv, 0), np.float32) for layer in self._layers])
         self.n_composed = 0
         self._attention = Attention([], 0, 0.0, 0.0, 0)
-        self._clock, self._n_read, self._peak = Stopwatch(), 0, 0
+        self._clock, self._n_read, self._peak, self._is_blind = Stopwatch(), 0, 0, False
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Reads tokens into a full cache, and scores nothing."""
@@ -117,23 +117,32 @@ class Reading:
         self._look()
         evidence = time("scores", lambda: evidence_of(self._context, tokens, self._attention, method.state_request))
         self.method = time("scores", partial(method.taught_by, evidence))
+        self._context.known = self.method.known
         if is_part:  # scored as the parts that follow are
             evidence = replace(evidence, length=self._n_tokens)
         self.rows = Rows.of_tokens(time("scores", partial(self.method.scores, evidence)))
 
-    def resume(self, tokens: Sequence[int]) -> bool:
-        """Goes on from the compressed beginning of ``tokens`` in the cache; returns False if there is none."""
+    def resume(self, tokens: Sequence[int], unscored: bool = False) -> bool:
+        """Goes on from the compressed beginning of ``tokens`` in the cache; returns False if that is impossible.
+
+        Args:
+            unscored: go on although new tokens cannot be scored; they are evicted before all others.
+        """
         composed = self._context.composed
-        if composed is None or composed.choice != self._choice or not self.method.can_score_alone(self._layers):
+        if composed is None or composed.choice != self._choice or not composed.begins(tokens):
             return False
-        if not composed.begins(tokens):
+        if not self.method.can_score_alone(self._layers):
+            self.method = self._given.informed(known=self._context.known)
+        self._is_blind = not self.method.can_score_alone(self._layers)
+        if self._is_blind and not unscored:
             return False
         self._context.rewind(seam.common_prefix(self._context.tokens, tokens))
         composed = self._context.composed
         if composed is None:  # this cache could not go back
             return False
         self.rows = composed.rows
-        self.method = self.method.taught_by(self._evidence(0, 0))  # nothing, but the method must not ask for more
+        if not self._is_blind:
+            self.method = self.method.taught_by(self._evidence(0, 0))  # nothing, but the method must not ask for more
         self.score()
         return True
 
@@ -161,8 +170,11 @@ class Reading:
         self._look()
         first = self.rows.end
         if first < self._context.n_tokens:
-            evidence = self._evidence(first, self._context.n_tokens - first)
-            scores = self._clock.time("scores", partial(self.method.scores, evidence))
+            n_new = self._context.n_tokens - first
+            if self._is_blind:
+                scores = [np.zeros((layer.n_head_kv, n_new), np.float32) for layer in self._layers]
+            else:
+                scores = self._clock.time("scores", partial(self.method.scores, self._evidence(first, n_new)))
             self.rows = self.rows.followed_by(Rows.of_tokens(scores, first))
 
     def compose(

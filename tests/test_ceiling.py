@@ -124,6 +124,41 @@ def test_a_long_answer_stays_below_the_budget_and_a_chunk(watched: Any, n_prompt
     assert seen.llama.kv_report.n_tokens == held.rows.end
 
 
+@pytest.mark.parametrize(("n_kept", "part"), [(300, 64), (40, 40), (10, 16)])
+def test_a_part_sees_at_least_as_many_old_rows_as_fit_below_the_ceiling(watched: Any, n_kept: int, part: int) -> None:
+    seen = watched(KNorm(**{**OPTIONS, "n_kept": n_kept}))
+    seen.llama.compress(TOKENS)
+    *on_the_way, last = [(n_tokens, int(rows.n_rows.sum())) for n_tokens, rows in seen.composed]
+    assert {n_rows for _, n_rows in on_the_way[:-1]} == {3 * (n_kept + 64 - part)}
+    assert set(np.diff([n_tokens for n_tokens, _ in on_the_way])) == {part}
+    assert last == (900, 3 * n_kept)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_the_ceiling_holds_although_nothing_is_kept_of_what_was_learnt(watched: Any, is_known: bool) -> None:
+    """``KVCOMPOSE_LEARN=off``: the context knows what its first part taught, but not after a session was loaded."""
+    seen = watched(KVCompose(**OPTIONS))
+    seen.llama.compress(TOKENS[:600])
+    n_before = seen.n_evaluated
+    if not is_known:
+        seen.llama.context.known = None
+    said = greedy(seen.llama, TOKENS[:640], 300)
+    assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
+    n_context, last = seen.composed[-1][0], seen.composed[-1][1].positions[0][0]
+    assert n_context > 800
+    assert (np.diff(last[last > 640]) > 1).any() == is_known  # else the tokens between are the oldest of the answer
+    assert seen.n_evaluated - n_before == 40 + len(said) - 1
+
+
+@pytest.mark.parametrize("method", [KNorm, KVCompose])
+def test_a_batch_larger_than_the_ceiling_can_be_evaluated_at_once(watched: Any, method: Any) -> None:
+    seen = watched(method(**{**OPTIONS, "n_kept": 40, "chunk": 600}), n_batch=1024)
+    seen.llama.eval(TOKENS)
+    assert seen.llama.n_tokens == 900
+    assert seen.llama.n_context > 0
+    assert seen.n_rows_most <= 640 * 1.02
+
+
 def test_progress_tells_the_bytes_below_the_ceiling(watched: Any) -> None:
     seen, told = watched(KNorm(**OPTIONS)), list[Progress]()
     seen.llama.compress(TOKENS, told.append)

@@ -36,7 +36,7 @@ class Ranked:
         return np.array([scores.shape[1] for scores in self.scores], dtype=np.int64)
 
     @property
-    def n_tokens(self) -> int:
+    def n_rows_most(self) -> int:
         """Returns the number of rows that the largest layer has."""
         return int(self.n_rows.max())
 
@@ -44,9 +44,9 @@ class Ranked:
         """Returns the scores of composite tokens (KVCompose step 6).
 
         Returns:
-            float32 ``(n_layer, n_tokens)``, descending within each layer; minus infinity behind a layer's last row.
+            float32 ``(n_layer, n_rows_most)``, descending within each layer; minus infinity behind a layer's last row.
         """
-        out = np.full((self.n_layer, self.n_tokens), -np.inf, dtype=np.float32)
+        out = np.full((self.n_layer, self.n_rows_most), -np.inf, dtype=np.float32)
         for l, (scores, ranking) in enumerate(zip(self.scores, self.ranking, strict=True)):
             out[l, : scores.shape[1]] = aggregate.composite_scores(scores, ranking, agg_head)
         return out
@@ -135,14 +135,14 @@ class Pyramid(Allocation):
 
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
         check_budget(ranked, n_total, floor)
-        n_layer, n_tokens = ranked.n_layer, ranked.n_tokens
+        n_layer, n_most = ranked.n_layer, ranked.n_rows_most
         average = Fraction(n_total, n_layer)  # exact, so that the rounding is exact too
         base = min(Fraction(floor + self.window), average)
         rest = average - base
-        spread = min(rest - rest / Fraction(self.beta), n_tokens - average)
+        spread = min(rest - rest / Fraction(self.beta), n_most - average)
         budgets = [average + spread * Fraction(n_layer - 1 - 2 * l, max(1, n_layer - 1)) for l in range(n_layer)]
         n_kept = np.array([int(budget) for budget in budgets], dtype=np.int64)
-        n_kept[np.flatnonzero(n_kept < n_tokens)[: n_total - n_kept.sum()]] += 1
+        n_kept[np.flatnonzero(n_kept < n_most)[: n_total - n_kept.sum()]] += 1
         return n_kept
 
 
@@ -183,7 +183,7 @@ class ByEvictionError(Allocation):
         if len(errors) != n_layer:
             raise ConfigError(f"{len(errors)} errors do not fit a cache of {n_layer} layers")
         low = max(floor, min(self.least, n_total // n_layer))
-        high = min(ranked.n_tokens, -(-self.most * n_total // n_layer))
+        high = min(ranked.n_rows_most, -(-self.most * n_total // n_layer))
         wanted = low + np.round(errors * (n_total - low * n_layer))
         n_kept = np.clip(wanted, low, high).astype(np.int64)
         while n_left := int(n_total - n_kept.sum()):
