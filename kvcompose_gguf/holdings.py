@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from .access import Access, reads_cache
 from .errors import UnsupportedError
-from .measurements.learned import Learned
+from .methods.base import Method
 from .native.decoder import Decoder
 from .native.session import KVSession
 from .plan.composed import Composed
@@ -48,8 +48,7 @@ class Holdings:
         ids: int32 ``(n_ctx,)``; the first ``n_tokens`` are those in the cache.
         report: figures of the compression; None while the cache is full and nobody asked to compress it.
         first_image: place of the first image that was in the cache, or None.
-        known: what is known of the model since the latest context was read, for what follows it; the user's cache may
-            have nothing (``KVCOMPOSE_LEARN=off``).
+        taught: the method that read the latest context, with what that taught it; it scores what follows.
     """
 
     def __init__(self, decoder: Decoder, access: Access, n_ctx: int) -> None:
@@ -60,7 +59,7 @@ class Holdings:
         self._n_tokens, self._needs_eval = 0, True
         self._composed: Composed | None = None
         self.report: KVReport | None = None
-        self.known: Learned | None = None
+        self.taught: Method | None = None
 
     def close(self) -> None:
         """Refuses later calls of the session, because the native context is about to be freed."""

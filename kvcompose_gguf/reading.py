@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from .context import START_CELLS, Context
+from .kernels.types import FloatArray
 from .methods.base import Method
 from .methods.continuing import choice_of
 from .native.rows import ContextRows, NewRows
@@ -96,7 +97,7 @@ class Reading:
         self._choice = choice_of(method)
         self._n_total = method.n_composites(self._layers, n_tokens)
         self._n_sink, self._n_recent = method.forced(self._layers, n_tokens)
-        self._given, self.method = method, method.informed()
+        self.method = method.informed()
         self.rows = Rows.of_tokens([np.zeros((layer.n_head_kv, 0), np.float32) for layer in self._layers])
         self.n_composed = 0
         self._attention = Attention([], 0, 0.0, 0.0, 0)
@@ -117,10 +118,9 @@ class Reading:
         self._look()
         evidence = time("scores", lambda: evidence_of(self._context, tokens, self._attention, method.state_request))
         self.method = time("scores", partial(method.taught_by, evidence))
-        self._context.known = self.method.known
         if is_part:  # scored as the parts that follow are
             evidence = replace(evidence, length=self._n_tokens)
-        self.rows = Rows.of_tokens(time("scores", partial(self.method.scores, evidence)))
+        self.rows = self._scored(evidence)
 
     def resume(self, tokens: Sequence[int], unscored: bool = False) -> bool:
         """Goes on from the compressed beginning of ``tokens`` in the cache; returns False if that is impossible.
@@ -131,8 +131,8 @@ class Reading:
         composed = self._context.composed
         if composed is None or composed.choice != self._choice or not composed.begins(tokens):
             return False
-        if not self.method.can_score_alone(self._layers):
-            self.method = self._given.informed(known=self._context.known)
+        if choice_of(self._context.taught) == self._choice:
+            self.method = self._context.taught or self.method
         self._is_blind = not self.method.can_score_alone(self._layers)
         if self._is_blind and not unscored:
             return False
@@ -173,9 +173,10 @@ class Reading:
             n_new = self._context.n_tokens - first
             if self._is_blind:
                 scores = [np.zeros((layer.n_head_kv, n_new), np.float32) for layer in self._layers]
+                new = Rows.of_tokens(scores, first)
             else:
-                scores = self._clock.time("scores", partial(self.method.scores, self._evidence(first, n_new)))
-            self.rows = self.rows.followed_by(Rows.of_tokens(scores, first))
+                new = self._scored(self._evidence(first, n_new))
+            self.rows = self.rows.followed_by(new)
 
     def compose(
         self, n_room: int, choice: str | None = None, n_fresh: int = 0, n_tail: int = 0, n_total: int | None = None
@@ -222,6 +223,17 @@ class Reading:
             scoring=self.method.note,
             n_composed=self.n_composed,
         )
+
+    def _scored(self, evidence: Evidence) -> Rows:
+        """Returns the rows of tokens that were just read."""
+
+        def score() -> list[FloatArray]:
+            self.method = self.method.read_on(evidence)
+            return self.method.scores(evidence)
+
+        scores = self._clock.time("scores", score)
+        self._context.taught = self.method
+        return Rows.of_tokens(scores, evidence.first)
 
     def _evidence(self, first: int, n: int) -> Evidence:
         """Returns the evidence of the newest ``n`` tokens of the cache, from position ``first`` on."""

@@ -116,7 +116,8 @@ def _methods() -> Iterator[tuple[str, type[Method]]]:
 
 
 def _fields(cls: type) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(cls) if field.init]
+    # what the package itself sets does not make methods different
+    return [field for field in dataclasses.fields(cls) if field.init and field.compare]
 
 
 def _meaning(cls: type, name: str) -> str:

@@ -11,7 +11,7 @@ from support.llamas import greedy, last_logits
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import KVCompose, Progress
-from kvcompose_gguf.methods import KNorm, SnapKV, StreamingLLM
+from kvcompose_gguf.methods import KeyDiff, KNorm, SnapKV, StreamingLLM
 from kvcompose_gguf.plan.rows import Rows
 
 CONFIG = tiny.GQA
@@ -74,6 +74,7 @@ def watched(make_llama: Any) -> Any:
 
 METHODS = [
     KNorm(**OPTIONS),
+    KeyDiff(**OPTIONS),
     StreamingLLM(**OPTIONS),
     KNorm(**RATIO),
     StreamingLLM(
@@ -141,7 +142,7 @@ def test_the_ceiling_holds_although_nothing_is_kept_of_what_was_learnt(watched: 
     seen.llama.compress(TOKENS[:600])
     n_before = seen.n_evaluated
     if not is_known:
-        seen.llama.context.known = None
+        seen.llama.context.taught = None
     said = greedy(seen.llama, TOKENS[:640], 300)
     assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
     n_context, last = seen.composed[-1][0], seen.composed[-1][1].positions[0][0]

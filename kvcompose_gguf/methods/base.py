@@ -178,6 +178,13 @@ class Method:
         """Returns the method with what this context teaches about the model; called before ``scores``."""
         return self
 
+    def read_on(self: M, evidence: Evidence) -> M:
+        """Returns the method with what it has to remember of these tokens to score later ones.
+
+        Called for every part of a context before its ``scores``, in order.
+        """
+        return self
+
     @property
     def known(self) -> Learned | None:
         """Returns what the method knows of the model; None: it knows nothing, or was not ``informed``."""

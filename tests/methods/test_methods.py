@@ -279,6 +279,24 @@ def test_random_tokens_are_other_ones_in_every_head_and_for_every_seed() -> None
     assert abs(kept.mean() - 29.5) < 3
 
 
+def test_keydiff_measures_later_parts_against_all_tokens_so_far() -> None:
+    """Specification: the anchor of a part is the mean of the normalised keys of this part and of all before it."""
+    whole, method, found = make_evidence("GQA", 30), KeyDiff(n_kept=1), []
+    for first, n in ((0, 12), (12, 10), (22, 8)):
+        rows = ArrayRows([whole.keys(l)[:, first : first + n] for l in range(2)])
+        part = Evidence(n, whole.layers, rows=rows, first=first, length=30)
+        method = method.read_on(part)
+        found.append(method.scores(part))
+    for l in range(len(whole.layers)):
+        keys = whole.keys(l).astype(np.float64)
+        keys /= np.linalg.norm(keys, axis=2, keepdims=True)
+        for (first, end), scores in zip(((0, 12), (12, 22), (22, 30)), found, strict=True):
+            anchor = keys[:, :end].mean(axis=1, keepdims=True)
+            cosine = (keys[:, first:end] * anchor).sum(axis=2) / np.linalg.norm(anchor, axis=2)
+            np.testing.assert_allclose(scores[l], -cosine, atol=1e-6)
+    np.testing.assert_array_equal(KeyDiff(n_kept=1).read_on(whole).scores(whole)[0], KeyDiff(n_kept=1).scores(whole)[0])
+
+
 def test_a_key_of_no_length_is_no_error() -> None:
     evidence = make_evidence("GQA", 20, "ties")
     for l in range(2):
