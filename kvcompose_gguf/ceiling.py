@@ -77,10 +77,9 @@ class Ceiling:
         if composed is None:
             return self.n_cells_full
         n_layer, n_rows = len(self._layers), int(composed.rows.n_rows.sum())
-        n_most = self._method.n_composites(self._layers, self._context.n_ctx) + self._method.chunk * n_layer
-        return composed.rows.end + min(
-            self._method.chunk, (n_most - n_rows) // n_layer
-        )  # the room that it was composed with
+        chunk = self._method.chunk
+        n_most = self._method.n_composites(self._layers, self._context.n_ctx) + chunk * n_layer
+        return composed.rows.end + min(chunk, (n_most - n_rows) // n_layer)  # the room that it was composed with
 
     def _compose(self) -> None:
         context, method, n_tokens = self._context, self._method, self._context.n_tokens

@@ -288,7 +288,7 @@ class Context(Holdings):
         self.first_image = contents.first_image
         composed = contents.composed
         self.note_composed(composed if composed is None or choice is None else replace(composed, choice=choice))
-        self.report = contents.report
+        self.report, self.taught = contents.report, None
 
     #
     # helpers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,13 +137,16 @@ def test_a_part_sees_at_least_as_many_old_rows_as_fit_below_the_ceiling(watched:
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-def test_the_ceiling_holds_although_nothing_is_kept_of_what_was_learnt(watched: Any, is_known: bool) -> None:
+def test_the_ceiling_holds_although_nothing_is_kept_of_what_was_learnt(
+    watched: Any, is_known: bool, tmp_path: Path
+) -> None:
     """``KVCOMPOSE_LEARN=off``: the context knows what its first part taught, but not after a session was loaded."""
     seen = watched(KVCompose(**OPTIONS))
     seen.llama.compress(TOKENS[:600])
     n_before = seen.n_evaluated
     if not is_known:
-        seen.llama.context.taught = None
+        seen.llama.save_session(tmp_path / "a.kvc")
+        seen.llama.load_session(tmp_path / "a.kvc")
     said = greedy(seen.llama, TOKENS[:640], 300)
     assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
     n_context, last = seen.composed[-1][0], seen.composed[-1][1].positions[0][0]
