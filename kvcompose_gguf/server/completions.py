@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from .api.openai import text_completion
-from .api.parts import About
+from .api.parts import About, usage
 from .api.schemas import GenerationRequest
 from .api.streams import JSONResponse, event_stream, merged, together, while_connected
 from .server import Server
@@ -41,7 +41,8 @@ async def complete(
     asked = await server.aside(lambda: [server.generation(request, tokens) for tokens in prompts()])
     abouts = server.abouts(request, asked)
     if request.stream:
-        streams = [_completion_chunks(server, request, about, whole, part) for about in abouts]
+        ended: list[tuple[About, End]] = []
+        streams = [_completion_chunks(server, request, about, whole, part, ended, len(abouts)) for about in abouts]
         chunks = merged(streams, len(server.engine.slots))
         return await event_stream(http, chunks, done)
     work = (server.finish(about.what, request.id_slot) for about in abouts)
@@ -54,16 +55,28 @@ async def complete(
 def _answer(whole: Whole, placed: Sequence[tuple[About, End]]) -> JSONResponse:
     bodies = [whole(about, end) for about, end in placed]
     if whole is text_completion:
-        return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+        choices = [choice for body in bodies for choice in body["choices"]]
+        return JSONResponse({**bodies[0], "choices": choices, "usage": usage(*placed)})
     return JSONResponse(bodies[0] if len(bodies) == 1 else bodies)
 
 
 async def _completion_chunks(
-    server: Server, request: GenerationRequest, about: About, whole: Whole, part: Whole
+    server: Server,
+    request: GenerationRequest,
+    about: About,
+    whole: Whole,
+    part: Whole,
+    ended: list[tuple[About, End]],
+    n_answers: int,
 ) -> AsyncGenerator[dict[str, Any], None]:
+    """Yields the chunks of one of a request's answers; the last chunk of all has the usage of all."""
     async with aclosing(server.events(about.what, request.id_slot)) as told:
         async for slot, step in told:
             if isinstance(step, End):
-                yield await server.aside(partial(whole, replace(about, id_slot=slot), step, streamed=True))
+                last = await server.aside(partial(whole, replace(about, id_slot=slot), step, streamed=True))
+                ended.append((about, step))
+                if last.pop("usage", None) and len(ended) == n_answers:
+                    last["usage"] = usage(*ended)
+                yield last
             elif isinstance(step, Token) or request.return_progress:
                 yield part(about, step, request.timings_per_token)

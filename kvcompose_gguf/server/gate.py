@@ -30,6 +30,11 @@ CORS = {
 }
 
 
+WRONG_HOST = (
+    "Host is not a name of this machine: use localhost, 127.0.0.1 or [::1], or start the server with --api-key, "
+    "--cors-origins or another --host"
+)
+
 JSON = b"application/json; charset=utf-8"
 
 
@@ -94,8 +99,11 @@ class Gate:
         # llama-server reads JSON whatever content type the client sends
         named = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
         scope = {**scope, "headers": [*named, (b"content-type", b"application/json")]}
+        answer: Send = send_with_headers
+        if scope["method"] == "HEAD":  # the answer to a GET, without its body
+            scope, answer = {**scope, "method": "GET"}, _without_body(send_with_headers)
         try:
-            await self._app(scope, self._bounded(receive), send_with_headers)
+            await self._app(scope, self._bounded(receive), answer)
         except _Refused as refused:
             await _answer(send_with_headers, refused.error.code, json.dumps(refused.error.body()).encode(), JSON)
 
@@ -120,7 +128,7 @@ class Gate:
             # a browser hides the answer from the page, but the server would have done the work
             return ApiError(403, "this origin is not allowed: start the server with --cors-origins")
         if self._local_only and not _is_local(b"://" + headers.get(b"host", b"localhost")):
-            return ApiError(403, "Host is not a name of this machine: use localhost, 127.0.0.1 or [::1]")
+            return ApiError(403, WRONG_HOST)
         if not self._is_ready() and path not in PAGE:
             return ApiError(503, "Loading model")
         if self._keys and path not in PUBLIC:
@@ -155,6 +163,13 @@ class Gate:
             return message
 
         return receive_bounded
+
+
+def _without_body(send: Send) -> Send:
+    async def send_head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return send_head
 
 
 async def _answer(send: Send, code: int, body: bytes, kind: bytes) -> None:

@@ -54,6 +54,9 @@ def test_seeds_decide(start):
     ]
     assert texts[0] == texts[1] != texts[2]
     assert post(client, "/completion", prompt=PROMPT, n_predict=1)["generation_settings"]["seed"] != 0xFFFFFFFF
+    for seed, used in ((1099511627783, 7), (-5, 2**32 - 5), (2**63 - 1, 2**32 - 2)):  # OpenAI's have 64 bits
+        body = post(client, "/v1/completions", prompt=PROMPT, max_tokens=1, seed=seed, verbose=True)
+        assert body["__verbose"]["generation_settings"]["seed"] == used
 
 
 def test_several_prompts_have_several_answers_in_their_order(start):
@@ -102,6 +105,15 @@ def test_options_that_make_no_sense_are_refused(start, options, words):
     assert answer.status_code == 400, answer.text
     assert words in answer.json()["error"]["message"]
     assert post(client, "/completion", prompt=PROMPT, n_predict=1)["tokens_predicted"] == 1
+
+
+def test_a_head_is_a_get_without_its_body(start):
+    client = start()
+    for path in ("/health", "/v1/health", "/", "/v1/models", "/slots"):
+        head, get = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert client.head("/nothing").status_code == 404
 
 
 def test_bad_json_and_unknown_routes_have_llama_servers_errors(start):

@@ -38,13 +38,13 @@ def test_templates_may_not_reach_out_and_say_what_they_refuse():
         ChatTemplate("{% if %}")
 
 
-def test_a_chat_that_a_template_refuses_is_an_error_of_the_server():
+def test_a_chat_that_a_template_refuses_is_an_error_of_the_client():
     server: Any = SimpleNamespace(
         template=ChatTemplate("{{ raise_exception('no system') }}"), options=SimpleNamespace(reasoning=True)
     )
     with pytest.raises(ApiError, match=r"^Failed to apply the chat template: no system$") as refused:
         chat_prompt(server, ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}]}))
-    assert refused.value.code == 500
+    assert refused.value.code == 400
 
 
 def test_templates_have_the_fields_extensions():

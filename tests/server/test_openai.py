@@ -8,6 +8,7 @@ import pytest
 from support.serving import events, post
 
 PROMPT = "The quick brown fox jumps over the lazy dog. "
+CHAT = [{"role": "user", "content": "Hi"}]
 
 
 def test_openais_completions(start):
@@ -30,6 +31,36 @@ def test_several_choices_differ_by_their_seeds(start):
     body = post(start(), "/v1/completions", prompt=PROMPT, n=2, max_tokens=12, temperature=1.5, seed=4)
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
     assert body["choices"][0]["text"] != body["choices"][1]["text"]
+
+
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_what_several_choices_use_is_the_sum_and_is_told_once(start, route):
+    client, wanted = start(), {"prompt": PROMPT} if route == "/v1/completions" else {"messages": CHAT}
+    options = {**wanted, "n": 2, "max_tokens": 5, "temperature": 0}
+    usage = post(client, route, **options)["usage"]
+    alone = post(client, route, **{**options, "n": 1})["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (alone["prompt_tokens"], 10)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + 10
+    chunks, _ = events(client, route, **options, stream_options={"include_usage": True})
+    told = [chunk["usage"] for chunk in chunks if "usage" in chunk]
+    assert [(each["prompt_tokens"], each["completion_tokens"]) for each in told] == [(alone["prompt_tokens"], 10)]
+    assert "usage" in chunks[-1]
+
+
+def test_every_token_of_a_streamed_chat_has_its_probability(start):
+    """Tokens whose text is held back, here until a stop text is ruled out, are told with the next text."""
+    client, options = start(), {"messages": CHAT, "max_tokens": 24, "temperature": 0, "logprobs": True}
+    whole = post(client, "/v1/chat/completions", **options)["choices"][0]
+    said = whole["message"]["content"]
+    assert "pu9" in said
+    assert "pk9" in said
+    for stop in (["pu?", "pk9??"], ["pk9"]):
+        wanted = post(client, "/v1/chat/completions", **options, stop=stop)["choices"][0]["logprobs"]["content"]
+        chunks, _ = events(client, "/v1/chat/completions", **options, stop=stop)
+        parts = [chunk["choices"][0].get("logprobs") for chunk in chunks]
+        told = [entry for part in parts if part for entry in part["content"]]
+        assert [entry["id"] for entry in told] == [entry["id"] for entry in wanted]
+        assert [entry["logprob"] for entry in told] == pytest.approx([entry["logprob"] for entry in wanted], abs=1e-3)
 
 
 def test_a_chat(start):
@@ -62,7 +93,7 @@ def test_a_chat(start):
 @pytest.mark.parametrize(
     "messages",
     [
-        None, "text", [123], [{}], [{"role": 123}], [{"role": "system", "content": 123}], [{"role": "user", "content": "x"}, {}],
+        None, "text", [], [123], [{}], [{"role": 123}], [{"role": "system", "content": 123}], [{"role": "user", "content": "x"}, {}],
         [{"role": "user", "content": [{"type": "sound"}]}], [{"role": "assistant"}], [{"role": "user", "content": None}],
         [{"role": r, "content": "x"} for r in ("user", "assistant", "assistant")],
         [{"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}],
@@ -75,7 +106,7 @@ def test_what_are_no_messages_is_refused(start, messages):
 
 def test_images_are_not_supported(start):
     part = {"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}
-    error = post(start(), "/v1/chat/completions", 500, messages=[{"role": "user", "content": [part]}])["error"]
+    error = post(start(), "/v1/chat/completions", 501, messages=[{"role": "user", "content": [part]}])["error"]
     assert "image input is not supported" in error["message"]
 
 

@@ -34,7 +34,7 @@ def text_completion(about: About, end: End, streamed: bool = False) -> dict[str,
         "text": "" if streamed else end.text, "index": about.index, "logprobs": logprobs,
         "finish_reason": FINISH[end.stop_type],
     }  # fmt: skip
-    body = {"choices": [choice], **_head(about, "text_completion"), "usage": usage(end, len(about.what.tokens))}
+    body = {"choices": [choice], **_head(about, "text_completion"), "usage": usage((about, end))}
     if about.verbose:
         body["__verbose"] = completion(about, end)
     return body | {"timings": timings(end.timings, end.report)}
@@ -62,7 +62,7 @@ def chat_completion(about: About, end: End, said: Message) -> dict[str, Any]:
     }  # fmt: skip
     if about.logprobs:
         choice["logprobs"] = {"content": answer_probabilities(about, end)}
-    body = {"choices": [choice], **_head(about, "chat.completion"), "usage": usage(end, len(about.what.tokens))}
+    body = {"choices": [choice], **_head(about, "chat.completion"), "usage": usage((about, end))}
     if about.verbose:
         body["__verbose"] = completion(about, end)
     return body | {"timings": timings(end.timings, end.report)}
@@ -74,19 +74,16 @@ def chat_part(about: About, delta: dict[str, Any], finish: str | None = None, **
     return {"choices": [choice], **_head(about, "chat.completion.chunk"), **more}
 
 
-def chat_usage(about: About, end: End) -> dict[str, Any]:
-    """Returns the last chunk, for requests that want ``usage``."""
-    return {"choices": [], **_head(about, "chat.completion.chunk"), "usage": usage(end, len(about.what.tokens))}
+def chat_usage(*answers: tuple[About, End]) -> dict[str, Any]:
+    """Returns the last chunk of all answers to a request, if it wants ``usage``."""
+    about, end = answers[-1]
+    head = {"choices": [], **_head(about, "chat.completion.chunk")}
+    return {**head, "usage": usage(*answers), "timings": timings(end.timings, end.report)}
 
 
 def chat_finish(end: End, has_calls: bool) -> str:
     """Returns the finish reason of a chat."""
     return "tool_calls" if has_calls and end.stop_type != "limit" else FINISH[end.stop_type]
-
-
-def chat_logprobs(about: About, step: Token) -> dict[str, Any]:
-    """Returns the ``logprobs`` for a token of a streamed chat."""
-    return {"content": [token_probabilities(about, step.chosen, step.text)]}
 
 
 def _head(about: About, kind: str) -> dict[str, Any]:

@@ -65,12 +65,14 @@ def compression(report: KVReport) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def usage(end: End, n_prompt: int) -> dict[str, Any]:
-    """Returns OpenAI's token counts."""
-    n = end.timings.predicted_n
+def usage(*answers: tuple[About, End]) -> dict[str, Any]:
+    """Returns OpenAI's token counts of all answers to a request; a prompt with several answers counts once."""
+    prompts = {id(about.what.tokens): (len(about.what.tokens), end.timings.cache_n) for about, end in reversed(answers)}
+    n_prompt, n_cached = (sum(numbers) for numbers in zip(*prompts.values(), strict=True))
+    n = sum(end.timings.predicted_n for _, end in answers)
     return {
         "completion_tokens": n, "prompt_tokens": n_prompt, "total_tokens": n_prompt + n,
-        "prompt_tokens_details": {"cached_tokens": end.timings.cache_n},
+        "prompt_tokens_details": {"cached_tokens": n_cached},
     }  # fmt: skip
 
 
@@ -94,11 +96,15 @@ def token_probabilities(about: About, chosen: Chosen, text: str) -> dict[str, An
 
 def answer_probabilities(about: About, end: End) -> list[dict[str, Any]]:
     """Returns ``token_probabilities`` of all tokens of an answer, without the stop string."""
-    tokens = list(end.tokens)
-    if end.stopping_word:
-        n_stop = len(about.llama.tokenize(end.stopping_word.encode(), add_bos=False, special=True))
-        tokens = tokens[: max(0, len(tokens) - n_stop)]
-    return [token_probabilities(about, chosen, text) for chosen, text in zip(tokens, end.shown, strict=False)]
+    told = zip(end.tokens[: n_told(about, end)], end.shown, strict=False)
+    return [token_probabilities(about, chosen, text) for chosen, text in told]
+
+
+def n_told(about: About, end: End) -> int:
+    """Returns how many tokens of an answer are told with their probabilities: all but those of the stop string."""
+    word = end.stopping_word.encode()
+    n_stop = len(about.llama.tokenize(word, add_bos=False, special=True)) if word else 0
+    return max(0, len(end.tokens) - n_stop)
 
 
 def prompt_text(llama: SlotLlama, tokens: Sequence[int]) -> str:

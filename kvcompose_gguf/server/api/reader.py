@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ...errors import ConfigError
 from ...methods import METHODS, Method, make_method
 from ..options import ServeOptions
-from ..slots.sampling import SAMPLERS, Sampling
+from ..slots.sampling import RANDOM_SEED, SAMPLERS, Sampling
 from ..slots.slot_llama import SlotLlama
 from ..slots.steps import Generation
 from .errors import invalid
@@ -208,8 +208,8 @@ class Reader:
         if grammar:
             check_grammar(grammar)
         given = {name: getattr(request, name) for name in SAMPLING_FIELDS if getattr(request, name, None) is not None}
-        if given.get("seed") == -1:
-            given["seed"] = Sampling.seed
+        if "seed" in given:
+            given["seed"] = _seed(given["seed"])
         if request.dry_sequence_breakers is not None:
             given["dry_sequence_breakers"] = tuple(request.dry_sequence_breakers)
         if given.get("dry_base", 1.0) < 1.0:
@@ -249,6 +249,13 @@ class Reader:
         if request.grammar is not None:
             return request.grammar
         return "" if request.json_schema is None else grammar_of(request.json_schema)
+
+
+def _seed(seed: int) -> int:
+    """Returns a seed of 32 bits for one of OpenAI's, which have 64. Only -1 and ``RANDOM_SEED`` are random."""
+    if seed in (-1, RANDOM_SEED):
+        return RANDOM_SEED
+    return min(seed % 2**32, RANDOM_SEED - 1)
 
 
 def _samplers(names: list[str] | str) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class GenerationRequest(_Request):
     grammar: str | None = None
     json_schema: Any = None
     samplers: list[str] | str | None = None
-    seed: int | None = Field(None, ge=-1, le=2**32 - 1)
+    seed: int | None = None
     temperature: Annotated[float, _clamped(0, float("inf"))] | None = None
     dynatemp_range: float | None = None
     dynatemp_exponent: float | None = None

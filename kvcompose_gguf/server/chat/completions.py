@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +15,9 @@ from ...models.templates import CALL_BEGIN, TemplateError
 from ...plan import seam
 from ...support import reasoning
 from ..api import openai
-from ..api.errors import ApiError, invalid
+from ..api.errors import invalid
 from ..api.grammars import grammar_of
-from ..api.parts import About, extras, timings
+from ..api.parts import About, extras, n_told, timings, token_probabilities, usage
 from ..api.schemas import ChatRequest
 from ..api.streams import JSONResponse, event_stream, merged, together, while_connected
 from ..options import REASONING_FORMATS
@@ -79,7 +79,7 @@ def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
     try:
         prompt = server.template.render(messages, is_continued or request.add_generation_prompt, variables)
     except TemplateError as error:
-        raise ApiError(500, str(error)) from error
+        raise invalid(str(error)) from error
     return ChatPrompt(
         text=prompt if thinks else reasoning.closed(prompt), begun=str(last.get("prefill", last.get("content", ""))),
         tools=offered, choice=choice, opening=_opening(server, messages, variables),
@@ -162,18 +162,18 @@ async def answer_chat(server: Server, http: Request, request: ChatRequest) -> Re
     abouts = server.abouts(request, [asked.what])
     readers = [_message_stream(server, request, asked) for _ in abouts]
     if request.stream:
-        pairs = zip(abouts, readers, strict=True)
-        chunks = merged([_chat_chunks(server, request, asked, *pair) for pair in pairs], len(server.engine.slots))
-        return await event_stream(http, chunks, done=True)
+        return await event_stream(http, _all_chunks(server, request, asked, abouts, readers), done=True)
     work = (server.finish(about.what, request.id_slot) for about in abouts)
     ends = await while_connected(http, together(work, len(server.engine.slots)))
 
     def answer() -> JSONResponse:
+        placed = [(replace(about, id_slot=slot), end) for about, (slot, end) in zip(abouts, ends, strict=True)]
         bodies = [
-            openai.chat_completion(replace(about, id_slot=slot), end, reader.whole(asked.begun + end.text))
-            for about, reader, (slot, end) in zip(abouts, readers, ends, strict=True)
+            openai.chat_completion(about, end, reader.whole(asked.begun + end.text))
+            for (about, end), reader in zip(placed, readers, strict=True)
         ]
-        return JSONResponse({**bodies[0], "choices": [choice for body in bodies for choice in body["choices"]]})
+        choices = [choice for body in bodies for choice in body["choices"]]
+        return JSONResponse({**bodies[0], "choices": choices, "usage": usage(*placed)})
 
     return await server.aside(answer)  # many probabilities take long to format
 
@@ -196,15 +196,35 @@ def _chat_grammar(request: ChatRequest) -> str | None:
     return None if schema is None else grammar_of(schema)
 
 
-async def _chat_chunks(
-    server: Server, request: ChatRequest, asked: _Asked, about: About, reader: MessageStream
+async def _all_chunks(
+    server: Server, request: ChatRequest, asked: _Asked, abouts: Sequence[About], readers: Sequence[MessageStream]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    has_role = False
+    """Yields the chunks of all answers as they come, and what they used at the end."""
+    ended: list[tuple[About, End]] = []
+    pairs = zip(abouts, readers, strict=True)
+    streams = [_chat_chunks(server, request, asked, about, reader, ended) for about, reader in pairs]
+    async with aclosing(merged(streams, len(server.engine.slots))) as chunks:
+        async for chunk in chunks:
+            yield chunk
+    if _wants_usage(request):
+        yield openai.chat_usage(*ended)
+
+
+async def _chat_chunks(
+    server: Server,
+    request: ChatRequest,
+    asked: _Asked,
+    about: About,
+    reader: MessageStream,
+    ended: list[tuple[About, End]],
+) -> AsyncGenerator[dict[str, Any], None]:
+    has_role, n_told_before = False, 0
     held = reader.add(asked.begun)
     if not asked.echoes:
         held = []
-    async with aclosing(server.events(about.what, request.id_slot)) as told:
-        async for _, step in told:
+    told: list[dict[str, Any]] = []  # probabilities of tokens whose text is held back
+    async with aclosing(server.events(about.what, request.id_slot)) as steps:
+        async for _, step in steps:
             if isinstance(step, Progress):
                 if request.return_progress:
                     has_role = True
@@ -216,22 +236,25 @@ async def _chat_chunks(
                 yield openai.chat_part(about, {"role": "assistant", "content": None})
             deltas = held + (reader.add(step.text) if isinstance(step, Token) else reader.end())
             held = []
+            if about.logprobs:
+                if isinstance(step, Token):
+                    told.append(token_probabilities(about, step.chosen, step.text))
+                else:
+                    told = told[: max(0, n_told(about, step) - n_told_before)]
+                    deltas += [{}] if told and not deltas else []
             for delta in deltas:
                 chunk = openai.chat_part(about, delta)
-                if isinstance(step, Token) and delta is deltas[-1]:  # they belong to the token, so they go once
-                    chunk |= extras(step, request.timings_per_token)
+                if delta is deltas[-1]:  # what belongs to tokens goes once
+                    chunk |= extras(step, request.timings_per_token) if isinstance(step, Token) else {}
                     if about.logprobs:
-                        chunk["choices"][0]["logprobs"] = openai.chat_logprobs(about, step)
+                        chunk["choices"][0]["logprobs"] = {"content": told}
+                        n_told_before, told = n_told_before + len(told), []
                 yield chunk
             if isinstance(step, End):
-                for chunk in _last_chunks(request, about, reader, step):
-                    yield chunk
+                ended.append((about, step))
+                last = openai.chat_part(about, {}, openai.chat_finish(step, reader.n_calls > 0))
+                yield last if _wants_usage(request) else last | {"timings": timings(step.timings, step.report)}
 
 
-def _last_chunks(request: ChatRequest, about: About, reader: MessageStream, end: End) -> Iterator[dict[str, Any]]:
-    timed = {"timings": timings(end.timings, end.report)}
-    wants_usage = request.stream_options is not None and request.stream_options.include_usage
-    last = openai.chat_part(about, {}, openai.chat_finish(end, reader.n_calls > 0))
-    yield last if wants_usage else last | timed
-    if wants_usage:
-        yield openai.chat_usage(about, end) | timed
+def _wants_usage(request: ChatRequest) -> bool:
+    return request.stream_options is not None and request.stream_options.include_usage

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..api.errors import ApiError, invalid
+from ..api.errors import invalid, not_supported
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
@@ -18,6 +18,8 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         raise invalid("'messages' is required")
     if not isinstance(messages, list):
         raise invalid("Expected 'messages' to be an array")
+    if not messages:
+        raise invalid("'messages' must have at least one message")
     return [_checked(message) for message in messages]
 
 
@@ -50,7 +52,7 @@ def _part(part: Any) -> str:
         return str(part["text"])
     for name in ("image", "audio", "video"):
         if isinstance(kind, str) and name in kind:
-            raise ApiError(500, f"{name} input is not supported - hint: this server reads text only")
+            raise not_supported(f"{name} input is not supported - hint: this server reads text only")
     raise invalid("unsupported content[].type")
 
 
