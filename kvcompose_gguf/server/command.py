@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import socket
 
 import uvicorn
@@ -15,6 +16,8 @@ from .app import create_app
 from .options import ServeOptions
 from .slots.engine import Engine
 
+log = logging.getLogger(__name__)
+
 #: llama.cpp allocates cache cells in multiples of this
 N_PAD = 256
 
@@ -23,10 +26,16 @@ IDLE = "idle"
 
 
 def make_engine(options: ServeOptions) -> Engine:
-    """Returns an engine with the model's slots. Each slot has an equal share of ``n_ctx``, as in llama-server."""
+    """Returns an engine with the model's slots.
+
+    Each slot has an equal share of ``n_ctx``, but not more tokens than the model was trained for, as in llama-server.
+    """
     with open_vocabulary(options.model_path) as vocabulary:
-        n_ctx = options.n_ctx or n_ctx_trained(vocabulary)
-    n_slot = -(-max(1, n_ctx // options.n_parallel) // N_PAD) * N_PAD
+        n_trained = n_ctx_trained(vocabulary)
+    n_share = max(1, (options.n_ctx or n_trained) // options.n_parallel)
+    if n_share > n_trained:
+        log.warning("a slot would have %d tokens; the model was trained for %d, so it has these", n_share, n_trained)
+    n_slot = -(-min(n_share, n_trained) // N_PAD) * N_PAD
     threads_batch = options.threads_batch or options.threads
     threads = {"n_threads": options.threads, "n_threads_batch": threads_batch}
     idle_path = options.slot_save_path / IDLE if options.slot_save_path is not None else None

@@ -126,7 +126,7 @@ class ServeOptions:
     )
     n_ctx: int = option(
         0, "--ctx-size", "-c", panel=MODEL, min=0,
-        help="Context size of all slots together in tokens. 0 takes the model's.",
+        help="Context size of all slots together in tokens. 0 takes the model's; a slot never has more than that.",
     )
     n_batch: int = option(
         512, "--batch-size", "-b", panel=MODEL, min=1, help="Largest number of tokens in a decode call."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -130,6 +131,17 @@ def test_it_answers_while_the_model_is_loaded(tiny_model):
         go.set()
         until(lambda: client.get("/health").status_code == 200)
         assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+@pytest.mark.parametrize(("n_ctx", "n_slot"), [(8192, 2048), (2048, 1024)])
+def test_a_slot_has_at_most_the_tokens_that_the_model_was_trained_for(tiny_model, caplog, n_ctx, n_slot):
+    config = replace(CONFIG, n_ctx=2048)
+    engine = make_engine(replace(tiny_options(tiny_model(config)), n_ctx=n_ctx, n_parallel=2))
+    try:
+        assert [slot.llama.n_ctx() for slot in engine.slots] == [n_slot] * 2
+    finally:
+        engine.close()
+    assert ("the model was trained for 2048" in caplog.text) == (n_ctx == 8192)
 
 
 def test_a_model_that_cannot_be_loaded_is_told(tiny_model):
