@@ -9,11 +9,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from support import tiny
-from support.serving import TIMEOUT, cancelling, decodes, running, until
+from support.serving import TIMEOUT, cancelling, decodes, running, tiny_options, until
 
+from kvcompose_gguf.server.api import streams
 from kvcompose_gguf.server.options import ServeOptions
 
 CONFIG = tiny.GQA
@@ -172,3 +174,22 @@ def test_langchains_chat_model(address):
     whole = model.invoke("Hello, who are you?")
     assert whole.usage_metadata["output_tokens"] == 8
     assert "".join(chunk.content for chunk in model.stream("Hello, who are you?")) == whole.content
+
+
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])
+def test_a_stream_shows_that_it_is_alive_while_a_prompt_is_read(tiny_model, monkeypatch, path):
+    """Clients and proxies give up on silence. The prompt is read when the comments have come."""
+    monkeypatch.setattr(streams, "ALIVE_SECONDS", 0.01)
+    body = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}], "n_predict": 2, "stream": True}
+    options = tiny_options(tiny_model(CONFIG), n_parallel=1, chat_template="chatml")
+    with running(options) as address, decodes() as held:
+        held.let(0)
+        with httpx.stream("POST", address + path, json=body, timeout=TIMEOUT) as answer:
+            assert answer.status_code == 200
+            lines = answer.iter_lines()
+            assert [next(lines) for _ in range(6)] == [":", ""] * 3
+            assert held.n_passed == 0
+            held.open()
+            rest = [line for line in lines if line and line != ":"]
+    assert len(rest) >= 3
+    assert all(line.startswith("data: ") for line in rest)

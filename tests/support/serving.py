@@ -56,7 +56,7 @@ def events(client: TestClient, path: str, **body: Any) -> tuple[list[Any], bool]
     with client.stream("POST", path, json=body | {"stream": True}) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line and line != ":"]
     done = lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[: len(lines) - done]], done
 
@@ -178,7 +178,7 @@ class Asking:
         with self._client.stream("POST", self._path, json=self._body) as answer:
             self.status = answer.status_code
             for line in answer.iter_lines():
-                if line:
+                if line and line != ":":
                     self.lines.append(line.removeprefix("data: "))
         self.busy_at_end = n_busy(self._client), n_processing(self._client)
 

@@ -17,6 +17,10 @@ T = TypeVar("T")
 #: seconds between two checks whether the client has disconnected
 POLL_SECONDS = 0.2
 
+#: seconds without an event after which a stream tells that it is alive. Clients and proxies give up on silence, and a
+#: long prompt is read for minutes
+ALIVE_SECONDS = 3.0
+
 
 class JSONResponse(Response):
     """A JSON response that replaces lone surrogates: JSON can contain them, UTF-8 cannot."""
@@ -29,30 +33,48 @@ class JSONResponse(Response):
 
 
 async def event_stream(http: Request, chunks: AsyncGenerator[dict[str, Any], None], done: bool) -> StreamingResponse:
-    """Returns server-sent events of ``chunks``; an error before the first chunk is an ordinary error response.
+    """Returns server-sent events of ``chunks``, and comments while there is nothing to tell.
+
+    An error within the first ``ALIVE_SECONDS`` is an ordinary error response, a later one is an event.
 
     Args:
         done: the last event is ``[DONE]``.
     """
+    waiting = asyncio.ensure_future(anext(chunks))
     try:
-        first = await while_connected(http, anext(chunks))
+        await while_connected(http, asyncio.wait({waiting}, timeout=ALIVE_SECONDS))
+        if waiting.done():
+            waiting.result()
     except BaseException:
-        await chunks.aclose()
+        await _close(chunks, waiting)
         raise
 
     async def lines() -> AsyncGenerator[bytes, None]:
+        nonlocal waiting
         try:
-            yield _event(first)
-            async for chunk in chunks:
+            while True:
+                while not (await asyncio.wait({waiting}, timeout=ALIVE_SECONDS))[0]:
+                    yield b":\n\n"
+                try:
+                    chunk = waiting.result()
+                except StopAsyncIteration:
+                    break
                 yield _event(chunk)
+                waiting = asyncio.ensure_future(anext(chunks))
             if done:
                 yield b"data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.body())
         finally:
-            await _to_its_end(chunks.aclose())
+            await _to_its_end(_close(chunks, waiting))
 
     return StreamingResponse(lines(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+
+async def _close(chunks: AsyncGenerator[dict[str, Any], None], waiting: asyncio.Future[dict[str, Any]]) -> None:
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await chunks.aclose()
 
 
 async def _to_its_end(cleanup: Coroutine[Any, Any, None]) -> None:
