@@ -27,6 +27,14 @@ def test_openais_completions(start):
     assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
 
 
+@pytest.mark.parametrize(("field", "value"), [("echo", True), ("suffix", " the end."), ("best_of", 2)])
+def test_what_is_not_done_is_refused_as_llama_server_does(start, field, value):
+    client = start()
+    error = post(client, "/v1/completions", 400, prompt=PROMPT, max_tokens=1, **{field: value})["error"]
+    assert field in error["message"]
+    post(client, "/v1/completions", prompt=PROMPT, max_tokens=1, **{field: None if value is not True else False})
+
+
 def test_several_choices_differ_by_their_seeds(start):
     body = post(start(), "/v1/completions", prompt=PROMPT, n=2, max_tokens=12, temperature=1.5, seed=4)
     assert [choice["index"] for choice in body["choices"]] == [0, 1]

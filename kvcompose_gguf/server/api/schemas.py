@@ -140,6 +140,14 @@ class CompletionRequest(GenerationRequest):
     )
 
 
+class OpenAICompletionRequest(CompletionRequest):
+    """Body of /v1/completions. ``echo``, ``suffix`` and ``best_of`` are refused, as in llama-server."""
+
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
 class InfillRequest(GenerationRequest):
     """Body of /infill."""
 

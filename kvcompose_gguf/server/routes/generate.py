@@ -16,7 +16,7 @@ from ..api.embeddings import native_body, normalized, openai_body, texts_of
 from ..api.errors import api_error, invalid, not_supported
 from ..api.infill import infill_prompt
 from ..api.openai import text_completion, text_completion_part
-from ..api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest
+from ..api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest, OpenAICompletionRequest
 from ..api.streams import JSONResponse, while_connected
 from ..chat.completions import answer_chat
 from ..completions import complete
@@ -35,7 +35,12 @@ async def completion(server: Serving, http: Request, request: CompletionRequest)
 
 
 @router.post("/v1/completions")
-async def openai_completion(server: Serving, http: Request, request: CompletionRequest) -> Response:
+async def openai_completion(server: Serving, http: Request, request: OpenAICompletionRequest) -> Response:
+    if request.echo:
+        raise invalid("Only no echo is supported")
+    for name in ("suffix", "best_of"):
+        if getattr(request, name) is not None:
+            raise invalid(f"Unsupported param: {name}")
     prompts = partial(server.prompts, request)
     return await complete(server, http, request, prompts, text_completion, text_completion_part)
 
