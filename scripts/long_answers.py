@@ -94,9 +94,10 @@ def main() -> None:
             llama.compress(tokens)
             llama.reset()
 
-    repeated = {
-        name: [free(llama, prompt, args.n_answer, seed) for seed in range(args.seeds)] for name, llama in sides.items()
-    }
+    repeated: dict[str, list[float]] = {}
+    for name, llama in sides.items():
+        repeated[name] = [free(llama, prompt, args.n_answer, seed) for seed in range(args.seeds)]
+        print(f"{name}: repeated {repeated[name]}", flush=True)
     for llama in sides.values():
         llama.reset()
         llama.eval(prompt)

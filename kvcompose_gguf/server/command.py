@@ -34,7 +34,7 @@ def make_engine(options: ServeOptions) -> Engine:
         n_trained = n_ctx_trained(vocabulary)
     n_share = max(1, (options.n_ctx or n_trained) // options.n_parallel)
     if n_share > n_trained:
-        log.warning("a slot would have %d tokens; the model was trained for %d, so it has these", n_share, n_trained)
+        log.warning("each slot would have %d tokens, but the model was trained for %d: capping", n_share, n_trained)
     n_slot = -(-min(n_share, n_trained) // N_PAD) * N_PAD
     threads_batch = options.threads_batch or options.threads
     threads = {"n_threads": options.threads, "n_threads_batch": threads_batch}

@@ -96,12 +96,12 @@ def token_probabilities(about: About, chosen: Chosen, text: str) -> dict[str, An
 
 def answer_probabilities(about: About, end: End) -> list[dict[str, Any]]:
     """Returns ``token_probabilities`` of all tokens of an answer, without the stop string."""
-    told = zip(end.tokens[: n_told(about, end)], end.shown, strict=False)
-    return [token_probabilities(about, chosen, text) for chosen, text in told]
+    reported = zip(end.tokens[: n_reported(about, end)], end.shown, strict=False)
+    return [token_probabilities(about, chosen, text) for chosen, text in reported]
 
 
-def n_told(about: About, end: End) -> int:
-    """Returns how many tokens of an answer are told with their probabilities: all but those of the stop string."""
+def n_reported(about: About, end: End) -> int:
+    """Returns how many tokens of an answer are reported with their probabilities: all but those of the stop string."""
     word = end.stopping_word.encode()
     n_stop = len(about.llama.tokenize(word, add_bos=False, special=True)) if word else 0
     return max(0, len(end.tokens) - n_stop)

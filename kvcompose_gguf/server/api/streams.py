@@ -17,8 +17,8 @@ T = TypeVar("T")
 #: seconds between two checks whether the client has disconnected
 POLL_SECONDS = 0.2
 
-#: seconds without an event after which a stream tells that it is alive. Clients and proxies give up on silence, and a
-#: long prompt is read for minutes
+#: seconds without an event after which a stream sends a comment. Clients and proxies give up on a silent connection,
+#: and reading a long prompt takes minutes
 ALIVE_SECONDS = 3.0
 
 
@@ -33,7 +33,7 @@ class JSONResponse(Response):
 
 
 async def event_stream(http: Request, chunks: AsyncGenerator[dict[str, Any], None], done: bool) -> StreamingResponse:
-    """Returns server-sent events of ``chunks``, and comments while there is nothing to tell.
+    """Returns server-sent events of ``chunks``, and a comment after every ``ALIVE_SECONDS`` without an event.
 
     An error within the first ``ALIVE_SECONDS`` is an ordinary error response, a later one is an event.
 

@@ -17,7 +17,7 @@ from ...support import reasoning
 from ..api import openai
 from ..api.errors import invalid
 from ..api.grammars import grammar_of
-from ..api.parts import About, extras, n_told, timings, token_probabilities, usage
+from ..api.parts import About, extras, n_reported, timings, token_probabilities, usage
 from ..api.schemas import ChatRequest
 from ..api.streams import JSONResponse, event_stream, merged, together, while_connected
 from ..options import REASONING_FORMATS
@@ -199,7 +199,7 @@ def _chat_grammar(request: ChatRequest) -> str | None:
 async def _all_chunks(
     server: Server, request: ChatRequest, asked: _Asked, abouts: Sequence[About], readers: Sequence[MessageStream]
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """Yields the chunks of all answers as they come, and what they used at the end."""
+    """Yields the chunks of all answers as they come; the last one has the usage of all, if the request wants it."""
     ended: list[tuple[About, End]] = []
     pairs = zip(abouts, readers, strict=True)
     streams = [_chat_chunks(server, request, asked, about, reader, ended) for about, reader in pairs]
@@ -218,11 +218,11 @@ async def _chat_chunks(
     reader: MessageStream,
     ended: list[tuple[About, End]],
 ) -> AsyncGenerator[dict[str, Any], None]:
-    has_role, n_told_before = False, 0
+    has_role, n_sent = False, 0
     held = reader.add(asked.begun)
     if not asked.echoes:
         held = []
-    told: list[dict[str, Any]] = []  # probabilities of tokens whose text is held back
+    held_back: list[dict[str, Any]] = []  # probabilities of tokens whose text has not been sent
     async with aclosing(server.events(about.what, request.id_slot)) as steps:
         async for _, step in steps:
             if isinstance(step, Progress):
@@ -238,17 +238,17 @@ async def _chat_chunks(
             held = []
             if about.logprobs:
                 if isinstance(step, Token):
-                    told.append(token_probabilities(about, step.chosen, step.text))
+                    held_back.append(token_probabilities(about, step.chosen, step.text))
                 else:
-                    told = told[: max(0, n_told(about, step) - n_told_before)]
-                    deltas += [{}] if told and not deltas else []
+                    held_back = held_back[: max(0, n_reported(about, step) - n_sent)]
+                    deltas += [{}] if held_back and not deltas else []
             for delta in deltas:
                 chunk = openai.chat_part(about, delta)
                 if delta is deltas[-1]:  # what belongs to tokens goes once
                     chunk |= extras(step, request.timings_per_token) if isinstance(step, Token) else {}
                     if about.logprobs:
-                        chunk["choices"][0]["logprobs"] = {"content": told}
-                        n_told_before, told = n_told_before + len(told), []
+                        chunk["choices"][0]["logprobs"] = {"content": held_back}
+                        n_sent, held_back = n_sent + len(held_back), []
                 yield chunk
             if isinstance(step, End):
                 ended.append((about, step))
