@@ -14,7 +14,7 @@ from .methods.base import Method
 from .methods.continuing import choice_of, has_grown
 from .plan import seam
 from .plan.report import KVReport
-from .reading import Reading, attend, evidence_of, first_part
+from .reading import Reading, attend, check_ceiling, evidence_of, first_part
 from .scoring.evidence import Evidence
 
 
@@ -41,11 +41,13 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
     Returns:
         The figures, also kept as ``context.report``.
     Raises:
-        ContextLengthError: the tokens and at least one more do not fit.
+        ContextLengthError: the tokens and at least one more do not fit, or would take more than ``max_kv_bytes`` while
+            they are read.
     """
     n_tokens = len(tokens)
     if n_tokens >= context.n_ctx:
         raise ContextLengthError(f"{n_tokens} tokens and one more do not fit into n_ctx={context.n_ctx}: raise n_ctx")
+    check_ceiling(method, context.session.layers, n_tokens)
     reading = Reading(context, method, n_tokens)
     if n_tokens < method.min_tokens:
         reading.prefill(tokens)
@@ -67,27 +69,28 @@ def prepare(context: Context, tokens: Sequence[int], method: Method | None, agai
 
     Args:
         again: compress a context again if it ``has_grown``, and the method can do so without reading it again.
+    Raises:
+        ContextLengthError: the beginning would take more than ``max_kv_bytes`` while it is read.
     """
     composed = context.composed
+    n_begin = 0 if method is None else len(tokens) - max(1, method.keep_last)
     if composed is not None:
         n_context = context.n_context
         # sampling needs the last token's logits, so at least one token must be left to evaluate
         continues = len(tokens) > n_context and composed.begins(tokens)
         if continues and composed.choice == choice_of(method):
             if again and method is not None and method.streams and has_grown(len(tokens), n_context, method):
-                n_context = len(tokens) - max(1, method.keep_last)
-                compress(context, tokens[:n_context], method, tokens[n_context:])
+                compress(context, tokens[:n_begin], method, tokens[n_begin:])
                 return
             n_same = seam.common_prefix(context.tokens, tokens)
             if composed.partial is not None and n_same < context.n_tokens:
                 context.rewind(n_same)
             return
+        if method is not None and n_begin >= method.min_tokens:
+            check_ceiling(method, context.session.layers, n_begin)  # before what is there is lost
         context.reset()
     if context.has_images:
         return  # part of the prompt is not text, so its tokens cannot be evaluated again
     context.report = None
-    if method is None:
-        return
-    n_context = len(tokens) - max(1, method.keep_last)
-    if n_context >= method.min_tokens:
-        compress(context, tokens[:n_context], method, tokens[n_context:])
+    if method is not None and n_begin >= method.min_tokens:
+        compress(context, tokens[:n_begin], method, tokens[n_begin:])

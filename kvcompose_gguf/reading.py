@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from .context import START_CELLS, Context
+from .errors import ContextLengthError
 from .kernels.types import FloatArray
 from .methods.base import Method
 from .methods.continuing import choice_of
@@ -20,6 +21,7 @@ from .plan.rows import Rows
 from .scoring.collect import Attention
 from .scoring.evidence import Evidence
 from .scoring.requests import AttentionRequest, StateRequest
+from .support.printing import megabytes
 from .support.timing import Stopwatch, timed
 
 
@@ -50,6 +52,20 @@ def evidence_of(context: Context, tokens: Sequence[int], attention: Attention, s
     queries = [] if states is None else states.collect(context, tokens)
     rows, layers = ContextRows(context.session, len(tokens)), context.session.layers
     return Evidence(len(tokens), layers, attention.layers, attention.n_window, rows, queries, attention.repeated)
+
+
+def check_ceiling(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> None:
+    """Raises ContextLengthError if a context has to be read as a whole, and then takes more than ``max_kv_bytes``."""
+    n_rows = method.n_composites(layers, n_tokens) // len(layers)
+    if method.max_kv_bytes is None or method.streams or n_tokens <= n_rows + method.chunk:
+        return
+    n_bytes = n_tokens * sum(layer.n_bytes_row for layer in layers)
+    name = type(method).__name__
+    raise ContextLengthError(
+        f"{name} with these options reads all {n_tokens} tokens before it evicts any: {megabytes(n_bytes)}, more than "
+        f"max_kv_bytes={method.max_kv_bytes}; use a method that reads in parts, e.g. KVCompose(scoring='auto'), or "
+        "compression_ratio or n_kept, which limit only what is kept"
+    )
 
 
 def first_part(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:

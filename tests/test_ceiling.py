@@ -12,6 +12,7 @@ from support.llamas import greedy, last_logits
 from support.tiny import NumpyLlama
 
 from kvcompose_gguf import KVCompose, Progress
+from kvcompose_gguf.errors import ContextLengthError
 from kvcompose_gguf.methods import KeyDiff, KNorm, SnapKV, StreamingLLM
 from kvcompose_gguf.plan.rows import Rows
 
@@ -274,6 +275,23 @@ def test_a_method_that_needs_the_whole_prompt_reads_it_as_before(watched: Any) -
     report = seen.llama.compress(TOKENS)
     assert (report.n_composed, len(seen.composed)) == (1, 1)
     assert seen.n_rows_most >= len(TOKENS)
+
+
+def test_such_a_method_refuses_a_prompt_that_its_bytes_do_not_hold_and_loses_nothing(watched: Any) -> None:
+    row = sum(layer.n_bytes_row for layer in watched(None).llama.kv_layers)
+    seen = watched(KNorm(compression_ratio=0.5, min_tokens=100))
+    expected = greedy(seen.llama, TOKENS, 5)
+    seen.llama.kv_compressor = method = SnapKV(max_kv_bytes=700 * row, chunk=64, window=16, min_tokens=100)
+    n_evaluated = seen.n_evaluated
+    with pytest.raises(ContextLengthError, match="SnapKV with these options reads all 868 tokens before it evicts any"):
+        greedy(seen.llama, TOKENS, 5)
+    with pytest.raises(ContextLengthError, match="max_kv_bytes"):
+        seen.llama.compress(TOKENS)
+    seen.llama.kv_compressor = KNorm(compression_ratio=0.5, min_tokens=100)
+    assert greedy(seen.llama, TOKENS, 5) == expected
+    assert seen.n_evaluated - n_evaluated <= 36  # what was compressed before is still there
+    seen.llama.kv_compressor = method
+    assert seen.llama.compress(TOKENS[:764]).n_kept.sum() == 3 * 700  # budget and chunk hold it
 
 
 def test_predicted_scores_keep_a_ceiling_too(watched: Any, kept: Any) -> None:
