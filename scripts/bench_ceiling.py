@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """What does a long prompt cost below a ceiling: memory at every moment, time to the first token, speed of the answer?
 
-    python scripts/bench_ceiling.py MODEL --n-tokens 8000 (--ratio 0.75 | --n-kept 4000) [--repeats 3]
+    python scripts/bench_ceiling.py MODEL --n-tokens 8000 (--ratio 0.75 | --n-kept 4000) [--repeats 3] [--sides ours]
 
 Regime: each side runs in a process of its own, one after the other, repeated in turn: llama.cpp's full cache with its
 own kernel, and KVCompose with learned scores. A first prompt of 1,500 tokens teaches ours, and warms up both. Both read
-the same N tokens and decode the same tokens behind them. "KV" is the largest number of bytes that the cache had at any
-decode; "process" is the peak of the process beyond the loaded model. The last line is one JSON document. Run nothing
-else on the machine meanwhile.
+the same N tokens and decode the same tokens behind them. Five pass keys are hidden at 10, 30, 50, 70 and 90 % of the
+text; each is then asked for behind the same cache, greedily ("found", in this order). "KV" is the largest number of
+bytes that the cache had at any decode; "process" is the peak of the process beyond the loaded model. The last line is
+one JSON document. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -24,15 +25,44 @@ from typing import Any
 import psutil
 from bench_speed import context_tokens, cpu_name
 
-from kvcompose_gguf import KVCompose
+from kvcompose_gguf import KVCompose, Llama
 from kvcompose_gguf.load import load_model
 from kvcompose_gguf.models.resolve import resolve_model
 
-#: the prompt before, and the room for an answer
-N_FIRST, N_ANSWER = 1500, 64
+#: the prompt before, the room for an answer, and the tokens of an answer that has a pass key
+N_FIRST, N_ANSWER, N_KEY = 1500, 64, 12
+#: who has a pass key, which, and where it is in the text
+KEYS = {"Anna": 5820947, "Boris": 3196402, "Clara": 7045318, "David": 9461275, "Elena": 2683590}
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
+def with_keys(llama: Llama, tokens: list[int]) -> list[int]:
+    """Returns ``tokens`` with the pass keys in between, cut to their length."""
+    out, n_done = [], 0
+    for depth, (name, key) in zip(DEPTHS, KEYS.items(), strict=True):
+        place = int(depth * len(tokens))
+        fact = f"\nThe pass key of {name} is {key}. Remember it.\n"
+        out += [*tokens[n_done:place], *llama.tokenize(fact.encode(), add_bos=False)]
+        n_done = place
+    return (out + tokens[n_done:])[: len(tokens)]
+
+
+def found_keys(llama: Llama) -> list[bool]:
+    """Returns for every pass key whether the model says it when it is asked behind what the cache holds."""
+    out = []
+    for name, key in KEYS.items():
+        question = f"\n\nWhat is the pass key of {name}? The pass key of {name} is"
+        said: list[int] = []
+        with llama.context.undone():
+            logits = llama.context.eval_logits(llama.tokenize(question.encode(), add_bos=False))
+            while len(said) < N_KEY:
+                said.append(int(logits[-1].argmax()))
+                logits = llama.context.eval_logits(said[-1:])
+        out.append(str(key) in llama.detokenize(said).decode(errors="replace"))
+    return out
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the figures of one side, in the process that only does this."""
     is_ours = args.side == "ours"
     budget = {"compression_ratio": args.ratio} if args.n_kept is None else {"n_kept": args.n_kept}
@@ -42,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     )
     tokens = context_tokens(llama, N_FIRST + args.n_tokens + N_ANSWER)
     first, tokens = tokens[:N_FIRST], tokens[N_FIRST:]
-    prompt, answer = tokens[: args.n_tokens], tokens[args.n_tokens :]
+    prompt, answer = with_keys(llama, tokens[: args.n_tokens]), tokens[args.n_tokens :]
     process, peaks = psutil.Process(), {"kv": 0, "process": 0}
 
     def through(decode: Any, n_tokens: int) -> None:
@@ -64,6 +94,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for token in answer:
         llama.eval([token])
     seconds = time.perf_counter() - start
+    llama.context.through = lambda decode, n_tokens: decode()
+    found = found_keys(llama)
     report, layers = llama.kv_report, llama.kv_layers
     row = sum(layer.n_bytes_row for layer in layers)
     n_rows = 0 if method is None else method.n_composites(layers, args.n_tokens) / len(layers)
@@ -73,7 +105,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         "ceiling": (n_rows + chunk) * row, "full": args.n_tokens * row,
         "n_composed": 0 if report is None else report.n_composed,
         "compose_share": 0 if report is None else (report.compose_seconds + report.plan_seconds) / ttft,
-        "score_share": 0 if report is None else report.score_seconds / ttft,
+        "score_share": 0 if report is None else report.score_seconds / ttft, "found": found,
     }  # fmt: skip
 
 
@@ -84,6 +116,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.75)
     parser.add_argument("--n-kept", type=float)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--sides", choices=("both", "ours"), default="both", help="ours: without the full cache")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--side", choices=("full", "ours"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,21 +124,29 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
 
-    runs: dict[str, list[dict[str, float]]] = {"full": [], "ours": []}
+    runs: dict[str, list[dict[str, Any]]] = {"full": [], "ours": []} if args.sides == "both" else {"ours": []}
     for _ in range(args.repeats):
-        for side, found in runs.items():
+        for side, results in runs.items():
             command = [sys.executable, *sys.argv, "--side", side]
-            found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    full, ours = ({key: statistics.median(run[key] for run in runs[side]) for key in runs[side][0]} for side in runs)
+            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    sides = {side: {key: statistics.median(run[key] for run in results) for key in results[0] if key != "found"}
+             for side, results in runs.items()}  # fmt: skip
+    ours = sides["ours"]
     print(f"{args.model}, {args.n_tokens} tokens, {cpu_name()}, {args.threads} threads, medians of {args.repeats}")
-    print(f"first token: {full['ttft']:.1f}, {ours['ttft']:.1f} s, ratio {ours['ttft'] / full['ttft']:.2f}")
-    print(f"decoding: {full['decode']:.1f}, {ours['decode']:.1f} tokens/s, ratio {ours['decode'] / full['decode']:.2f}")
-    print(f"KV at most: {full['kv'] / 1e6:.1f}, {ours['kv'] / 1e6:.1f} MB, ratio {ours['kv'] / full['kv']:.2f}; "
-          f"{ours['kv'] / ours['ceiling']:.3f} of budget and chunk")  # fmt: skip
-    print(f"process at most: {full['process'] / 1e6:.1f}, {ours['process'] / 1e6:.1f} MB, "
-          f"ratio {ours['process'] / full['process']:.2f}")  # fmt: skip
+
+    def line(what: str, key: str, unit: str, scale: float = 1, more: str = "") -> None:
+        values = ", ".join(f"{side[key] / scale:.1f}" for side in sides.values())
+        ratio = f", ratio {ours[key] / sides['full'][key]:.2f}" if "full" in sides else ""
+        print(f"{what}: {values} {unit}{ratio}{more}")
+
+    line("first token", "ttft", "s")
+    line("decoding", "decode", "tokens/s")
+    line("KV at most", "kv", "MB", 1e6, f"; {ours['kv'] / ours['ceiling']:.3f} of budget and chunk")
+    line("process at most", "process", "MB", 1e6)
     print(f"composed {ours['n_composed']:.0f} times, plan and compose {ours['compose_share']:.1%} of the time, "
           f"scores {ours['score_share']:.1%}")  # fmt: skip
+    for side, results in runs.items():
+        print(f"pass keys found, {side}: {''.join('+' if hit else '-' for hit in results[-1]['found'])}")
     print(json.dumps(runs))
 
 

@@ -6,9 +6,9 @@
 Regime: a document, then an answer: with a full cache, and below ceilings of a share of what the full cache has at the
 end. The ceilings differ in how many of the newest tokens of the answer stay (``n_answer``, at most half of the budget).
 Forced: all get the same text as their answer. KL is the divergence of the next token from the full cache's, loss that
-of the text; means over the first and the last quarter of the answer. Free: every side samples its own answer
-(temperature 0.7); its end is forbidden. "Repeated" is the share of its pieces of 8 tokens that the answer had before.
-A model that loops has a large one.
+of the text; means over the first and the last quarter of the answer. Free: every side samples its own
+answer; its end is forbidden. "Repeated" is the share of its pieces of 8 tokens that the answer had before: a model that
+loops has a large one. Small models loop with their full cache, too, the more the lower the temperature.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,8 @@ def forced(sides: dict[str, Llama], answer: list[int]) -> dict[str, dict[str, li
     return found
 
 
-def free(llama: Llama, prompt: list[int], n_answer: int, seed: int) -> float:
-    """Returns the share of an answer's pieces that it had before."""
+def free(llama: Llama, prompt: list[int], n_answer: int, seed: int, temperature: float) -> list[bool]:
+    """Returns for every piece of an answer whether it had that piece before."""
     ends = [token for token in range(llama.n_vocab()) if llama.is_end(token)]
 
     def without_end(tokens: Any, logits: Any) -> Any:
@@ -60,11 +61,21 @@ def free(llama: Llama, prompt: list[int], n_answer: int, seed: int) -> float:
         return logits
 
     llama.set_seed(seed)
-    stream = llama.generate(prompt, temp=0.7, logits_processor=LogitsProcessorList([without_end]))
+    stream = llama.generate(prompt, temp=temperature, logits_processor=LogitsProcessorList([without_end]))
     said = [token for token, _ in zip(stream, range(n_answer), strict=False)]
     stream.close()
-    pieces = [tuple(said[i : i + PIECE]) for i in range(len(said) - PIECE + 1)]
-    return 1 - len(set(pieces)) / len(pieces)
+    had, out = set(), []
+    for i in range(len(said) - PIECE + 1):
+        piece = tuple(said[i : i + PIECE])
+        out.append(piece in had)
+        had.add(piece)
+    return out
+
+
+def quarters(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the means of the first and of the last quarter."""
+    n = max(1, len(values) // 4)
+    return float(np.mean(values[:n])), float(np.mean(values[-n:]))
 
 
 def main() -> None:
@@ -74,7 +85,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--document", type=int, default=1500, help="tokens of the document")
     parser.add_argument("--newest", default="1024,256,64")
-    parser.add_argument("--seeds", type=int, default=2, help="free answers of each side")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the free answers")
+    parser.add_argument("--seeds", type=int, default=2, help="free answers of each side, or 0")
     parser.add_argument("--question", default="Tell a long story that begins like this text.")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -94,24 +106,24 @@ def main() -> None:
             llama.compress(tokens)
             llama.reset()
 
-    repeated: dict[str, list[float]] = {}
+    repeated: dict[str, list[tuple[float, float]]] = {}
     for name, llama in sides.items():
-        repeated[name] = [free(llama, prompt, args.n_answer, seed) for seed in range(args.seeds)]
-        print(f"{name}: repeated {repeated[name]}", flush=True)
+        answers = [free(llama, prompt, args.n_answer, seed, args.temperature) for seed in range(args.seeds)]
+        repeated[name] = [quarters(answer) for answer in answers]
+        if answers:
+            print(f"{name}: repeated {repeated[name]}", flush=True)
     for llama in sides.values():
         llama.reset()
         llama.eval(prompt)
     found = forced(sides, answer)
-    quarter = max(1, len(found["full cache"]["kl"]) // 4)
     print(f"document {args.document}, answer {args.n_answer} tokens, ceiling {args.share * n_all:.0f} rows a layer")
-    print("| | KL, first and last quarter | loss, first and last quarter | repeated |")
+    print("first and last quarter of the answer; repeated: a mean of the free answers")
+    print("| | KL | loss | repeated |")
     print("|---|---|---|---|")
     for name, figures in found.items():
-        kl, loss = (
-            ", ".join(f"{np.mean(part):.3f}" for part in (figures[key][:quarter], figures[key][-quarter:]))
-            for key in ("kl", "loss")
-        )
-        print(f"| {name} | {kl} | {loss} | {', '.join(f'{100 * share:.0f}' for share in repeated[name])} % |")
+        kl, loss = ("{:.3f}, {:.3f}".format(*quarters(figures[key])) for key in ("kl", "loss"))
+        shares = "{:.0%}, {:.0%}".format(*np.mean(repeated[name], axis=0)) if args.seeds else "not measured"
+        print(f"| {name} | {kl} | {loss} | {shares} |")
     print(json.dumps({"repeated": repeated, "forced": found}))
 
 
