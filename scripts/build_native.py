@@ -86,7 +86,8 @@ def build(target: Path, flags: list[str], jobs: int, stock: bool) -> None:
                      f"-DLLAMA_BUILD_COMMIT={pin.commit}", *flags]  # fmt: skip
         run(configure)
         print(f"compile with {jobs} jobs (minutes)", flush=True)
-        run([cmake, "--build", str(work / "build"), "--config", "Release", "-j", str(jobs), "--target", "llama"])
+        run([cmake, "--build", str(work / "build"), "--config", "Release", "-j", str(jobs), "--target", "llama",
+             *([] if stock else ["kvc-chat"])])  # fmt: skip
 
         out = work / "lib"
         out.mkdir()
@@ -107,12 +108,13 @@ def build(target: Path, flags: list[str], jobs: int, stock: bool) -> None:
 
 
 def check_symbols(folder: Path) -> None:
-    """Raises if the library lacks our functions; after a failed patch it would still load."""
-    library = next((p for p in folder.iterdir() if p.stem in ("libllama", "llama")), None)
-    if library is None:
-        raise BuildError(f"the build left no libllama in {folder}: {sorted(p.name for p in folder.iterdir())}")
-    if not hasattr(ctypes.CDLL(str(library)), "llama_kvc_abi"):
-        raise BuildError(f"{library.name} was built without the patches")
+    """Raises if the libraries lack our functions; after a failed patch libllama would still load."""
+    for name, function in (("llama", "llama_kvc_abi"), ("kvc-chat", "kvc_chat_abi")):
+        library = next((p for p in folder.iterdir() if p.stem in (f"lib{name}", name)), None)
+        if library is None:
+            raise BuildError(f"the build left no lib{name} in {folder}: {sorted(p.name for p in folder.iterdir())}")
+        if not hasattr(ctypes.CDLL(str(library)), function):
+            raise BuildError(f"{library.name} was built without the patches")
 
 
 def cached_build(jobs: int | None = None, stock: bool = False, flags: list[str] | None = None) -> Path:

@@ -23,6 +23,7 @@ import httpx2
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from support import tiny_gguf
+from support.chat_templates import HERMES
 from support.serving import CONFIG, METHOD, running, tiny_options
 
 SETTINGS = """
@@ -33,11 +34,6 @@ enabled = false
 enabled = true
 expected-statuses = ["2xx", "3xx", "4xx", 501, 503, 504]
 """
-
-#: shows tools, so that requests with tools are not refused as "not offered"
-TEMPLATE = """{% if tools %}{{ tools | tojson }}<tool_call>{% endif -%}
-{% for m in messages %}{{ m.role }}: {{ m.content }}
-{% endfor %}"""
 
 
 def answer(address: str) -> str:
@@ -59,7 +55,7 @@ def main() -> None:
         theirs.mkdir()
         options = tiny_options(
             model, n_ctx=1024, method=METHOD, n_predict=8, embeddings=64, pooling="mean", slot_save_path=slots,
-            idle_bytes=1 << 24, timeout=1.0, chat_template=TEMPLATE,
+            idle_bytes=1 << 24, timeout=1.0, chat_template=HERMES,
         )  # fmt: skip
         with running(options) as address:
             before = answer(address)

@@ -53,7 +53,7 @@ def patch_files() -> list[Path]:
 
 
 #: folders of patches/src, and the pattern of their files in llama.cpp: every file that matches is our own
-OWN_SOURCES = {"llama": "src/llama-kvc*", "ggml-cpu": "ggml/src/ggml-cpu/ggml-cpu-kvc*"}
+OWN_SOURCES = {"llama": "src/llama-kvc*", "ggml-cpu": "ggml/src/ggml-cpu/ggml-cpu-kvc*", "common": "common/kvc-chat*"}
 
 
 def own_sources() -> list[Path]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..support.reasoning import Thoughts
+from ..native.answer_stream import AnswerStream
+from ..native.chat_library import AnswerParser, Rendered
 from ..support.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -58,13 +59,15 @@ class Writer:
 
     Args:
         answer: what is filled in.
-        prompt_text: the text that the answer follows; thinking may have begun in it.
+        rendered: the prompt that the answer follows.
         stops: texts that end the answer and are no part of it.
     """
 
-    def __init__(self, llm: Llama, answer: Answer, prompt_text: str, stops: Sequence[str]) -> None:
+    def __init__(self, llm: Llama, answer: Answer, rendered: Rendered, stops: Sequence[str]) -> None:
         self._llm, self._answer = llm, answer
-        self._stream, self._thoughts = TextStream(stops), Thoughts(prompt_text)
+        self._stream = TextStream([*stops, *rendered.stops])
+        self._message = AnswerStream(AnswerParser(rendered, reasoning_format="auto", parse_tool_calls=False))
+        self._preserved = [llm.tokenize(text.encode(), add_bos=False, special=True) for text in rendered.preserved]
         #: what the model wrote, without an end token
         self.tokens: list[int] = []
 
@@ -82,7 +85,7 @@ class Writer:
         """Yield the answer to a prompt as it is written, at most ``n_most`` tokens; ``sampling`` is for generate()."""
         for token in self._generated(prompt, n_most, sampling):
             self.tokens.append(token)
-            yield from self._add(self._stream.add(self._llm.piece(token)))
+            yield from self._add(self._stream.add(self._llm.piece(token, special=[token] in self._preserved)))
             if self.is_cut:
                 self._answer.end = "finished"
                 return
@@ -90,7 +93,7 @@ class Writer:
 
     def finish(self) -> list[Piece]:
         """Add what was held back to the answer, now that it has ended."""
-        return [*self._add(self._stream.end()), *self._grow(*self._thoughts.end())]
+        return [*self._add(self._stream.end()), *self._grow(self._message.end())]
 
     def _generated(self, prompt: Sequence[int], n_most: int, sampling: Mapping[str, Any]) -> Iterator[int]:
         answer = self._answer
@@ -110,9 +113,11 @@ class Writer:
                     return
 
     def _add(self, text: str) -> list[Piece]:
-        return self._grow(*self._thoughts.add(text))
+        return self._grow(self._message.add(text)) if text else []
 
-    def _grow(self, thoughts: str, text: str) -> list[Piece]:
+    def _grow(self, deltas: Sequence[Mapping[str, Any]]) -> list[Piece]:
+        thoughts = "".join(delta.get("reasoning_content", "") for delta in deltas)
+        text = "".join(delta.get("content", "") for delta in deltas)
         self._answer.thoughts += thoughts
         self._answer.text += text
         pieces = [Piece(thoughts, is_thought=True)] if thoughts else []

@@ -20,6 +20,7 @@ from .tokens import Tokens
 if TYPE_CHECKING:
     from ..llama import Llama
     from ..methods import Method
+    from ..native.chat_library import Rendered
     from ..plan.report import KVReport
     from ..sessions import SessionInfo
     from ..support.progress import Progress
@@ -150,7 +151,7 @@ class Conversation:
 
     def _beginning(self, waiting: str) -> list[int]:
         """Tokens of the conversation up to the next question, whatever that will be."""
-        a, z = (self._tokens.of(self._format.render([*self.turns, Turn(q, "", waiting)])) for q in ("A", "Z"))
+        a, z = (self._tokens.of(self._format.render([*self.turns, Turn(q, "", waiting)]).prompt) for q in ("A", "Z"))
         return a[: seam.common_prefix(a, z)]
 
     def _compress(self, tokens: Sequence[int], on_progress: OnProgress | None) -> None:
@@ -173,8 +174,8 @@ class Conversation:
         turn = Turn(question.strip(), "", self._waiting)
         if not turn.question:
             raise ConfigError("the question is empty: write one")
-        text = self._format.render([*self.turns, turn])
-        prompt = self._tokens.of(text)
+        rendered = self._format.render([*self.turns, turn])
+        prompt = self._tokens.of(rendered.prompt)
         if len(prompt) + MIN_ROOM > self.llm.n_ctx():
             raise ContextLengthError(
                 f"the conversation would have {len(prompt):,} tokens with this question, but the context holds "
@@ -182,7 +183,7 @@ class Conversation:
             )
         self._keep_small(prompt, on_progress)
         answer = Answer(turn.question, len(prompt))
-        return answer, self._pieces(answer, turn, text, prompt)
+        return answer, self._pieces(answer, turn, rendered, prompt)
 
     def _keep_small(self, prompt: Sequence[int], on_progress: OnProgress | None) -> None:
         """Compress all before the question if the cache holds another text, or more was said than it has compressed."""
@@ -196,8 +197,10 @@ class Conversation:
         if n >= method.min_tokens:
             self._compress(prompt[:n], on_progress)
 
-    def _pieces(self, answer: Answer, turn: Turn, text: str, prompt: Sequence[int]) -> Generator[Piece, None, None]:
-        writer = Writer(self.llm, answer, text, self._format.stops)
+    def _pieces(
+        self, answer: Answer, turn: Turn, rendered: Rendered, prompt: Sequence[int]
+    ) -> Generator[Piece, None, None]:
+        writer = Writer(self.llm, answer, rendered, self._format.stops)
         n_most = min(self._max_tokens, self.llm.n_ctx() - len(prompt))
         try:
             yield from writer.pieces(prompt, n_most, temp=self._temperature, repeat_penalty=self._repeat_penalty)
@@ -209,7 +212,7 @@ class Conversation:
                 self.turns.append(replace(turn, answer=answer.text))
                 self._waiting = ""
             if not writer.is_cut:
-                self._tokens.continued(text + writer.text, [*prompt, *writer.tokens])
+                self._tokens.continued(rendered.prompt + writer.text, [*prompt, *writer.tokens])
 
     def _advice(self) -> str:
         trained = self.llm.n_ctx_train

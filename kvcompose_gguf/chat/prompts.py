@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from ..errors import ConfigError
-from ..models.templates import ChatTemplate, TemplateError
+from ..native.chat_library import ChatTemplate, Rendered
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Format(Protocol):
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer, beside the model's own end tokens."""
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Turn]) -> Rendered:
         """The text of all turns, up to where the answer of the last one begins."""
 
 
@@ -54,13 +54,13 @@ class PlainFormat:
     def __init__(self, system: str = "") -> None:
         self._system = system
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Turn]) -> Rendered:
         """See ``Format.render``."""
         parts = [self._system] if self._system else []
         for turn in turns:
             parts += [turn.context] if turn.context else []
             parts += [f"Question: {turn.question}\nAnswer:{turn.answer}"]
-        return "\n\n".join(parts)
+        return Rendered(prompt="\n\n".join(parts))
 
 
 class TemplateFormat:
@@ -77,9 +77,11 @@ class TemplateFormat:
 
     def __init__(self, template: ChatTemplate, system: str, began: datetime) -> None:
         self._template, self._system = template, system
-        self._variables = {"strftime_now": began.strftime}
+        self._time = {"now": int(began.timestamp()), "chat_template_kwargs": {
+            "datetime": began.strftime("%b %d %Y"), "date_string": began.strftime("%d %b %Y"),
+        }}  # fmt: skip
 
-    def render(self, turns: Sequence[Turn]) -> str:
+    def render(self, turns: Sequence[Turn]) -> Rendered:
         """See ``Format.render``.
 
         Raises:
@@ -90,8 +92,8 @@ class TemplateFormat:
             messages += [_question(turn), {"role": "assistant", "content": turn.answer}]
         messages += [_question(turn) for turn in turns[-1:]]
         try:
-            return self._template.render(messages, variables=self._variables)
-        except TemplateError as error:
+            return self._template.render(messages, reasoning_format="auto", **self._time)
+        except ConfigError as error:
             raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
 
 

@@ -9,7 +9,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import KVComposeError
 from . import options as shared
@@ -18,6 +18,7 @@ from .bench import bench
 from .chat import chat, compress, run
 from .evaluate import evaluate
 from .learn import calibrate, learn
+from .llama_server_flags import without_llama_servers
 from .serve import serve
 
 
@@ -30,6 +31,16 @@ class _Group(TyperGroup):
         except KVComposeError as error:
             typer.secho("error: " + " ".join(str(error).split()), fg="red", err=True)
             raise typer.Exit(1) from error
+
+
+class _Serve(TyperCommand):
+    """Leaves out llama-server's flags that have no meaning here, with a warning."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        left, ignored = without_llama_servers(args)
+        if ignored:
+            typer.secho(f"warning: {', '.join(ignored)}: no meaning here, ignored", fg="yellow", err=True)
+        return super().parse_args(ctx, left)
 
 
 app = typer.Typer(
@@ -70,7 +81,7 @@ def fetch(name: Annotated[str, typer.Argument(help="Name of the model, e.g. smol
 
 app.command()(learn)
 app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(calibrate)
-app.command()(serve)
+app.command(cls=_Serve)(serve)
 
 
 @app.command()

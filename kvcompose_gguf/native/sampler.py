@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
-from . import library
+from . import chat_library, library
 
 TOKEN_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
@@ -96,17 +96,25 @@ class Grammar:
     Args:
         model: the ``llama_model``.
         text: GBNF, whose start is the rule ``root``.
+        patterns, tokens: regular expressions and tokens that let the grammar begin where they are found; both empty: it
+            holds from the first token on.
     Raises:
         ConfigError: llama.cpp cannot parse the text.
     """
 
-    def __init__(self, model: Any, text: str) -> None:
+    def __init__(self, model: Any, text: str, patterns: Sequence[str] = (), tokens: Sequence[int] = ()) -> None:
         self._sampler: Any = None
-        if "\0" in text:
+        if any("\0" in each for each in (text, *patterns)):
             raise ConfigError("failed to parse grammar: it contains a zero byte")
         llama_cpp = library.load()
-        vocab = llama_cpp.llama_model_get_vocab(model)
-        self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, text.encode("utf-8", "replace"), b"root")
+        vocab, grammar = llama_cpp.llama_model_get_vocab(model), text.encode("utf-8", "replace")
+        if patterns or tokens:
+            words = (ctypes.c_char_p * len(patterns))(*(pattern.encode("utf-8", "replace") for pattern in patterns))
+            self._sampler = llama_cpp.llama_sampler_init_grammar_lazy_patterns(
+                vocab, grammar, b"root", words, len(words), (llama_cpp.llama_token * len(tokens))(*tokens), len(tokens)
+            )
+        else:
+            self._sampler = llama_cpp.llama_sampler_init_grammar(vocab, grammar, b"root")
         if not self._sampler:
             raise ConfigError("failed to parse grammar")
 
@@ -123,8 +131,15 @@ class Grammar:
         return bool(np.isfinite(candidates.data[0].logit))
 
     def accept(self, token: int) -> None:
-        """Tell the grammar the next token. ``allows`` has to be true: llama.cpp ends the process otherwise."""
-        library.load().llama_sampler_accept(self._sampler, token)
+        """Tell the grammar the next token.
+
+        Raises:
+            ConfigError: it does not allow the token, although ``allows`` may have said so: a lazy grammar that begins
+                within a token finds out only now. Do not use it any more.
+        """
+        if not self.allows(token):  # llama.cpp would end the process at an end token
+            raise ConfigError("the grammar does not allow the token")
+        chat_library.sampler_accept(self._sampler, token)
 
     def close(self) -> None:
         """Free the grammar."""

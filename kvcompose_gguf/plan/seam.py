@@ -6,13 +6,16 @@ The tokenizer turns `"...done." + "\\nWhat?"` into tokens with one for `".\\n"`,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 #: number of tokens at the end of the context that a merge may change
 MAX_SEAM = 8
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns how many leading tokens ``a`` and ``b`` share."""
+def common_prefix(a: Sequence[T], b: Sequence[T]) -> int:
+    """Returns how many leading items ``a`` and ``b`` share."""
     n = min(len(a), len(b))
     return next((i for i in range(n) if a[i] != b[i]), n)
 

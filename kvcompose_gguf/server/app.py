@@ -12,11 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from .. import __version__
-from .api.errors import RETRY_AFTER, ApiError, api_error, invalid, not_supported
+from .api.errors import RETRY_AFTER, ApiError, api_error, invalid_fields, not_supported
 from .api.streams import JSONResponse
 from .gate import Gate
 from .options import ServeOptions
-from .routes import compress, generate, info, slots, tokens
+from .routes import compress, documents, generate, info, slots, tokens
 from .routes.page import page
 from .server import Server
 from .slots.engine import Engine
@@ -24,9 +24,6 @@ from .slots.engine import Engine
 #: routes that llama-server has and this server does not, with what they are for
 NOT_OFFERED = {
     "/rerank": "reranking", "/reranking": "reranking", "/v1/rerank": "reranking", "/v1/reranking": "reranking",
-    "/responses": "the responses API", "/v1/responses": "the responses API",
-    "/responses/input_tokens": "the responses API", "/v1/responses/input_tokens": "the responses API",
-    "/v1/messages": "Anthropic's API", "/v1/messages/count_tokens": "Anthropic's API",
     "/v1/audio/transcriptions": "audio", "/audio/transcriptions": "audio", "/tools": "tools of its own",
     "/cors-proxy": "a proxy", "/models/load": "loading other models", "/models/unload": "loading other models",
     "/models/sse": "loading other models", "/v1/stream": "resuming streams", "/v1/streams/lookup": "resuming streams",
@@ -77,8 +74,9 @@ def create_app(
     # FastAPI's documentation pages load scripts from other hosts
     app = FastAPI(title="kvcompose", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.server = None
-    for router in (info.router, slots.router, tokens.router, generate.router, compress.router, page(options.ui)):
-        app.include_router(router)
+    for routes in (info, slots, tokens, generate, compress, documents):
+        app.include_router(routes.router)
+    app.include_router(page(options.ui))
     for path, reason in NOT_OFFERED.items():
         app.add_api_route(path, _refuse(reason), methods=["GET", "POST", "DELETE"], include_in_schema=False)
     _handle_errors(app)
@@ -107,8 +105,7 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_bad_body(http: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [f"Field '{'.'.join(map(str, e['loc'][1:]))}': {e['msg']}" for e in error.errors()]
-        wrong = invalid("; ".join(problems[:3]))
+        wrong = invalid_fields(error.errors(), n_skip=1)
         return JSONResponse(wrong.body(), wrong.code)
 
     @app.exception_handler(HTTPException)

@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 #: llama.cpp allocates cache cells in multiples of this
 N_PAD = 256
 
-#: folder for idle contexts inside of ``slot_save_path``; the API cannot reach it, since file names are no paths
-IDLE = "idle"
+#: folders inside of ``slot_save_path``, for idle contexts and for documents; slots cannot be saved in them, since file
+#: names are no paths
+IDLE, DOCUMENTS = "idle", "documents"
 
 
 def make_engine(options: ServeOptions) -> Engine:
@@ -38,10 +39,12 @@ def make_engine(options: ServeOptions) -> Engine:
     n_slot = -(-min(n_share, n_trained) // N_PAD) * N_PAD
     threads_batch = options.threads_batch or options.threads
     threads = {"n_threads": options.threads, "n_threads_batch": threads_batch}
-    idle_path = options.slot_save_path / IDLE if options.slot_save_path is not None else None
+    folder = options.slot_save_path
+    idle_path, documents_path = (None if folder is None else folder / name for name in (IDLE, DOCUMENTS))
     return Engine(
         options.model_path, options.n_parallel, options.n_queue, options.kv_budget, options.timeout, idle_path,
-        options.idle_bytes, n_ctx=n_slot, n_batch=options.n_batch, n_ubatch=options.n_ubatch,
+        options.idle_bytes, documents_path, options.documents_bytes, n_ctx=n_slot, n_batch=options.n_batch,
+        n_ubatch=options.n_ubatch,
         n_gpu_layers=options.n_gpu_layers, flash_attn=options.flash_attn, type_k=options.type_k,
         type_v=options.type_v, verbose=False,
         kv_compressor=options.method, embeddings=options.embeddings, pooling=options.pooling,

@@ -60,6 +60,12 @@ class ServeOptions:
         help="Save the compressed contexts of evicted slots in --slot-save-path, up to this size, e.g. 4GB. 0 saves "
         "none.",
     )
+    documents_bytes: int = option(
+        4 << 30, "--kv-documents", panel=COMPRESSION, metavar="SIZE", option_default="4GiB",
+        read=lambda text: _size("kv_documents", text) or 4 << 30,
+        help="Keep the compressed contexts of documents up to this size, in --slot-save-path, or else until the server "
+        "ends.",
+    )
     host: str = option("127.0.0.1", "--host", panel=SERVER, help="Comma-separated addresses to listen on.")
     port: int = option(
         8080, "--port", panel=SERVER, min=0, max=65535, help="Port to listen on. 0 takes a free one."

@@ -12,8 +12,8 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 
 from .. import __version__
-from ..models.templates import ChatTemplate
 from ..native import chat_formats
+from ..native.chat_library import ChatTemplate
 from ..native.environment import system
 from .api.errors import ApiError, invalid
 from .api.ids import random_id
@@ -21,10 +21,10 @@ from .api.parts import About
 from .api.reader import Reader
 from .api.schemas import CompletionRequest, GenerationRequest
 from .api.state import settings
-from .chat.templates import BuiltinTemplate
 from .metrics import Metrics
 from .options import ServeOptions
 from .prefixes import Prefixes
+from .slots.constraint import Constraint, Thinking
 from .slots.engine import Engine
 from .slots.sampling import RANDOM_SEED
 from .slots.steps import N_UNBOUNDED, End, Generation
@@ -52,26 +52,27 @@ class Server:
         self.fingerprint = f"b{__version__}-{system()['llama_cpp_commit'][:9]}"
         self.template = self._template()
 
-    def _template(self) -> ChatTemplate | BuiltinTemplate:
+    def _template(self) -> ChatTemplate:
         source = self.options.chat_template or self.llama.metadata.get("tokenizer.chat_template") or "chatml"
-        if source != "chatml" and source in chat_formats.names():
-            return BuiltinTemplate(source)
-        bos, eos = (self.text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
-        return ChatTemplate(source, bos, eos, self.llama.adds_bos)
-
-    def text(self, token: int) -> str:
-        """Returns the text of a token, also of a control token. Empty if ``token`` is negative: the model has none."""
-        return self.llama.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+        bos, eos = (self.reader.text(token) for token in (self.llama.token_bos(), self.llama.token_eos()))
+        is_name = source != "chatml" and source in chat_formats.names()
+        return ChatTemplate(source, bos, eos, self.llama.adds_bos, is_name)
 
     #
     # generations
     #
 
-    def generation(self, request: GenerationRequest, tokens: Sequence[int], grammar: str | None = None) -> Generation:
+    def generation(
+        self,
+        request: GenerationRequest,
+        tokens: Sequence[int],
+        constraint: Constraint | None = None,
+        thinking: Thinking | None = None,
+    ) -> Generation:
         """Returns the generation for a request, checked as far as possible without a slot."""
         if len(tokens) >= self.llama.n_ctx():
             raise self.too_long(tokens)
-        what = self.reader.generation(request, tokens, grammar)
+        what = self.reader.generation(request, tokens, constraint, thinking)
         if self.options.kv_budget is not None and what.n_predict < 0:
             what = replace(what, n_predict=N_UNBOUNDED)
         if not what.tokens:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ..errors import KVComposeError
@@ -21,6 +21,7 @@ from .slots.slot import Slot
 from .slots.steps import End, Generation, Progress, Token
 
 Step = Progress | Token | End
+Tell = Callable[[Any], None]
 
 
 async def run(engine: Engine, job: Job) -> Any:
@@ -47,20 +48,40 @@ async def steps(engine: Engine, what: Generation, id_slot: int = -1) -> AsyncGen
     Raises:
         ApiError: the generation failed, the queue is full, or there is no such slot.
     """
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Step] | None]()
 
-    def tell(item: tuple[int, Step] | None) -> None:
+    def job(tell: Tell) -> Job:
+        def work(slot: Slot) -> tuple[int, End]:
+            return slot.id, generate(slot, what, lambda step: tell((slot.id, step)))
+
+        return Job(work, what.tokens, id_slot, what.n_most(engine.llama.n_ctx()), what.method, what.reuse)
+
+    async with contextlib.aclosing(watched(engine, job)) as told:
+        async for step in told:
+            yield step
+
+
+async def watched(engine: Engine, make_job: Callable[[Tell], Job]) -> AsyncGenerator[Any, None]:
+    """Yields what a job tells while it works, and its result at the end, after its slot is idle.
+
+    Closing the generator cancels the job, and returns when the slot is idle.
+
+    Args:
+        make_job: makes the job; it gets the function that the job tells with, from any thread.
+    Raises:
+        ApiError: the job failed, the queue is full, or there is no such slot.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+    ended = object()
+
+    def tell(item: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
-    def work(slot: Slot) -> tuple[int, End]:
-        return slot.id, generate(slot, what, lambda step: tell((slot.id, step)))
-
-    job = Job(work, what.tokens, id_slot, what.n_most(engine.llama.n_ctx()), what.method, what.reuse)
-    job.future.add_done_callback(lambda future: tell(None))  # the engine has released the slot before
+    job = make_job(tell)
+    job.future.add_done_callback(lambda future: tell(ended))  # the engine has released the slot before
     try:
         engine.submit(job)
-        while (item := await queue.get()) is not None:
+        while (item := await queue.get()) is not ended:
             yield item
         if job.future.cancelled():
             raise Busy("the server is about to end")

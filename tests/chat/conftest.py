@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from support import tiny
+from support.chat_templates import CHATML
 from support.conversations import METHOD, byte_tokens
 
 from kvcompose_gguf import KVCompose
 from kvcompose_gguf.chat.conversation import Conversation
-from kvcompose_gguf.models.templates import CHATML
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support import tiny
+from support.chat_templates import THINKING
 from support.conversations import DOCUMENT, GEMMA, OTHER, TEXT, Counted, ask, byte_tokens, prompt_of
 
 from kvcompose_gguf.chat.conversation import Conversation
@@ -97,7 +98,7 @@ def test_the_next_question_ends_an_answer_of_a_model_without_a_template(
 
 
 def test_thoughts_are_no_part_of_the_answer(talk: Callable[..., Conversation], monkeypatch: pytest.MonkeyPatch) -> None:
-    conversation = talk(max_tokens=99)
+    conversation = talk(template=THINKING, max_tokens=99)
     says(conversation, monkeypatch, b"<think>Hm, red?</think>\n\nBlue.")
     answer, pieces = conversation.ask("Which colour?")
     shown = list(pieces)

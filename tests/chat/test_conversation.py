@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import tiny
+from support.chat_templates import CHATML
 from support.conversations import DOCUMENT, GEMMA, METHOD, OTHER, TEXT, Counted, ask, byte_tokens, prompt_of
 from support.llamas import ONE_THREAD
 
 from kvcompose_gguf.chat.conversation import Conversation
 from kvcompose_gguf.errors import ConfigError, ContextLengthError, StateError
-from kvcompose_gguf.models.templates import CHATML
 from kvcompose_gguf.support.progress import Progress
 
 #
@@ -288,8 +289,8 @@ def test_a_document_that_waits_for_its_question_is_saved_too(talk: Callable[...,
 
 
 def test_a_conversation_reads_the_same_on_another_day(talk: Callable[..., Conversation], tmp_path: Path) -> None:
-    template = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}\n" + CHATML
-    conversation = talk(template=template)
+    template = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}\n" + CHATML
+    conversation = talk(template=template, began=datetime(2020, 5, 17, tzinfo=timezone.utc))
     conversation.read([DOCUMENT])
     conversation.save(tmp_path / "tower.kvc")
     other = talk(template=template)

@@ -126,7 +126,7 @@ def test_bad_json_and_unknown_routes_have_llama_servers_errors(start):
         "type": "not_found_error",
     }
     assert client.delete("/completion").status_code == 404
-    for path in ("/v1/rerank", "/v1/embeddings", "/v1/messages", "/slots/0?action=save", "/props"):
+    for path in ("/v1/rerank", "/v1/embeddings", "/v1/audio/transcriptions", "/slots/0?action=save", "/props"):
         assert client.post(path, json={"input": "x"}).json()["error"]["type"] == "not_supported_error"
 
 

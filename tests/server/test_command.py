@@ -156,6 +156,26 @@ def test_old_names_are_not_in_the_help():
     assert not [old for old, _, _ in OLD_NAMES if old in text]
 
 
+def test_start_scripts_of_llama_server_work(options_of):
+    options = options_of(
+        "--mlock", "--no-warmup", "-cb", "--numa", "distribute", "--cache-ram=0", "-c", "512", "-kvu", "-np", "2"
+    )
+    assert (options.n_ctx, options.n_parallel) == (512, 2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--mmproj", "images"), ("--lora", "does not have it"), ("--context-shift", "--max-kv-bytes"), ("--rope-scale", "model's file"),
+        ("--spec-draft-n-max", "speculative"), ("--json-schema", "body of a request"), ("--fim-qwen-7b-default", "--model"),
+    ],
+)  # fmt: skip
+def test_flags_of_llama_server_that_would_change_answers_say_what_to_use(options_of, flag, words):
+    line = options_of(flag, "x")
+    assert line.startswith(f"error: {flag}: ")
+    assert words in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -32,10 +32,11 @@ BAD = {
 
 @pytest.mark.parametrize("grammar", GOOD)
 def test_grammars_that_llama_cpp_reads_may_pass(make_llama, grammar):
+    from kvcompose_gguf.server.slots.constraint import Constraint
     from kvcompose_gguf.server.slots.sampling import Sampler, Sampling
 
     check_grammar(grammar)
-    Sampler(make_llama(tiny.GQA), Sampling(grammar=grammar)).close()
+    Sampler(make_llama(tiny.GQA), Sampling(constraint=Constraint(grammar=grammar))).close()
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -57,11 +58,12 @@ def test_grammars_that_would_run_away_are_refused(name):
     ids=lambda schema: json.dumps(schema)[:40],
 )  # fmt: skip
 def test_grammars_of_schemas_may_pass(make_llama, schema):
+    from kvcompose_gguf.server.slots.constraint import Constraint
     from kvcompose_gguf.server.slots.sampling import Sampler, Sampling
 
     grammar = grammar_of(schema)
     check_grammar(grammar)
-    Sampler(make_llama(tiny.GQA), Sampling(grammar=grammar)).close()
+    Sampler(make_llama(tiny.GQA), Sampling(constraint=Constraint(grammar=grammar))).close()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.serving import events, post
+from support.chat_templates import CALL, HERMES
+from support.serving import events, post, saying
 
 PROMPT = "The quick brown fox jumps over the lazy dog. "
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -33,6 +34,25 @@ def test_what_is_not_done_is_refused_as_llama_server_does(start, field, value):
     error = post(client, "/v1/completions", 400, prompt=PROMPT, max_tokens=1, **{field: value})["error"]
     assert field in error["message"]
     post(client, "/v1/completions", prompt=PROMPT, max_tokens=1, **{field: None if value is not True else False})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("functions", [{"name": "f"}], "use tools"), ("function_call", "auto", "use tool_choice"), ("lora", [{"id": 0}], "no LoRA"),
+        ("audio", {"voice": "a"}, "writes text"), ("modalities", ["text", "audio"], "writes text"), ("grammar_lazy", True, "tools"),
+        ("web_search_options", {"a": 1}, "does not search"), ("grammar_triggers", [{"type": 1, "value": "a"}], "tools"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/completion"])
+def test_no_field_that_would_change_an_answer_is_dropped_without_a_word(start, path, field, value, words):
+    body = {"messages": CHAT, "prompt": PROMPT, "max_tokens": 1}
+    client = start(chat_template="chatml")
+    error = post(client, path, 400, **body, **{field: value})["error"]
+    assert field in error["message"] or field == "modalities"
+    assert words in error["message"]
+    empty = {list: [], bool: False, str: "", dict: {}}[type(value)]
+    post(client, path, **body, **{field: empty})
 
 
 def test_several_choices_differ_by_their_seeds(start):
@@ -121,8 +141,8 @@ def test_images_are_not_supported(start):
 @pytest.mark.parametrize(
     ("response_format", "check"),
     [
-        ({"type": "json_object", "schema": {"const": "42"}}, lambda text: text == '"42"'),
-        ({"type": "json_schema", "json_schema": {"schema": {"const": "foo"}}}, lambda text: text == '"foo"'),
+        ({"type": "json_object", "schema": {"const": "42"}}, lambda text: json.loads(text) == "42"),
+        ({"type": "json_schema", "json_schema": {"schema": {"const": "foo"}}}, lambda text: json.loads(text) == "foo"),
         ({"type": "text"}, lambda text: True),
     ],
 )
@@ -132,29 +152,53 @@ def test_response_formats(start, response_format, check):
     assert check(body["choices"][0]["message"]["content"])
 
 
-TOOLS_TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% if add_generation_prompt %}assistant: {% endif %}"
-)
+WEATHER = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
 
 
-def test_a_tool_that_has_to_be_called_is(start):
-    client = start(chat_template=TOOLS_TEMPLATE)
-    parameters = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
-    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+@pytest.mark.parametrize("choice", ["required", "auto", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_is_called(start, choice):
+    client = start(chat_template=HERMES)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
     options = {
-        "messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "tool_choice": "required", "max_tokens": 80,
-        "temperature": 1.0, "seed": 1,
-    }  # fmt: skip
-    choice = post(client, "/v1/chat/completions", **options)["choices"][0]
-    call = choice["message"]["tool_calls"][0]
-    assert (choice["finish_reason"], call["function"]["name"]) == ("tool_calls", "weather")
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [tool],
+        "tool_choice": choice,
+        "max_tokens": 120,
+    }
+    with saying(f"Let me see. {CALL}"):
+        answer = post(client, "/v1/chat/completions", **options)["choices"][0]
+        chunks, _ = events(client, "/v1/chat/completions", **options)
+    call = answer["message"]["tool_calls"][0]
+    assert (answer["finish_reason"], call["function"]["name"]) == ("tool_calls", "weather")
     assert json.loads(call["function"]["arguments"]) == {"city": "Rome"}
-    chunks, _ = events(client, "/v1/chat/completions", **options)
+    assert answer["message"]["content"].strip() == "Let me see."
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     first, *more = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
     assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
     assert len(more) > 1
     assert json.loads("".join(one["function"]["arguments"] for one in (first, *more))) == {"city": "Rome"}
-    assert not any(delta.get("content") for delta in deltas)
-    assert post(start(), "/v1/chat/completions", 501, messages=options["messages"], tools=[tool])["error"]["message"]
+    assert "".join(delta.get("content") or "" for delta in deltas).strip() == "Let me see."
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_arguments_follow_the_tools_schema_from_the_calls_first_token_on(start):
+    """The model would say another city; its grammar lets it say only one."""
+    client = start(chat_template=HERMES)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    with saying(CALL.replace("Rome", "Oslo")):
+        error = post(
+            client, "/v1/chat/completions", 400, messages=[{"role": "user", "content": "Hi"}], tools=[tool], tool_choice="required"
+        )["error"]  # fmt: skip
+    assert "grammar" in error["message"]
+
+
+def test_tools_need_a_template_that_shows_them(start):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
+    error = post(
+        start(chat_template="chatml"),
+        "/v1/chat/completions",
+        501,
+        messages=[{"role": "user", "content": "Hi"}],
+        tools=[tool],
+    )["error"]
+    assert "does not use them" in error["message"]

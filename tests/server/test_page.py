@@ -148,6 +148,37 @@ def test_a_text_can_be_attached(page, tmp_path):
     api.expect(page.locator("#text")).to_have_value("A report.\n\nWho wrote it?")
 
 
+def test_a_document_is_read_once_and_chats_begin_with_it(page, tmp_path):
+    (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 8, "utf-8")
+    page.fill("#max-tokens", "4")
+    page.locator("#ratio").fill("0.5")
+    page.set_input_files("#document", tmp_path / "fox.txt")
+    item = page.locator("#documents li")
+    api.expect(item).to_contain_text("fox.txt: ")
+    api.expect(page.locator("#reading")).to_be_hidden()
+    item.locator("input").check()
+    for n in (1, 2):
+        page.fill("#text", f"Question {n}?")
+        page.click("#send")
+        api.expect(page.locator(".figures")).to_have_count(1)
+        n_read, n_cached = map(
+            int, re.findall(r"(\d+) prompt tokens read .*, (\d+) from", texts(page, ".figures")[0])[0]
+        )
+        assert n_read < 60
+        assert n_cached > 360
+        page.click("#clear")
+        api.expect(page.locator(".figures")).to_have_count(0)
+    page.get_by_role("button", name="Delete fox.txt").click()
+    api.expect(item).to_have_count(0)
+
+
+def test_a_document_that_does_not_fit_is_told_where_it_was_asked_for(page, tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 3000, "utf-8")
+    page.set_input_files("#document", tmp_path / "long.txt")
+    api.expect(page.locator("#document-error")).to_contain_text("exceeds the available context size")
+    api.expect(page.locator("#documents li")).to_have_count(0)
+
+
 def test_a_key_is_asked_for(browser, tiny_model):
     with running(tiny_options(tiny_model(CONFIG), api_keys=("secret",), n_parallel=1, method=METHOD)) as address:
         page = new_page(browser)

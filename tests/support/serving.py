@@ -21,6 +21,7 @@ from kvcompose_gguf.server.app import create_app
 from kvcompose_gguf.server.command import make_engine
 from kvcompose_gguf.server.options import ServeOptions
 from kvcompose_gguf.server.slots.job import Job
+from kvcompose_gguf.server.slots.sampling import Sampler
 from kvcompose_gguf.server.slots.slot import Turns
 from support import tiny
 
@@ -205,3 +206,20 @@ def n_processing(client: TestClient) -> float:
         line for line in client.get("/metrics").text.splitlines() if line.startswith("llamacpp:requests_processing ")
     ]
     return float(line.split()[1])
+
+
+@contextlib.contextmanager
+def saying(text: str) -> Iterator[None]:
+    """Lets the tiny model say a text, one character a token, and then end, whatever its samplers would choose."""
+    choose = Sampler._choose
+
+    def said(self: Any, logits: Any) -> int:
+        n_said = self.n_said = getattr(self, "n_said", 0) + 1
+        tokens = tiny.of_bytes(text)
+        return tokens[n_said - 1] if n_said <= len(tokens) else int(self._llama.token_eos())
+
+    Sampler._choose = said  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Sampler._choose = choose  # type: ignore[method-assign]

@@ -61,6 +61,11 @@ class TinyConfig:
         return self.n_swa > 0 and il % self.swa_period < self.swa_period - 1
 
 
+def of_bytes(text: str) -> list[int]:
+    """Returns the tokens of a text, one for each of its bytes. (The tokenizer writes a space as another character.)"""
+    return [3 + byte for byte in text.encode()]
+
+
 GQA = TinyConfig()
 MHA = TinyConfig(n_head_kv=4, seed=8)
 # flash attention rounds keys and values to f16: with small attention outputs its error stays out of deeper layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import ConfigError, ContextLengthError, KVComposeError
@@ -47,6 +48,20 @@ class ApiError(Exception):
 def invalid(message: str) -> ApiError:
     """Returns an error 400: the request is invalid."""
     return ApiError(400, message)
+
+
+def invalid_fields(errors: Sequence[Mapping[str, Any]], n_skip: int = 0) -> ApiError:
+    """Returns an error 400 that names the fields of a body that pydantic refuses.
+
+    Args:
+        n_skip: number of parts before the field in every place.
+    """
+    places = [".".join(map(str, error["loc"][n_skip:])) for error in errors[:3]]
+    told = [
+        f"Field '{place}': {error['msg']}" if place else error["msg"]
+        for place, error in zip(places, errors[:3], strict=True)
+    ]
+    return invalid("; ".join(told))
 
 
 def not_supported(message: str) -> ApiError:

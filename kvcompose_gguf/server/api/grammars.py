@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from ...errors import ConfigError
-from ...native import library
+from ...native import chat_library
 from .errors import invalid
 
 #: limits of a grammar: characters, nested parentheses, rules, counted repetitions
@@ -201,29 +201,72 @@ def grammar_of(schema: Any) -> str:
     Raises:
         ApiError: the schema is invalid, or cannot be converted.
     """
+    bounded = bounded_schema(schema)
+    try:
+        return json_safe(chat_library.grammar_of_schema({"type": "object"} if bounded in ({}, True) else bounded))
+    except ConfigError as error:
+        raise invalid(f"JSON schema conversion failed:\n{error}") from error
+
+
+#: rules of JSON strings in the grammars of chats; other rules describe text around the JSON
+JSON_RULES = re.compile(r"(dot|char|string|json-string|double-quoted-string|.*response-format.*|.*-schema.*) ::= ")
+#: a text, or a class of all characters but some
+EXCEPT = re.compile(r'"(?:[^"\\]|\\.)*"|\[\^(?:[^\]\\]|\\.)*\]')
+
+
+def json_safe(grammar: str, is_chat: bool = False) -> str:
+    """Returns llama.cpp's grammar of a schema without the characters that cannot be in a JSON string as they are.
+
+    Its classes of "all characters but some" allow quotes, backslashes and control characters.
+
+    Args:
+        is_chat: the grammar has rules of other texts, too.
+    """
+
+    def safe(rule: str) -> str:
+        if is_chat and not JSON_RULES.match(rule):
+            return rule
+        return EXCEPT.sub(lambda found: found[0][:-1] + '"\\\\\\x00-\\x1F]' if found[0][0] == "[" else found[0], rule)
+
+    return "\n".join(map(safe, grammar.split("\n")))
+
+
+def plain_pattern(pattern: str) -> str:
+    """Returns a regular expression that llama.cpp's converter knows: anchored, and without \\d and \\w.
+
+    Raises:
+        ConfigError: it has characters that JSON escapes.
+    """
+    bare = re.sub(r"\[\^(?:[^\]\\]|\\.)*\]", "", pattern)
+    if re.search(r'["\x00-\x1f]|\\["ntrfv\\]', bare):
+        raise ConfigError(f"pattern={pattern[:40]!r} has characters that JSON escapes: no grammar can say that")
+    out, in_class = "", False
+    for part in re.findall(r"\\.|.", pattern, re.DOTALL):
+        in_class = part == "[" or (in_class and part != "]")
+        digits = {"\\d": "0-9", "\\w": "A-Za-z0-9_"}.get(part)
+        out += part if digits is None else digits if in_class else f"[{digits}]"
+    begins, ends = out.startswith("^"), out.endswith("$") and not out.endswith("\\$")
+    inner = out[begins : len(out) - ends]
+    if (begins and ends) or re.search(r"(?<!\\)[$]|(?<![\\\[])\^", inner):
+        return out
+    return f"^{'' if begins else '.*'}(?:{inner}){'' if ends else '.*'}$"
+
+
+def bounded_schema(schema: Any) -> Any:
+    """Returns a JSON schema without long maxima, which llama.cpp would expand one by one.
+
+    Raises:
+        ApiError: it is no schema, too large or too deep, or has a minimum or a pattern that is too long.
+    """
     if not isinstance(schema, (dict, bool)):
         raise invalid(f"JSON schema conversion failed:\n{json.dumps(schema)[:100]} is not a schema")
     try:
-        bounded = _bounded({"type": "object"} if schema in ({}, True) else schema, [0])
-        if isinstance(bounded, dict) and "$ref" in bounded:  # the converter ignores what is beside a reference
-            bounded = {"allOf": [{"$ref": bounded.pop("$ref")}], **bounded}
-        converter = _converter()(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-        converter.visit(converter.resolve_refs(bounded, "stdin"), "")
-        return str(converter.format_grammar())
-    except RecursionError as error:
-        raise invalid("JSON schema conversion failed:\nit is too deep") from error
+        return _bounded(schema, [0])
     except ConfigError as error:
         raise invalid(f"JSON schema conversion failed:\n{error}") from error
-    except Exception as error:  # the converter raises many kinds of exceptions
-        raise invalid(f"JSON schema conversion failed:\n{type(error).__name__}: {error}") from error
 
 
 def _bounded(value: Any, n_seen: list[int], depth: int = 0) -> Any:
-    """Returns a schema without long maxima, which the converter would expand one by one.
-
-    Raises:
-        ConfigError: the schema is too large or too deep, or has a minimum or a pattern that is too long.
-    """
     n_seen[0] += 1
     if n_seen[0] > MAX_VALUES or depth > MAX_SCHEMA_DEPTH:
         raise ConfigError(f"it has more than {MAX_VALUES} values, or is more than {MAX_SCHEMA_DEPTH} levels deep")
@@ -243,19 +286,6 @@ def _bounded(value: Any, n_seen: list[int], depth: int = 0) -> Any:
                 raise ConfigError(f"pattern={item[:40]!r} is too long, or counts beyond {MAX_COUNT}")
             if re.search(r"\d{20}", item):
                 raise ConfigError(f"pattern={item[:40]!r} counts beyond {MAX_COUNT}")
+            item = plain_pattern(item)
         out[name] = _bounded(item, n_seen, depth + 1)
     return out
-
-
-def _converter() -> Any:
-    """Returns the bindings' converter class, with literals escaped as GBNF needs it."""
-    base = library.load().llama_grammar.SchemaConverter
-
-    class Converter(base):  # type: ignore[misc, valid-type]
-        def _format_literal(self, literal: str) -> str:
-            if len(literal) > 1 and literal[0] == literal[-1] == '"':
-                literal = json.dumps(json.loads(literal), ensure_ascii=False)
-            escapes = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"}
-            return '"' + "".join(escapes.get(character, character) for character in literal) + '"'
-
-    return Converter

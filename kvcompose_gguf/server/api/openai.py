@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from ..slots.steps import End, Progress, Token
@@ -10,21 +9,6 @@ from .llama_server import completion
 from .parts import About, answer_probabilities, extras, timings, token_probabilities, usage
 
 FINISH = {"none": "stop", "eos": "stop", "word": "stop", "limit": "length"}
-
-
-@dataclass(frozen=True)
-class Message:
-    """An assistant's message.
-
-    Attributes:
-        content: the text without thoughts and tool calls.
-        reasoning: the thoughts.
-        tool_calls: the calls in OpenAI's form, with arguments as JSON text.
-    """
-
-    content: str
-    reasoning: str = ""
-    tool_calls: tuple[dict[str, Any], ...] = ()
 
 
 def text_completion(about: About, end: End, streamed: bool = False) -> dict[str, Any]:
@@ -50,16 +34,14 @@ def text_completion_part(about: About, step: Token | Progress, timings_per_token
     return {"choices": [choice], **_head(about, "text_completion")} | extras(step, timings_per_token)
 
 
-def chat_completion(about: About, end: End, said: Message) -> dict[str, Any]:
-    """Returns the whole answer of /v1/chat/completions."""
-    message: dict[str, Any] = {"role": "assistant", "content": said.content}
-    if said.reasoning:
-        message["reasoning_content"] = said.reasoning
-    if said.tool_calls:
-        message["tool_calls"] = list(said.tool_calls)
-    choice: dict[str, Any] = {
-        "finish_reason": chat_finish(end, bool(said.tool_calls)), "index": about.index, "message": message
-    }  # fmt: skip
+def chat_completion(about: About, end: End, message: dict[str, Any]) -> dict[str, Any]:
+    """Returns the whole answer of /v1/chat/completions.
+
+    Args:
+        message: the assistant's message in OpenAI's form.
+    """
+    finish = chat_finish(end, bool(message.get("tool_calls")))
+    choice: dict[str, Any] = {"finish_reason": finish, "index": about.index, "message": message}
     if about.logprobs:
         choice["logprobs"] = {"content": answer_probabilities(about, end)}
     body = {"choices": [choice], **_head(about, "chat.completion"), "usage": usage((about, end))}

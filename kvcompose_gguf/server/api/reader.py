@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ...errors import ConfigError
 from ...methods import METHODS, Method, make_method
 from ..options import ServeOptions
+from ..slots.constraint import Constraint, Thinking
 from ..slots.sampling import RANDOM_SEED, SAMPLERS, Sampling
 from ..slots.slot_llama import SlotLlama
 from ..slots.steps import Generation
@@ -47,7 +48,7 @@ METHOD_OPTIONS = frozenset({
 #: fields that have the same name in a request and in Sampling
 SAMPLING_FIELDS = tuple(
     name for name in Sampling.__dataclass_fields__
-    if name not in ("samplers", "logit_bias", "grammar", "dry_sequence_breakers")
+    if name not in ("samplers", "logit_bias", "constraint", "thinking", "dry_sequence_breakers")
 )  # fmt: skip
 
 
@@ -113,6 +114,10 @@ class Reader:
         bos = [self._llama.token_bos()] if begin and self._llama.adds_bos else []
         return (*bos, *self._llama.tokenize(text.encode("utf-8", "replace"), add_bos=False, special=special))
 
+    def text(self, token: int) -> str:
+        """Returns the text of a token, also of a control token. Empty if ``token`` is negative: the model has none."""
+        return self._llama.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+
     def mixed(self, parts: Mixed, begin: bool = True, special: bool = True) -> tuple[int, ...]:
         """Returns the tokens of a list of texts and tokens."""
         out: list[int] = []
@@ -129,19 +134,26 @@ class Reader:
     # generations
     #
 
-    def generation(self, request: GenerationRequest, tokens: Sequence[int], grammar: str | None = None) -> Generation:
+    def generation(
+        self,
+        request: GenerationRequest,
+        tokens: Sequence[int],
+        constraint: Constraint | None = None,
+        thinking: Thinking | None = None,
+    ) -> Generation:
         """Returns the generation that a request asks for.
 
         Args:
             tokens: the prompt's tokens.
-            grammar: GBNF to use instead of the request's own.
+            constraint: what the answer has to be, instead of the request's own grammar.
+            thinking: how the model thinks, if it does.
         Raises:
             ApiError: a field is invalid.
         """
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         n_predict = request.n_predict
         try:
-            sampling = self._sampling(request, self._grammar(request) if grammar is None else grammar)
+            sampling = self._sampling(request, constraint or self._constraint(request), thinking)
         except ConfigError as error:
             raise invalid(f"Failed to initialize samplers: {error}") from error
         return Generation(
@@ -204,9 +216,11 @@ class Reader:
             self._methods[key] = method.for_model(Path(self._llama.model_path))
         return self._methods[key]
 
-    def _sampling(self, request: GenerationRequest, grammar: str) -> Sampling:
-        if grammar:
-            check_grammar(grammar)
+    def _sampling(
+        self, request: GenerationRequest, constraint: Constraint | None, thinking: Thinking | None
+    ) -> Sampling:
+        if constraint is not None:
+            check_grammar(constraint.grammar)
         given = {name: getattr(request, name) for name in SAMPLING_FIELDS if getattr(request, name, None) is not None}
         if "seed" in given:
             given["seed"] = _seed(given["seed"])
@@ -219,7 +233,9 @@ class Reader:
         bias = self._biases(request.logit_bias)
         if request.ignore_eos:
             bias += [(token, float("-inf")) for token in self.end_tokens]
-        return replace(self._options.sampling, **given, logit_bias=tuple(bias), grammar=grammar)
+        return replace(
+            self._options.sampling, **given, logit_bias=tuple(bias), constraint=constraint, thinking=thinking
+        )
 
     @functools.cached_property
     def end_tokens(self) -> list[int]:
@@ -245,10 +261,11 @@ class Reader:
         return out
 
     @staticmethod
-    def _grammar(request: GenerationRequest) -> str:
-        if request.grammar is not None:
-            return request.grammar
-        return "" if request.json_schema is None else grammar_of(request.json_schema)
+    def _constraint(request: GenerationRequest) -> Constraint | None:
+        grammar = request.grammar
+        if grammar is None and request.json_schema is not None:
+            grammar = grammar_of(request.json_schema)
+        return Constraint(grammar=grammar) if grammar else None
 
 
 def _seed(seed: int) -> int:

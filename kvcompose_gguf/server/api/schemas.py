@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from .descriptions import CHOICES, MESSAGE, TOOL
 
 INT_MAX = 2**31 - 1
 
@@ -68,10 +71,33 @@ class StreamOptions(_Request):
     include_usage: bool = False
 
 
+#: fields of OpenAI and llama-server that would change an answer, and that this server does not have; false or empty
+#: values are accepted. Other unknown fields change no answer and are ignored, as in llama-server
+NOT_OFFERED = {
+    "functions": "use tools", "function_call": "use tool_choice", "audio": "this server writes text",
+    "web_search_options": "this server does not search", "lora": "this server has no LoRA adapters",
+    "grammar_lazy": "a lazy grammar belongs to tools", "grammar_triggers": "a lazy grammar belongs to tools",
+}  # fmt: skip
+
+
 class GenerationRequest(_Request):
     """Fields of all generation requests. Absent fields have the server's defaults."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _offered(cls, body: Any) -> Any:
+        given = body if isinstance(body, dict) else {}
+        asked = [name for name in NOT_OFFERED if given.get(name)]
+        modalities = given.get("modalities")
+        if isinstance(modalities, list) and "audio" in modalities:
+            asked.append("audio")
+        if asked:
+            raise PydanticCustomError("not_offered", "{name} is not supported: {why}", {
+                "name": asked[0], "why": NOT_OFFERED[asked[0]]
+            })  # fmt: skip
+        return body
 
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -157,27 +183,6 @@ class InfillRequest(GenerationRequest):
     prompt: str = ""
 
 
-def _object(*required: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(required)}
-
-
-STRING = {"type": "string"}
-PART = _object("type", "text", type={"const": "text"}, text=STRING)
-CALL = _object(
-    "function", id=STRING, type={"const": "function"}, function=_object("name", name=STRING, arguments=STRING)
-)
-MESSAGE = _object(
-    "role", role={"enum": ["system", "developer", "user", "assistant", "tool"]},
-    content={"anyOf": [STRING, {"type": "array", "items": PART}]}, tool_calls={"type": "array", "items": CALL},
-    tool_call_id=STRING, name=STRING,
-)  # fmt: skip
-FUNCTION = _object("name", name=STRING, description=STRING, parameters={"type": "object"})
-TOOL = _object("type", "function", type={"const": "function"}, function=FUNCTION)
-
-
-CHOICES = [{"enum": ["auto", "none", "required"]}, _object("function", function=_object("name", name=STRING))]
-
-
 class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions. Messages and tools: ``server.chat`` checks them, with better error messages."""
 
@@ -191,9 +196,27 @@ class ChatRequest(GenerationRequest):
     continue_final_message: bool | str | None = None
     echo: bool = False
     reasoning_format: str | None = None
+    reasoning_effort: str | None = None
+    reasoning_budget_tokens: CountOrAll | None = Field(
+        None, validation_alias=AliasChoices("reasoning_budget_tokens", "thinking_budget_tokens")
+    )
+    reasoning_budget_message: str = ""
+    kv_documents: Annotated[list[str], Field(max_length=64)] = Field(
+        [], description="Not in llama-server. Ids from /kv/documents: their texts are put before the first question."
+    )
     n_probs: Count | None = None
     logprobs: bool = False
     top_logprobs: Count | None = None
+
+
+class DocumentRequest(_Request):
+    """Body of /kv/documents."""
+
+    text: str = Field(min_length=1, description="What the document says.")
+    title: str = Field("", max_length=200, description="A name for people. Default: the text's beginning.")
+    system: str = Field("", description="The system message of the conversations that will begin with it.")
+    kv_compress: KVCompress | None = None
+    stream: bool = Field(False, description="Tell the progress as server-sent events.")
 
 
 class TokenizeRequest(_Request):

@@ -9,7 +9,9 @@ from ..slots.slot import Slot
 from ..slots.steps import Generation
 from .parts import compression
 
-LONG_SETTINGS = frozenset({"dry_sequence_breakers", "stop", "logit_bias", "grammar"})
+LONG_SETTINGS = frozenset({
+    "dry_sequence_breakers", "stop", "logit_bias", "grammar", "grammar_triggers", "preserved_tokens",
+})  # fmt: skip
 SETTINGS = (
     "temperature", "dynatemp_range", "dynatemp_exponent", "top_k", "top_p", "min_p", "top_n_sigma", "xtc_probability",
     "xtc_threshold", "typical_p", "repeat_last_n", "repeat_penalty", "presence_penalty", "frequency_penalty",
@@ -20,7 +22,7 @@ SETTINGS = (
 
 def settings(what: Generation, stream: bool, timings_per_token: bool) -> dict[str, Any]:
     """Returns ``generation_settings`` (task_params::to_json)."""
-    sampling = what.sampling
+    sampling, constraint = what.sampling, what.sampling.constraint
     named = {name: getattr(sampling, name) for name in SETTINGS}
     bias = [{"token": token, "bias": b if math.isfinite(b) else None} for token, b in sampling.logit_bias]
     return {
@@ -28,7 +30,10 @@ def settings(what: Generation, stream: bool, timings_per_token: bool) -> dict[st
         "stop": list(what.stops), "max_tokens": what.n_predict, "n_predict": what.n_predict, "n_keep": 0,
         "n_discard": 0,
         "ignore_eos": what.ignore_eos, "stream": stream, "logit_bias": bias, "n_probs": what.n_probs,
-        "min_keep": sampling.min_keep, "grammar": sampling.grammar, "samplers": list(sampling.samplers),
+        "min_keep": sampling.min_keep, "grammar": constraint.grammar if constraint else "",
+        "grammar_lazy": constraint is not None and constraint.is_lazy,
+        "grammar_triggers": [*constraint.patterns, *constraint.tokens] if constraint else [],
+        "preserved_tokens": sorted(what.preserved), "samplers": list(sampling.samplers),
         "speculative.types": "none", "timings_per_token": timings_per_token,
         "post_sampling_probs": what.post_sampling_probs, "backend_sampling": False, "lora": [],
         "chat_format": "Content-only", "reasoning_format": "none", "reasoning_in_content": False,

@@ -32,13 +32,16 @@ class JSONResponse(Response):
         return json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
-async def event_stream(http: Request, chunks: AsyncGenerator[dict[str, Any], None], done: bool) -> StreamingResponse:
+async def event_stream(
+    http: Request, chunks: AsyncGenerator[dict[str, Any], None], done: bool, named: bool = False
+) -> StreamingResponse:
     """Returns server-sent events of ``chunks``, and a comment after every ``ALIVE_SECONDS`` without an event.
 
     An error within the first ``ALIVE_SECONDS`` is an ordinary error response, a later one is an event.
 
     Args:
         done: the last event is ``[DONE]``.
+        named: every event has its ``type`` as its name.
     """
     waiting = asyncio.ensure_future(anext(chunks))
     try:
@@ -59,12 +62,12 @@ async def event_stream(http: Request, chunks: AsyncGenerator[dict[str, Any], Non
                     chunk = waiting.result()
                 except StopAsyncIteration:
                     break
-                yield _event(chunk)
+                yield _event(chunk, named)
                 waiting = asyncio.ensure_future(anext(chunks))
             if done:
                 yield b"data: [DONE]\n\n"
         except ApiError as error:
-            yield _event(error.body())
+            yield _event({"type": "error", **error.body()} if named else error.body(), named)
         finally:
             await _to_its_end(_close(chunks, waiting))
 
@@ -113,9 +116,10 @@ async def while_connected(http: Request, work: Awaitable[T]) -> T:
 LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 
 
-def _event(body: dict[str, Any]) -> bytes:
+def _event(body: dict[str, Any], named: bool = False) -> bytes:
     text = json.dumps(body, ensure_ascii=False).translate(LINE_ENDS)
-    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+    name = f"event: {body['type']}\n" if named else ""
+    return f"{name}data: {text}\n\n".encode("utf-8", "replace")
 
 
 async def merged(

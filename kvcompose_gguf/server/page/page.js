@@ -58,7 +58,9 @@ async function send(text) {
       method: "POST", headers: headers(), signal: asking.signal,
       body: JSON.stringify({
         messages: mine, stream: true, max_tokens: Number(at("max-tokens").value), temperature: Number(at("temperature").value),
-        return_progress: true, kv_compress: ratio > 0 ? { ratio } : false,
+        return_progress: true,
+        // a document is continued as it was compressed
+        ...(picked().length ? { kv_documents: picked() } : { kv_compress: ratio > 0 ? { ratio } : false }),
       }),
     });
     if (!answer.ok) throw new Error(await told(answer));
@@ -84,6 +86,58 @@ async function send(text) {
   at("stop").disabled = true;
   at("send").disabled = false;
   await refresh();
+}
+
+const picked = () => [...document.querySelectorAll("#documents input:checked")].map((box) => box.value);
+
+async function refreshDocuments() {
+  const before = new Set(picked()), { documents } = await get("kv/documents");
+  at("documents").replaceChildren(...documents.map((one) => {
+    const item = document.createElement("li"), label = document.createElement("label"), box = document.createElement("input");
+    const remove = document.createElement("button");
+    box.type = "checkbox";
+    box.value = one.id;
+    box.checked = before.has(one.id);
+    label.append(box, ` ${one.title}: ${one.n_tokens} tokens, ${megabytes(one.kv.bytes)} instead of ${megabytes(one.kv.bytes_full)}`);
+    remove.type = "button";
+    remove.textContent = "Delete";
+    remove.setAttribute("aria-label", `Delete ${one.title}`);
+    remove.addEventListener("click", () => changed(() => fetch(`kv/documents/${one.id}`, { method: "DELETE", headers: headers() })));
+    item.append(label, remove);
+    return item;
+  }));
+}
+
+// asks for a change of the documents, shows what goes wrong, and what there is afterwards
+async function changed(ask) {
+  at("document-error").hidden = true;
+  try {
+    const answer = await ask();
+    if (!answer.ok) throw new Error(await told(answer));
+    for await (const step of events(answer)) {
+      if (step.error) throw new Error(step.error.message);
+      const progress = step.prompt_progress;
+      if (!progress) continue;
+      at("read").value = progress.processed / progress.total;
+      at("reading-text").textContent = `${progress.step}: ${progress.processed} of ${progress.total} tokens, ${megabytes(progress.kv_bytes)}`;
+    }
+  } catch (error) {
+    at("document-error").textContent = error.message;
+    at("document-error").hidden = false;
+  }
+  await refreshDocuments();
+}
+
+async function readDocument(file) {
+  const text = await file.text(), ratio = Number(at("ratio").value);
+  at("read").value = 0;
+  at("reading-text").textContent = file.name;
+  at("reading").hidden = false;
+  await changed(() => fetch("kv/documents", {
+    method: "POST", headers: headers(),
+    body: JSON.stringify({ text, title: file.name, stream: true, kv_compress: ratio > 0 ? { ratio } : null }),
+  }));
+  at("reading").hidden = true;
 }
 
 function figures(t) {
@@ -141,6 +195,11 @@ at("file").addEventListener("change", async () => {
   if (file) at("text").value = `${await file.text()}\n\n${at("text").value}`;
   at("file").value = "";
 });
+at("document").addEventListener("change", async () => {
+  const [file] = at("document").files;
+  at("document").value = "";
+  if (file) await readDocument(file);
+});
 const showRatio = () => { at("ratio-text").value = ` ${Math.round(100 * at("ratio").value)} %`; };
 at("ratio").addEventListener("input", showRatio);
 at("key").addEventListener("change", start);
@@ -151,6 +210,7 @@ async function start() {
     const [model] = (await get("v1/models")).data;
     at("model").textContent = `${model.id.split("/").pop()}, ${model.meta.n_ctx} tokens`;
     await refresh();
+    await refreshDocuments();
   } catch (error) {
     at("model").textContent = error.message;
     if (error.message === "Loading model") setTimeout(start, 500);

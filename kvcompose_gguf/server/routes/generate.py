@@ -6,19 +6,28 @@ import asyncio
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from ...errors import KVComposeError
 from ...kernels.types import FloatArray
 from ..api import llama_server
+from ..api.descriptions import MESSAGES_BODY, RESPONSES_BODY
 from ..api.embeddings import native_body, normalized, openai_body, texts_of
 from ..api.errors import api_error, invalid, not_supported
 from ..api.infill import infill_prompt
 from ..api.openai import text_completion, text_completion_part
-from ..api.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, InfillRequest, OpenAICompletionRequest
+from ..api.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    InfillRequest,
+    OpenAICompletionRequest,
+)
 from ..api.streams import JSONResponse, while_connected
 from ..chat.completions import answer_chat
+from ..chat.other_apis import answer_messages, answer_responses
 from ..completions import complete
 from ..server import Server, Serving
 from ..slots.embedder import Embedder
@@ -59,6 +68,19 @@ async def infill(server: Serving, http: Request, request: InfillRequest) -> Resp
 @router.post("/v1/chat/completions")
 async def chat_completion(server: Serving, http: Request, request: ChatRequest) -> Response:
     return await answer_chat(server, http, request)
+
+
+@router.post("/v1/messages", openapi_extra=MESSAGES_BODY)
+async def messages(server: Serving, http: Request, body: dict[str, Any]) -> Response:
+    """A chat of Anthropic's Messages API."""
+    return await answer_messages(server, http, body)
+
+
+@router.post("/responses")
+@router.post("/v1/responses", openapi_extra=RESPONSES_BODY)
+async def responses(server: Serving, http: Request, body: dict[str, Any]) -> Response:
+    """A chat of OpenAI's Responses API; nothing is stored."""
+    return await answer_responses(server, http, body)
 
 
 @router.post("/embedding")

@@ -24,7 +24,7 @@ async def health() -> dict[str, str]:
 @router.get("/props")
 async def props(server: Serving) -> dict[str, Any]:
     options = server.options
-    caps = {"supports_tools": server.template.has_tools, "supports_system_role": True}
+    bos, eos = (server.reader.text(token) for token in (server.llama.token_bos(), server.llama.token_eos()))
     return {
         "default_generation_settings": {
             "params": brief_settings(Generation(tokens=(), sampling=options.sampling)),
@@ -35,8 +35,8 @@ async def props(server: Serving) -> dict[str, Any]:
         "modalities": {"vision": False, "video": False, "audio": False}, "media_marker": "",
         "endpoint_slots": options.endpoint_slots, "endpoint_props": False,
         "endpoint_metrics": options.endpoint_metrics, "ui": options.ui, "ui_settings": {},
-        "chat_template": server.template.source, "chat_template_caps": caps,
-        "bos_token": server.text(server.llama.token_bos()), "eos_token": server.text(server.llama.token_eos()),
+        "chat_template": server.template.source, "chat_template_caps": server.template.caps,
+        "bos_token": bos, "eos_token": eos,
         "build_info": server.fingerprint, "is_sleeping": False, "cors_proxy_enabled": False,
         "kv_compress": repr(options.method) if options.method is not None else None,
     }  # fmt: skip

@@ -6,10 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from ..api.descriptions import MESSAGES_BODY, RESPONSES_BODY
 from ..api.errors import invalid
 from ..api.parts import prompt_text
 from ..api.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
-from ..chat.completions import chat_prompt
+from ..chat.other_apis import messages_request, n_prompt_tokens, responses_request
+from ..chat.prompts import chat_prompt
 from ..server import Serving
 
 router = APIRouter()
@@ -44,14 +46,22 @@ def detokenize(server: Serving, request: DetokenizeRequest) -> dict[str, str]:
 @router.post("/apply-template")
 async def apply_template(server: Serving, request: ChatRequest) -> dict[str, str]:
     prompt = await server.aside(chat_prompt, server, request)
-    return {"prompt": prompt.text + prompt.begun}
+    return {"prompt": prompt.rendered.prompt}
 
 
 @router.post("/chat/completions/input_tokens")
 @router.post("/v1/chat/completions/input_tokens")
 async def input_tokens(server: Serving, request: ChatRequest) -> dict[str, Any]:
-    prompt = await server.aside(chat_prompt, server, request)
-    return {
-        "input_tokens": len(await server.aside(server.reader.tokens, prompt.text + prompt.begun)),
-        "object": "response.input_tokens",
-    }
+    return {"input_tokens": await n_prompt_tokens(server, request), "object": "response.input_tokens"}
+
+
+@router.post("/responses/input_tokens")
+@router.post("/v1/responses/input_tokens", openapi_extra=RESPONSES_BODY)
+async def response_tokens(server: Serving, body: dict[str, Any]) -> dict[str, Any]:
+    request = await server.aside(responses_request, body)
+    return {"input_tokens": await n_prompt_tokens(server, request), "object": "response.input_tokens"}
+
+
+@router.post("/v1/messages/count_tokens", openapi_extra=MESSAGES_BODY)
+async def message_tokens(server: Serving, body: dict[str, Any]) -> dict[str, Any]:
+    return {"input_tokens": await n_prompt_tokens(server, await server.aside(messages_request, body))}

@@ -13,9 +13,11 @@ from typing import Any
 
 from ...ceiling import ceiling_bytes
 from ...errors import ConfigError, UnsupportedError
+from .documents import Documents
 from .embedder import Embedder
-from .idle import IdleCaches
+from .idle import IdleCaches, exchange
 from .job import Busy, Cancelled, Job, TimedOut
+from .shelf import Shelf
 from .slot import Slot, Turns
 
 #: a slot is chosen for its cache if that has at least this share of the prompt
@@ -40,6 +42,8 @@ class Engine:
         timeout: maximum seconds of a job, including its time in the queue. None: no limit.
         idle_path: folder for the compressed contexts of evicted slots.
         idle_bytes: maximum bytes of all files in that folder. 0: evicted contexts are not saved.
+        documents_path: folder for documents. None: a folder of the engine's own, for as long as it lives.
+        documents_bytes: maximum bytes of all documents.
         embeddings: maximum tokens of a text for embeddings. 0: no embeddings.
         pooling: pooling of the embeddings.
         **kwargs: arguments for the ``Llama`` of every slot.
@@ -56,6 +60,8 @@ class Engine:
         timeout: float | None = None,
         idle_path: Path | None = None,
         idle_bytes: int = 0,
+        documents_path: Path | None = None,
+        documents_bytes: int = 4 << 30,
         embeddings: int = 0,
         pooling: str | None = None,
         **kwargs: Any,
@@ -71,6 +77,7 @@ class Engine:
         self._numbers = itertools.count()
         self._swaps: list[Future[None]] = []  # evictions and restores that may not be done: later jobs wait for them
         self.idle: IdleCaches | None = None
+        self.documents: Documents | None = None
         self._closed = False
         self.slots: list[Slot] = []
         self.embedder: Embedder | None = None
@@ -87,6 +94,7 @@ class Engine:
             self._check_budget(kv_budget)
             if idle_path is not None and idle_bytes:
                 self.idle = IdleCaches(idle_path, idle_bytes, self.slots[0].llama)
+            self.documents = Documents(documents_path, documents_bytes, self.slots[0].llama)
         except Exception:
             self.close()
             raise
@@ -105,6 +113,10 @@ class Engine:
     def n_busy(self) -> int:
         """Number of slots at work."""
         return sum(not slot.is_idle for slot in self.slots)
+
+    @property
+    def _shelves(self) -> list[Shelf]:
+        return [shelf for shelf in (self.documents, self.idle) if shelf is not None]
 
     def submit(self, job: Job) -> None:
         """Start a job, or put it into the queue.
@@ -145,6 +157,8 @@ class Engine:
         for slot in reversed(self.slots):
             slot.close(self.idle.keep if self.idle is not None else None)
         self.slots = []
+        if self.documents is not None:
+            self.documents.close()
         self._turns.close()
 
     def _start_waiting(self) -> None:
@@ -180,7 +194,8 @@ class Engine:
         if job.tokens and job.reuse:
             here = ((slot.n_continued(job.tokens, job.method), slot) for slot in idle)
             n_same, best = max(here, key=lambda pair: pair[0])
-            n_saved = self.idle.n_context(best.llama, job) if self.idle is not None else 0
+            found = (shelf.find(best.llama, job) for shelf in self._shelves)
+            n_saved = max((len(pair[1].context) for pair in found if pair is not None), default=0)
             if n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= n_saved:
                 return best
         return min(idle, key=lambda slot: slot.last_used)
@@ -257,8 +272,9 @@ class Engine:
             try:
                 wait(before)
                 job.check()
-                if self.idle is not None and job.tokens:
-                    self.idle.exchange(slot.llama, job, None if self._kv_budget is None else job.n_tokens)
+                if job.tokens:
+                    n_most = None if self._kv_budget is None else job.n_tokens
+                    exchange(slot.llama, job, n_most, self.idle, self._shelves)
             finally:
                 swap.set_result(None)
             result = job.work(slot)

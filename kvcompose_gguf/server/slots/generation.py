@@ -120,7 +120,7 @@ def _continue(
         tokens.append(chosen)
         task.n_decoded = len(tokens)
         is_end = llama.is_end(chosen.token)
-        shown = stream.add(b"" if is_end else llama.piece(chosen.token))
+        shown = stream.add(b"" if is_end else llama.piece(chosen.token, special=chosen.token in what.preserved))
         if stream.stop is not None:
             stop_type = "word"
         elif llama.n_tokens + 1 >= n_ctx:

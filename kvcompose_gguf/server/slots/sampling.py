@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ...errors import ConfigError, StateError
 from ...kernels.types import FloatArray
-from ...native.sampler import Candidates, Grammar, SamplerChain, Step, last_logits
+from ...native.sampler import Candidates, SamplerChain, Step, last_logits
 from ...support.arguments import option
+from .constraint import Constraint, Guide, Thinking
 
 if TYPE_CHECKING:
     from ...llama import Llama
@@ -40,7 +41,8 @@ class Sampling:
     Attributes:
         samplers: names of the samplers, in the order to apply them. Ignored if ``mirostat`` is 1 or 2.
         logit_bias: pairs of a token and the number to add to its logit. Minus infinity forbids the token.
-        grammar: a GBNF grammar that the text has to follow. Empty: none.
+        constraint: a grammar that the text has to follow. None: it is free.
+        thinking: how the model thinks. None: it does not, or nobody needs to know.
     Raises:
         ConfigError: an option is out of range.
     """
@@ -98,7 +100,8 @@ class Sampling:
     min_keep: int = 0
     samplers: tuple[str, ...] = DEFAULT_SAMPLERS
     logit_bias: tuple[tuple[int, float], ...] = ()
-    grammar: str = ""
+    constraint: Constraint | None = None
+    thinking: Thinking | None = None
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -155,13 +158,12 @@ class Sampler:
         )  # fmt: skip
         self._n_remembered = max(sampling.repeat_last_n, sampling.dry_penalty_last_n)
         self._candidates = Candidates(n_vocab)
-        self._grammar = Grammar(llama.model, sampling.grammar) if sampling.grammar else None
+        self._guide = Guide(llama.model, sampling.constraint, sampling.thinking)
         self._chain = SamplerChain(llama.model, n_vocab, steps(sampling, n_vocab))
 
     def close(self) -> None:
         """Free the samplers."""
-        if self._grammar is not None:
-            self._grammar.close()
+        self._guide.close()
         self._chain.close()
 
     def accept(self, tokens: Sequence[int]) -> None:
@@ -175,27 +177,33 @@ class Sampler:
         Raises:
             StateError: the samplers or the grammar leave no token.
         """
-        logits, candidates = last_logits(self._llama.ctx, self._llama.n_vocab()), self._candidates
-        candidates.fill(logits)
-        self._chain.apply(candidates)
-        token = candidates.selected
-        if self._grammar is not None and (token is None or not self._grammar.allows(token)):
-            # rejected: sample again from the tokens that the grammar allows
-            candidates.fill(logits)
-            self._grammar.apply(candidates)
-            if not np.isfinite(candidates.left["logit"]).any():
-                raise StateError("the grammar allows no token that the model has")
-            self._chain.apply(candidates)
-            token = candidates.selected
-            if token is None or not self._grammar.allows(token):
-                raise StateError("the samplers leave no token that the grammar allows")
-        if token is None:
-            raise StateError("the samplers leave no token")
+        logits = last_logits(self._llama.ctx, self._llama.n_vocab())
+        self._candidates.fill(logits)
+        forced = self._guide.forced
+        token = self._choose(logits) if forced is None else forced
         chosen = self._with_probabilities(token, logits)
-        if self._grammar is not None:
-            self._grammar.accept(token)
+        self._guide.accept(token)
         self._chain.accept(token)
         return chosen
+
+    def _choose(self, logits: FloatArray) -> int:
+        candidates = self._candidates
+        self._chain.apply(candidates)
+        token = candidates.selected
+        if token is not None and self._guide.allows(token):
+            return token
+        if token is None and self._guide.is_free:
+            raise StateError("the samplers leave no token")
+        # rejected: sample again from the tokens that the grammar allows
+        candidates.fill(logits)
+        self._guide.apply(candidates)
+        if not np.isfinite(candidates.left["logit"]).any():
+            raise StateError("the grammar allows no token that the model has")
+        self._chain.apply(candidates)
+        token = candidates.selected
+        if token is None or not self._guide.allows(token):
+            raise StateError("the samplers leave no token that the grammar allows")
+        return token
 
     def _with_probabilities(self, token: int, logits: FloatArray) -> Chosen:
         if self._n_best <= 0:

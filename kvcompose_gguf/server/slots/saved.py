@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ... import sessions
 from ...errors import StateError
@@ -30,6 +31,7 @@ class SlotFile:
         is_document: whether /kv/compress made it.
         n_tokens: tokens of the whole conversation, including the context.
         n_bytes: bytes of the file.
+        about: what else was saved with it.
     """
 
     context: tuple[int, ...]
@@ -37,16 +39,19 @@ class SlotFile:
     is_document: bool
     n_tokens: int
     n_bytes: int
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save(llama: SlotLlama, file: Path, max_bytes: int | None = None) -> Saved:
+def save(llama: SlotLlama, file: Path, max_bytes: int | None = None, about: Mapping[str, Any] | None = None) -> Saved:
     """Write a slot's tokens and cache, readable by this user only. The file appears when it is complete.
 
+    Args:
+        about: further values to save with it.
     Raises:
         StateError: the file cannot be written, or would have more than ``max_bytes``.
     """
     with _told("save"):
-        info = llama.save_slot(file, max_bytes)
+        info = llama.save_slot(file, max_bytes, about or {})
     return Saved(info.n_tokens, info.n_bytes)
 
 
@@ -74,6 +79,7 @@ def describe(llama: SlotLlama, file: Path) -> SlotFile:
         return SlotFile(
             context=() if composed is None else tuple(composed.tokens.tolist()), composed_by=info.method,
             is_document=info.extra.get("is_document") is True, n_tokens=info.n_tokens, n_bytes=info.n_bytes,
+            about=info.extra,
         )  # fmt: skip
 
 

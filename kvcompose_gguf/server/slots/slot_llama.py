@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ...plan.composed import Composed
 from ...plan.report import KVReport
 from ...sessions.info import SessionInfo
 from ...sessions.live import load_context, save_context
+from ...support.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ class SlotLlama(Llama):
         return np.zeros(0, dtype=np.float32) if composed is None else composed.shares()
 
     @reads_cache
-    def save_slot(self, file: Path, max_bytes: int | None = None) -> SessionInfo:
-        """As ``save_session``; a file of more than ``max_bytes`` is refused."""
-        about = {"is_document": self.is_document}
+    def save_slot(self, file: Path, max_bytes: int | None, about: Mapping[str, Any]) -> SessionInfo:
+        """As ``save_session``, with ``about`` as further values; a file of more than ``max_bytes`` is refused."""
+        more = {**about, "is_document": self.is_document}
         return save_context(
-            self.context, self.identity, file, about, allow_empty=True, max_bytes=max_bytes, name=file.name
+            self.context, self.identity, file, more, allow_empty=True, max_bytes=max_bytes, name=file.name
         )
 
     @changes_cache
@@ -142,12 +143,14 @@ class SlotLlama(Llama):
         self.eval(tokens[n_same:])
         return min(n_before, n_same)
 
-    def compress_prompt(self, tokens: Sequence[int], method: Method) -> KVReport:
+    def compress_prompt(
+        self, tokens: Sequence[int], method: Method, on_progress: Callable[[Progress], None] | None = None
+    ) -> KVReport:
         """Compress a document, so that prompts that begin with ``tokens`` continue it; returns the report."""
         if self.kv_compressor != method:
             self.kv_compressor = method
         if self.context_tokens != tuple(tokens) or self.composed_by != choice_of(method) or self.kv_report is None:
-            self.compress(tokens)
+            self.compress(tokens, on_progress)
         self._document = self.context.composed
         assert self.kv_report is not None
         return self.kv_report

@@ -28,6 +28,7 @@ class Generation:
         n_indent: stop at a line that is indented by fewer spaces.
         t_max_predict_ms: stop at the first line end after this time. -1: no limit.
         stops: stop strings.
+        preserved: control tokens that are part of the text, e.g. those around a tool call.
         ignore_eos: reported in the answer's settings. ``sampling`` forbids the end tokens.
         reuse: whether the prompt may continue what is in the cache.
         n_probs: number of most probable tokens to report for every token.
@@ -41,6 +42,7 @@ class Generation:
     n_indent: int = 0
     t_max_predict_ms: int = -1
     stops: tuple[str, ...] = ()
+    preserved: frozenset[int] = frozenset()
     ignore_eos: bool = False
     reuse: bool = True
     n_probs: int = 0

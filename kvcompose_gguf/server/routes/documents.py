@@ -1,0 +1,114 @@
+"""Routes for documents: read and compressed once, for any number of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import asdict, replace
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ...methods import Method
+from ...methods.continuing import choice_of
+from ...support.progress import Progress
+from ..api.errors import ApiError, invalid
+from ..api.parts import compression
+from ..api.reader import NO_BUDGET
+from ..api.schemas import DocumentRequest
+from ..api.streams import JSONResponse, event_stream, while_connected
+from ..chat.prompts import document_prompt, found_document
+from ..server import Server, Serving
+from ..slots.documents import Document, document_id
+from ..slots.job import Job
+from ..slots.saved import SlotFile
+from ..slots.slot import Slot
+from ..waiting import Tell, watched
+
+router = APIRouter()
+
+#: characters of a text that name it if it has no title
+N_TITLE = 60
+
+
+@router.get("/kv/documents")
+def documents(server: Serving) -> dict[str, Any]:
+    """Returns the documents, the latest first."""
+    shelf = server.engine.documents
+    return {"documents": [] if shelf is None else [_told(document, file) for document, file in shelf.all()]}
+
+
+@router.get("/kv/documents/{name}")
+def document(server: Serving, name: str) -> dict[str, Any]:
+    """Returns a document with its text."""
+    return asdict(found_document(server, name))
+
+
+@router.delete("/kv/documents/{name}")
+def forget(server: Serving, name: str) -> dict[str, str]:
+    found_document(server, name)
+    if server.engine.documents is not None:
+        server.engine.documents.remove(name)
+    return {"deleted": name}
+
+
+@router.post("/kv/documents")
+async def read(server: Serving, http: Request, request: DocumentRequest) -> Response:
+    """Read and compress a document now, or find it; a chat begins with it if ``kv_documents`` names its ``id``."""
+    method = await server.aside(server.reader.method, request.kv_compress)
+    if method is None:
+        raise invalid(NO_BUDGET)
+    chunks = _read(server, request, replace(method, keep_last=0, min_tokens=1))
+    if request.stream:
+        return await event_stream(http, chunks, done=False)
+    return JSONResponse(await while_connected(http, _last(chunks)))
+
+
+async def _last(chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
+    async with aclosing(chunks) as told:
+        return [chunk async for chunk in told][-1]
+
+
+async def _read(server: Server, request: DocumentRequest, method: Method) -> AsyncGenerator[dict[str, Any], None]:
+    """Yields the progress of reading, and the document at the end."""
+    shelf = server.engine.documents
+    assert shelf is not None  # the engine has loaded the model
+    name = document_id(request.text, request.system, choice_of(method))
+    known = next((pair for pair in shelf.all() if pair[0].id == name), None)
+    if known is not None:
+        yield _told(*known)
+        return
+    prompt = await server.aside(document_prompt, server, request.text, request.system)
+    tokens = await server.aside(server.reader.tokens, prompt)
+    if len(tokens) >= server.llama.n_ctx():
+        raise server.too_long(tokens)
+
+    def job(tell: Tell) -> Job:
+        def work(slot: Slot) -> None:
+            report = slot.llama.compress_prompt(tokens, method, tell)
+            shelf.add(slot.llama, Document(
+                id=name, title=request.title or " ".join(request.text.split())[:N_TITLE], text=request.text,
+                system=request.system, created=0, kv=compression(report),
+                kv_compress=None if request.kv_compress is None else request.kv_compress.model_dump(exclude_none=True),
+            ))  # fmt: skip
+
+        return Job(work, tokens, n_tokens=len(tokens), method=method)
+
+    async with aclosing(watched(server.engine, job)) as told:
+        async for step in told:
+            if isinstance(step, Progress):
+                yield {"prompt_progress": {
+                    "step": step.step, "total": step.n_total, "processed": step.n_done, "kv_bytes": step.kv_bytes
+                }}  # fmt: skip
+    done = next((pair for pair in shelf.all() if pair[0].id == name), None)
+    if done is None:
+        raise ApiError(404, "the document was deleted while it was read")
+    yield _told(*done)
+
+
+def _told(document: Document, file: SlotFile) -> dict[str, Any]:
+    kv = {name: value for name, value in document.kv.items() if name != "n_kept"}
+    return {
+        "id": document.id, "title": document.title, "system": document.system, "created": document.created,
+        "n_tokens": len(file.context), "n_bytes": file.n_bytes, "kv": kv,
+    }  # fmt: skip
