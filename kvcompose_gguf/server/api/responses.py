@@ -10,7 +10,7 @@ from .ids import random_id
 from .parts import About, timings
 
 #: fields of a request that its response repeats, with their defaults
-REPEATED = {
+REPEATED: dict[str, Any] = {
     "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "temperature": None,
     "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
 }  # fmt: skip
@@ -97,7 +97,7 @@ class ResponseForm:
     def _grow(self, kind: str, text: str) -> list[dict[str, Any]]:
         item, out = self._items[-1], []
         if not item["content"]:
-            more = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
+            more: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "output_text" else {}
             item["content"] = [{"type": kind, "text": "", **more}]
             out = [self._of_part("response.content_part.added", part=dict(item["content"][0]))]
         item["content"][0]["text"] += text

@@ -139,7 +139,7 @@ async def _events(
                 events += [*form.add(reader.end()), *form.end(step)]
             elif request.return_progress:
                 events += form.progress()
-            has_extras = isinstance(step, Token) or (isinstance(step, Progress) and request.return_progress)
-            for number, event in enumerate(events, 1):
-                is_last = number == len(events)
-                yield event | extras(step, request.timings_per_token) if has_extras and is_last else event
+            if events and (isinstance(step, Token) or (isinstance(step, Progress) and request.return_progress)):
+                events[-1] = events[-1] | extras(step, request.timings_per_token)
+            for event in events:
+                yield event

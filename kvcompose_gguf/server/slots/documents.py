@@ -67,9 +67,7 @@ class Documents(Shelf):
 
     def all(self) -> list[tuple[Document, SlotFile]]:
         """Returns the documents and their files, the latest first."""
-        with self._lock:
-            entries = list(self._entries.values())
-        found = [(_document(entry), entry) for entry in entries if "document" in entry.about]
+        found = [(_document(entry), entry) for entry in self.entries() if "document" in entry.about]
         return sorted(found, key=lambda pair: pair[0].created, reverse=True)
 
     def get(self, name: str) -> Document | None:
@@ -83,7 +81,7 @@ class Documents(Shelf):
             ConfigError: there is no room for it.
             StateError: the file cannot be written.
         """
-        file, room = self._folder / f"{document.id}.kvc", self._max_bytes - self.n_bytes
+        file, room = self.file(document.id), self._max_bytes - self.n_bytes
         if llama.kv_bytes > room:
             raise ConfigError(
                 f"the document takes {llama.kv_bytes} bytes, there is room for {max(0, room)}: delete others, or raise "
@@ -92,15 +90,13 @@ class Documents(Shelf):
         about = {"document": {**asdict(document), "created": document.created or int(time.time())}}
         self.make_folder()
         saved = save(llama, file, None, about)
-        entry = SlotFile(llama.context_tokens, llama.composed_by, True, saved.n_tokens, saved.n_bytes, about)
-        with self._lock:
-            self._entries[file] = entry
+        self.put(file, SlotFile(llama.context_tokens, llama.composed_by, True, saved.n_tokens, saved.n_bytes, about))
 
     def remove(self, name: str) -> bool:
         """Forget a document; returns whether there was one. Conversations that have begun with it go on."""
         if self.get(name) is None:
             return False
-        self.drop(self._folder / f"{name}.kvc")
+        self.drop(self.file(name))
         return True
 
 

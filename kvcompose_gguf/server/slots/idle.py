@@ -28,7 +28,7 @@ class IdleCaches(Shelf):
         super().__init__(folder, llama)
         self._max_bytes = max_bytes
         self.make_folder()
-        self._trim()
+        self.trim(max_bytes)
 
     def keep(self, llama: SlotLlama) -> None:
         """Save a slot's compressed context if the file is missing or out of date. Failures are logged."""
@@ -36,25 +36,16 @@ class IdleCaches(Shelf):
             return
         context, composed_by = llama.context_tokens, llama.composed_by
         digest = hashlib.sha256(struct.pack(f"<{len(context)}i", *context) + composed_by.encode())
-        file = self._folder / f"{digest.hexdigest()[:32]}.kvc"
-        with self._lock:
-            if file in self._entries and self._entries[file].n_tokens == llama.n_tokens:
-                self._entries.move_to_end(file)
-                return
+        file = self.file(digest.hexdigest()[:32])
+        if self.touch(file, llama.n_tokens):
+            return
         try:
             saved = save(llama, file, self._max_bytes)
         except Exception as error:  # for example a full disk: only this context is lost
             log.warning("a context of %d tokens could not be saved: %s", len(context), error)
             return
-        with self._lock:
-            self._entries.pop(file, None)
-            self._entries[file] = SlotFile(context, composed_by, llama.is_document, saved.n_tokens, saved.n_bytes)
-            self._trim()
-
-    def _trim(self) -> None:
-        while sum(entry.n_bytes for entry in self._entries.values()) > self._max_bytes:
-            oldest, _ = self._entries.popitem(last=False)
-            oldest.unlink(missing_ok=True)
+        self.put(file, SlotFile(context, composed_by, llama.is_document, saved.n_tokens, saved.n_bytes))
+        self.trim(self._max_bytes)
 
 
 def exchange(

@@ -53,6 +53,36 @@ class Shelf:
                 log.warning("%s: %s", file, error)
                 file.unlink(missing_ok=True)
 
+    def file(self, name: str) -> Path:
+        """Returns the file of a context with a name."""
+        return self._folder / f"{name}.kvc"
+
+    def entries(self) -> list[SlotFile]:
+        """Returns the contexts, the least recently used first."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def put(self, file: Path, entry: SlotFile) -> None:
+        """Remember a file that was written."""
+        with self._lock:
+            self._entries.pop(file, None)
+            self._entries[file] = entry
+
+    def touch(self, file: Path, n_tokens: int) -> bool:
+        """Returns whether a file has so many tokens; it is the most recently used one then."""
+        with self._lock:
+            if file not in self._entries or self._entries[file].n_tokens != n_tokens:
+                return False
+            self._entries.move_to_end(file)
+            return True
+
+    def trim(self, max_bytes: int) -> None:
+        """Delete the least recently used files until all together have at most ``max_bytes``."""
+        with self._lock:
+            while sum(entry.n_bytes for entry in self._entries.values()) > max_bytes:
+                oldest, _ = self._entries.popitem(last=False)
+                oldest.unlink(missing_ok=True)
+
     def make_folder(self) -> None:
         """Make the folder, readable by this user only, if it is missing."""
         for private in (self._folder.parent, self._folder):
