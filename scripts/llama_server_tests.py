@@ -29,7 +29,7 @@ from pathlib import Path
 #: the test files that need no network and no other models
 FILES = (
     "tokenize,basic,security,metrics,template,ignore_eos,completion,chat_completion,slot_save,infill,embedding,"
-    "ctx_shift,tool_call"
+    "ctx_shift,tool_call,compat_anthropic,compat_oai_responses"
 )
 
 #: the tests' session first starts all servers that it knows, to download models; this skips it

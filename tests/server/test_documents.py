@@ -103,6 +103,15 @@ def test_several_documents_are_put_before_the_question(start):
     assert n_cached(post(client, "/v1/chat/completions", **body)) >= first["n_tokens"]
 
 
+def test_a_document_may_be_all_that_is_said(start):
+    client = start(chat_template="chatml", method=METHOD)
+    name = post(client, "/kv/documents", **READ)["id"]
+    for content in ("", [], [{"type": "text", "text": ""}]):
+        post(client, "/v1/chat/completions", **asked(name) | {"messages": [{"role": "user", "content": content}]})
+    alone = [{"role": "assistant", "content": "I"}]
+    post(client, "/v1/chat/completions", 400, **asked(name) | {"messages": alone})
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [

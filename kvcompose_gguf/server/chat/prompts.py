@@ -9,15 +9,15 @@ from typing import Any
 from ...errors import ConfigError
 from ...native.chat_library import Rendered, Trigger
 from ...plan import seam
-from ..api.errors import ApiError, invalid
+from ..api.errors import invalid
 from ..api.grammars import bounded_schema, json_safe
 from ..api.reader import Reader
 from ..api.schemas import ChatRequest, KVCompress
 from ..options import REASONING_FORMATS
 from ..server import Server
 from ..slots.constraint import Constraint, Thinking
-from ..slots.documents import Document
 from ..slots.steps import Generation
+from .documents import found_document, with_documents
 from .messages import check_messages
 from .tools import check_tools
 
@@ -69,54 +69,13 @@ def chat_prompt(server: Server, request: ChatRequest) -> ChatPrompt:
         rendered = server.template.render(messages, **options)
     except ConfigError as error:
         raise invalid(str(error)) from error
+    if tools or schema is not None:
+        rendered = replace(rendered, grammar=json_safe(rendered.grammar, is_chat=True))
     return ChatPrompt(
-        rendered=replace(rendered, grammar=json_safe(rendered.grammar, is_chat=True)) if tools or schema is not None
-        else rendered,
-        opening=_opening(server, messages, options),
+        rendered=rendered, opening=_opening(server, messages, options),
         is_continued=bool(options["continue_final_message"]), calls=bool(tools) and choice != "none",
         is_constrained=bool(rendered.grammar) and not request.grammar,
     )  # fmt: skip
-
-
-def with_documents(server: Server, messages: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns messages with the texts of documents before the first question, as ``document_prompt`` has them.
-
-    Raises:
-        ApiError: a document is unknown, or there is no question.
-    """
-    if not names:
-        return messages
-    texts = [found_document(server, name).text for name in names]
-    first = next((n for n, message in enumerate(messages) if message["role"] == "user"), None)
-    if first is None:
-        raise invalid("kv_documents needs a message of the user")
-    content = messages[first]["content"]
-    before = "".join(f"{text}\n\n" for text in texts)
-    if isinstance(content, str):
-        content = before + content
-    else:
-        content = [{**content[0], "text": before + content[0]["text"]}, *content[1:]]
-    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
-
-
-def found_document(server: Server, name: str) -> Document:
-    """Returns the document with an id; raises ApiError if there is none."""
-    document = None if server.engine.documents is None else server.engine.documents.get(name)
-    if document is None:
-        raise ApiError(404, f"document {name[:64]!r} is unknown: see GET /kv/documents")
-    return document
-
-
-def document_prompt(server: Server, text: str, system: str) -> str:
-    """Returns what every conversation about a document begins with, whatever its question is; raises ApiError."""
-    said = [{"role": "system", "content": system}] if system else []
-    variables = {"enable_thinking": server.options.reasoning, "reasoning_format": server.options.reasoning_format}
-    asked = ([*said, {"role": "user", "content": f"{text}\n\n{letter}"}] for letter in ("A", "Z"))
-    try:
-        one, other = (server.template.render(each, tool_choice="none", **variables).prompt for each in asked)
-    except ConfigError as error:
-        raise invalid(str(error)) from error
-    return one[: seam.common_prefix(one, other)]
 
 
 def chat_generation(server: Server, request: ChatRequest, prompt: ChatPrompt) -> Generation:

@@ -17,7 +17,7 @@ from ..api.parts import compression
 from ..api.reader import NO_BUDGET
 from ..api.schemas import DocumentRequest
 from ..api.streams import JSONResponse, event_stream, while_connected
-from ..chat.prompts import document_prompt, found_document
+from ..chat.documents import document_prompt, found_document
 from ..server import Server, Serving
 from ..slots.documents import Document, document_id
 from ..slots.job import Job
