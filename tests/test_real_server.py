@@ -163,4 +163,4 @@ def test_the_recipes_of_the_documentation(address, recipe, tmp_path, document):
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
-    assert '"error"' not in done.stdout
+    assert '"error": {' not in done.stdout
