@@ -15,7 +15,7 @@ def composites_for_ratio(compression_ratio: float, n_layer: int, n_tokens: int) 
 
 def composites_for_n_kept(n_kept: float, n_layer: int, n_tokens: int) -> int:
     """Returns the composites of ``n_kept`` tokens per layer on average, at most ``n_layer * n_tokens``."""
-    return max(1, min(int(n_layer * n_kept), n_layer * n_tokens))
+    return max(1, int(n_layer * min(n_kept, n_tokens)))
 
 
 def composites_for_bytes(max_kv_bytes: int, layers: Sequence[LayerGeometry], n_tokens: int) -> int:

@@ -217,3 +217,7 @@ def test_a_smaller_ratio_keeps_every_token_that_a_larger_one_keeps(
     for cells_fewer, cells_more in zip(fewer.rows, more.rows, strict=True):
         for head_fewer, head_more in zip(cells_fewer, cells_more, strict=True):
             assert set(head_fewer) <= set(head_more)
+
+
+def test_more_tokens_than_any_number_has_are_all() -> None:
+    assert budget.composites_for_n_kept(1.7976931348623157e308, 3, 100) == 300
