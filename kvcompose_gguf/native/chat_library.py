@@ -9,7 +9,6 @@ import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, LibraryError, NativeError
@@ -39,8 +38,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
 @functools.cache
 def _load() -> ctypes.CDLL:
     library.load()  # libllama, which this library uses
-    pattern = {"win32": "kvc-chat.dll", "darwin": "libkvc-chat.dylib"}.get(sys.platform, "libkvc-chat.so")
-    path = Path(library.library_dir()) / pattern
+    file = {"win32": "kvc-chat.dll", "darwin": "libkvc-chat.dylib"}.get(sys.platform, "libkvc-chat.so")
+    path = library.library_dir() / file
     try:
         lib = ctypes.CDLL(str(path))
         abi = lib.kvc_chat_abi()

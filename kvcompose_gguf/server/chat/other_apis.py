@@ -111,9 +111,7 @@ async def _answer(server: Server, http: Request, request: ChatRequest, make_form
     if request.stream:
         return await event_stream(http, _events(server, request, about, form, reader), done=False, named=True)
     _, end = await while_connected(http, server.finish(about.what, request.id_slot))
-    reader.add(end.text)
-    reader.end()
-    form.add(_deltas_of(reader.message))
+    form.add(_deltas_of(reader.whole(end.text)))
     return JSONResponse(form.whole(end))
 
 

@@ -103,11 +103,12 @@ class Guide:
         if constraint is None:
             return
         self._grammar = Grammar(model, constraint.grammar, constraint.patterns, constraint.tokens)
-        for token in () if self._is_lazy else constraint.begin:
-            if not self._grammar.allows(token):
-                self.close()
-                raise ConfigError("the grammar does not allow the beginning of the assistant's message")
-            self._grammar.accept(token)
+        try:
+            for token in () if self._is_lazy else constraint.begin:
+                self._grammar.accept(token)
+        except ConfigError as error:
+            self.close()
+            raise ConfigError("the grammar does not allow the beginning of the assistant's message") from error
 
     def close(self) -> None:
         """Free the grammar."""
