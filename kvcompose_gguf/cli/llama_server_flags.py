@@ -16,7 +16,7 @@ IGNORED = {
         "--log-jsonl", "--no-log-jsonl", "--offline", "-bs", "--backend-sampling", "--cache-idle-slots",
         "--no-cache-idle-slots", "--no-context-shift", "--reuse-port", "--props", "--no-mmproj", "--no-mmproj-auto",
         "--prefill-assistant", "--escape", "-e", "--no-escape", "--webui", "--no-agent", "-no-ag",
-        "--reasoning-preserve",
+        "--reasoning-preserve", "--cors-credentials", "--no-cors-credentials", "--ui-mcp-proxy", "--no-ui-mcp-proxy",
     ), 0),
     **dict.fromkeys((
         "--numa", "--prio", "--prio-batch", "--poll", "--poll-batch", "-C", "--cpu-mask", "-Cr", "--cpu-range",
@@ -26,7 +26,8 @@ IGNORED = {
         "--ctx-checkpoints", "--swa-checkpoints", "-cms", "--checkpoint-min-step", "-cram", "--cache-ram",
         "--cache-reuse", "--threads-http", "--sse-ping-interval", "-sps", "--slot-prompt-similarity", "--draft",
         "--draft-n", "--draft-max", "--draft-min", "--draft-n-min", "-md", "--model-draft", "--spec-draft-model",
-        "-ngld", "--n-gpu-layers-draft", "--spec-type", "--kv-unified-per-slot",
+        "-ngld", "--n-gpu-layers-draft", "--spec-type", "--kv-unified-per-slot", "--cors-methods", "--cors-headers",
+        "--ui-config", "--ui-config-file", "--log-prompts-dir", "--sleep-idle-seconds", "--media-path",
     ), 1),
 }  # fmt: skip
 
@@ -62,6 +63,14 @@ INSTEAD = {
         "--split-mode", "-ts", "--tensor-split", "-mg", "--main-gpu",
     ), "the layers on devices are chosen with --n-gpu-layers alone"),
     **dict.fromkeys(("-lcs", "--lookup-cache-static", "-lcd", "--lookup-cache-dynamic"), f"lookups: {_NOT_HERE}"),
+    **dict.fromkeys((
+        "--special", "--spm-infill", "--control-vector-layer-range", "--cache-list", "-cl", "--completion-bash",
+        "--tools-runtime",
+    ), _NOT_HERE),
+    **dict.fromkeys(("--list-devices", "--version"), "kvcompose doctor"),
+    **dict.fromkeys(("--rpc", "-ncffn", "--n-cpu-ffn"), "see docs/devices.md"),
+    **dict.fromkeys(("-hff", "--hf-file"), "name the file's quantization: --hf-repo USER/MODEL:QUANT"),
+    **dict.fromkeys(("-hft", "--hf-token"), "set HF_TOKEN in the environment"),
     "--no-jinja": "templates are always read as Jinja",
     "--skip-chat-parsing": "reasoning_format \"none\" leaves the answer as it is",
 }  # fmt: skip

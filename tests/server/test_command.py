@@ -167,7 +167,7 @@ def test_start_scripts_of_llama_server_work(options_of):
     ("flag", "words"),
     [
         ("--mmproj", "images"), ("--lora", "does not have it"), ("--context-shift", "--max-kv-bytes"), ("--rope-scale", "model's file"),
-        ("--spec-draft-n-max", "speculative"), ("--json-schema", "body of a request"), ("--fim-qwen-7b-default", "--model"),
+        ("--spec-draft-n-max", "speculative"), ("--json-schema", "body of a request"), ("--fim-qwen-7b-default", "--model"), ("--hf-token", "HF_TOKEN"), ("--list-devices", "kvcompose doctor"),
     ],
 )  # fmt: skip
 def test_flags_of_llama_server_that_would_change_answers_say_what_to_use(options_of, flag, words):
