@@ -310,3 +310,12 @@ def test_predicted_scores_keep_a_ceiling_too(watched: Any, kept: Any) -> None:
     greedy(seen.llama, [*TOKENS, 5, 6, 7], 300)
     assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
     assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
+
+
+def test_the_cpu_computes_fewer_tokens_at_once_for_a_method(make_llama: Any) -> None:
+    method = KVCompose(n_kept=300)
+    n_ubatch = [
+        make_llama(CONFIG, **options).context.n_ubatch
+        for options in ({}, {"method": method}, {"method": method, "n_ubatch": 256})
+    ]
+    assert n_ubatch == [512, 128, 256]

@@ -87,19 +87,24 @@ def collect_queries(reader: Reader, n_queries: int, tokens: Sequence[int]) -> li
     """Evaluates the last context tokens again, and returns their queries as they are before the rotation.
 
     Args:
-        n_queries: number of tokens; at most the context and ``n_ubatch`` are taken.
+        n_queries: number of tokens, at most the context.
     Returns:
         For each layer float32 ``(n_head, n_queries, n_embd_head_k)``, scaled as ``QueryStates`` says.
     """
     session, n_tokens = reader.session, len(tokens)
-    n_queries = min(n_queries, n_tokens, reader.n_ubatch)
+    n_queries = min(n_queries, n_tokens)
     first = n_tokens - n_queries
     reader.prefill(tokens[:first], True)
-    with session.taps("queries", n_queries):
-        reader.prefill(tokens, True)
-        tapped = [session.tapped("queries", l, n_queries) for l in range(len(session.layers))]
+    tapped: list[list[FloatArray]] = [[] for _ in session.layers]
+    for begin in range(first, n_tokens, reader.n_ubatch):  # a tap only has the tokens that are computed at once
+        end = min(begin + reader.n_ubatch, n_tokens)
+        with session.taps("queries", end - begin):
+            reader.prefill(tokens[:end], True)
+            for l, parts in enumerate(tapped):
+                parts.append(session.tapped("queries", l, end - begin))
     queries = []
-    for l, rows in enumerate(tapped):
+    for l, parts in enumerate(tapped):
+        rows = np.concatenate(parts)
         n_head = rows.shape[1]
         pos = np.repeat(np.arange(first, n_tokens, dtype=np.int32), n_head)
         plain = session.rope(l, rows.reshape(n_queries * n_head, -1), pos, inverse=True)

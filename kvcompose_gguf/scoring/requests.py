@@ -236,7 +236,7 @@ class AttentionRequest:
 
 @dataclass(frozen=True)
 class StateRequest:
-    """Query vectors of the last ``n_queries`` context tokens (at most ``n_ubatch``), and a function to rotate them."""
+    """Query vectors of the last ``n_queries`` context tokens, and a function to rotate them."""
 
     n_queries: int
 

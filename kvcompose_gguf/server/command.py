@@ -38,17 +38,16 @@ def make_engine(options: ServeOptions) -> Engine:
         log.warning("each slot would have %d tokens, but the model was trained for %d: capping", n_share, n_trained)
     n_slot = -(-min(n_share, n_trained) // N_PAD) * N_PAD
     threads_batch = options.threads_batch or options.threads
-    threads = {"n_threads": options.threads, "n_threads_batch": threads_batch}
+    chosen = {"n_threads": options.threads, "n_threads_batch": threads_batch, "n_ubatch": options.n_ubatch}
     folder = options.slot_save_path
     idle_path, documents_path = (None if folder is None else folder / name for name in (IDLE, DOCUMENTS))
     return Engine(
         options.model_path, options.n_parallel, options.n_queue, options.kv_budget, options.timeout, idle_path,
         options.idle_bytes, documents_path, options.documents_bytes, n_ctx=n_slot, n_batch=options.n_batch,
-        n_ubatch=options.n_ubatch,
         n_gpu_layers=options.n_gpu_layers, flash_attn=options.flash_attn, type_k=options.type_k,
         type_v=options.type_v, verbose=False,
         kv_compressor=options.method, embeddings=options.embeddings, pooling=options.pooling,
-        **{name: n for name, n in threads.items() if n is not None},
+        **{name: n for name, n in chosen.items() if n is not None},
     )  # fmt: skip
 
 

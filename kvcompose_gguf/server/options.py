@@ -137,8 +137,9 @@ class ServeOptions:
     n_batch: int = option(
         512, "--batch-size", "-b", panel=MODEL, min=1, help="Largest number of tokens in a decode call."
     )
-    n_ubatch: int = option(
-        512, "--ubatch-size", "-ub", panel=MODEL, min=1, help="Largest number of tokens computed at once."
+    n_ubatch: int | None = option(
+        None, "--ubatch-size", "-ub", panel=MODEL, min=1, kind=int,
+        help="Largest number of tokens computed at once. By default 128 on the CPU with a method, else 512.",
     )
     threads: int | None = options(None, THREADS, read=lambda n: n)
     threads_batch: int | None = option(
@@ -195,7 +196,7 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         for name in ("n_parallel", "n_batch", "n_ubatch", "max_body_bytes"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive")
         for name in ("n_ctx", "n_queue", "embeddings", "idle_bytes"):
             if getattr(self, name) < 0:

@@ -9,6 +9,7 @@ from support.llamas import last_logits
 
 from kvcompose_gguf import CompositionPlan, ConfigError, StateError, UnsupportedError
 from kvcompose_gguf.native.rows import cached_rows
+from kvcompose_gguf.scoring.requests import StateRequest
 
 N = 80
 CONTEXT = tiny.tokens(tiny.GQA, N)
@@ -168,3 +169,13 @@ def test_wrong_arguments_are_refused(make_llama):
         session.rope(0, np.zeros((3, 31), np.float32), np.arange(3))
     with pytest.raises(ConfigError, match="n_rows"), session.biased([np.zeros((2, 1 << 20), np.float32)]):
         pass
+
+
+def test_queries_are_the_same_however_many_tokens_are_computed_at_once(make_llama):
+    asked = StateRequest(100)
+    whole, pieces = (
+        asked.collect(make_llama(tiny.GQA, n_batch=128, n_ubatch=n_ubatch).context, CONTEXT) for n_ubatch in (128, 32)
+    )
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.shape[1] == min(100, N)
+        np.testing.assert_allclose(other, one, atol=1e-5)
