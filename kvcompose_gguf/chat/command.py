@@ -9,7 +9,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from ..errors import ConfigError
-from .documents import read_documents
+from ..support.documents import read_documents
 from .interrupts import Stopped
 from .lines import Chat
 from .machine import answer_json, chat_json

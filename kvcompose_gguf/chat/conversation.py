@@ -13,7 +13,7 @@ from ..methods.continuing import has_grown
 from ..plan import seam
 from . import prompts
 from .answers import Answer, Piece, Writer
-from .documents import Document, join_documents
+from ..support.documents import Document, join_documents
 from .prompts import PlainFormat, Turn
 from .tokens import Tokens
 

@@ -16,7 +16,7 @@ from ..errors import ConfigError, KVComposeError
 from ..support.printing import megabytes
 from .answers import Answer
 from .conversation import Conversation, OnProgress
-from .documents import Document, read_document
+from ..support.documents import Document, read_document
 from .interrupts import Interrupts, Stopped, without_echo
 from .screen import Screen
 

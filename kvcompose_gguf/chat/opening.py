@@ -14,7 +14,7 @@ from ..models.resolve import resolve_model
 from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from ..sessions import describe, session_path
 from .conversation import MIN_ROOM, Conversation
-from .documents import Document
+from ..support.documents import Document
 from .options import DEFAULT_RATIO, ChatOptions
 
 #: size in tokens of the smallest context, for models that were trained for at least as many

@@ -30,7 +30,7 @@ def compress_files(options: ChatOptions, out: str, console: Console | None = Non
         ConfigError: there is no file to read, or ``out`` cannot be a session.
         KVComposeError: a file, the model or an option cannot be used, or the session cannot be written.
     """
-    from ..chat.documents import read_documents
+    from ..support.documents import read_documents
     from ..chat.opening import open_conversation
     from ..chat.screen import Screen
 

@@ -1,4 +1,4 @@
-"""The packages `anthropic` and `openai` on Anthropic's and OpenAI's newer APIs, over a real socket."""
+"""The packages `anthropic` and `openai` on Anthropic's and OpenAI's newer APIs, and LiteLLM, over a real socket."""
 
 from __future__ import annotations
 
@@ -116,3 +116,31 @@ def test_the_openai_package_gets_json_in_a_response(client):
     form: Any = {"format": {"type": "json_schema", "name": "place", "schema": CITY, "strict": True}}
     answer = client.responses.create(model="tiny", input="Hello", text=form, max_output_tokens=80)
     assert json.loads(answer.output_text) == {"city": "Rome"}
+
+
+@pytest.fixture
+def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # otherwise it asks the network for prices
+    return pytest.importorskip("litellm")
+
+
+@pytest.mark.filterwarnings("ignore:Items? .* on TypedDict class:UserWarning")  # of its own classes
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+def test_litellm_asks_streams_calls_tools_and_gets_json(litellm, address, provider):
+    options: dict[str, Any] = {
+        "model": f"{provider}/tiny", "api_key": KEY, "messages": MESSAGES, "temperature": 0, "num_retries": 0,
+        "api_base": f"{address}/v1" if provider == "openai" else address,
+    }  # fmt: skip
+    whole = litellm.completion(**options, max_tokens=12)
+    assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", 12)
+    chunks = litellm.completion(**options, max_tokens=12, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+    weather = {"type": "function", "function": {"name": "weather", "description": "Tells it.", "parameters": CITY}}
+    with saying(CALL):
+        answer = litellm.completion(**options, max_tokens=120, tools=[weather], tool_choice="required")
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Rome"})
+    if provider == "openai":
+        form = {"type": "json_schema", "json_schema": {"name": "place", "schema": CITY, "strict": True}}
+        answer = litellm.completion(**options, max_tokens=80, response_format=form)
+        assert json.loads(answer.choices[0].message.content) == {"city": "Rome"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pdfs import pdf
 from support.serving import METHOD, events, post
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 8
@@ -115,7 +117,10 @@ def test_a_document_may_be_all_that_is_said(start):
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"text": ""}, 400, "text"), ({}, 400, "text"), ({"text": "a " * 3000}, 400, "exceeds the available context size"),
+        ({"text": ""}, 400, "text and file: give one"), ({}, 400, "text and file: give one"),
+        ({"text": "a", "file": {"file_data": ""}}, 400, "give one"), ({"file": {"file_data": "§"}}, 400, "not Base64"),
+        ({"file": {"file_data": "data:text/plain,a"}}, 400, "without base64"), ({"file": {}}, 400, "file_data"),
+        ({"file": {"filename": "a.bin", "file_data": "AAAA"}}, 400, "a.bin is a binary file"), ({"text": "a " * 3000}, 400, "exceeds the available context size"),
         ({"text": "a", "kv_compress": {"ratio": 2}}, 400, "ratio"),
     ],
 )  # fmt: skip
@@ -123,6 +128,20 @@ def test_documents_that_cannot_be_are_refused(start, body, status, words):
     client = start(chat_template="chatml", method=METHOD)
     assert words in post(client, "/kv/documents", status, **body)["error"]["message"]
     assert client.get("/kv/documents").json() == {"documents": []}
+
+
+@pytest.mark.parametrize("prefix", ["", "data:application/pdf;base64,"])
+def test_a_file_is_read_as_its_kind_is(start, tmp_path, prefix):
+    client = start(chat_template="chatml", method=METHOD)
+    data = Path(pdf(tmp_path / "fox.pdf", TEXT)).read_bytes()
+    file = {"filename": "fox.pdf", "file_data": prefix + base64.b64encode(data).decode()}
+    told = post(client, "/kv/documents", file=file)
+    assert told["title"] == "fox.pdf"
+    text = client.get(f"/kv/documents/{told['id']}").json()["text"]
+    assert text.split() == TEXT.split()
+    page = base64.b64encode(b"<html><body><h1>Foxes</h1><script>jump()</script></body></html>").decode()
+    told = post(client, "/kv/documents", file={"filename": "a.html", "file_data": page}, title="A page")
+    assert (told["title"], client.get(f"/kv/documents/{told['id']}").json()["text"]) == ("A page", "# Foxes")
 
 
 def test_a_full_shelf_says_so(start):

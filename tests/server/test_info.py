@@ -35,9 +35,20 @@ def test_what_is_told_about_the_server(start):
     for name, kind in (("page.css", "text/css"), ("page.js", "text/javascript")):
         assert client.get(f"/{name}").headers["content-type"].startswith(kind)
         assert name in page.text
-    assert "http" not in page.text  # nothing comes from elsewhere
-    assert start(ui=False).get("/").status_code == 404
+    assert "http:" not in page.text  # nothing comes from elsewhere
+    assert "https:" not in page.text
+    without = start(ui=False)
+    assert [without.get("/").status_code, without.post("/kv/markdown", json={}).status_code] == [404, 404]
     assert [set(slot) for slot in client.get("/slots").json()] == [{"id", "n_ctx", "speculative", "is_processing"}] * 2
+
+
+def test_an_answer_is_rendered_without_html_of_its_own_and_without_anything_from_elsewhere(start):
+    text = "**a** <b>b</b> ![c](http://evil/c.png) [d](javascript:e)\n\n| f |\n|---|\n| ~~g~~ |"
+    html = post(start(), "/kv/markdown", text=text)["html"]
+    for tag in ("<strong>a</strong>", "&lt;b&gt;b&lt;/b&gt;", "<th>f</th>", "<s>g</s>"):
+        assert tag in html
+    for tag in ("<img", "<b>", 'href="javascript'):
+        assert tag not in html
 
 
 def test_tokens_and_texts(start):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from support import tiny
-from support.serving import CONFIG, METHOD, TIMEOUT, cancelling, decodes, running, tiny_options, until
+from support.chat_templates import THINKING
+from support.pdfs import pdf
+from support.serving import CONFIG, METHOD, TIMEOUT, cancelling, decodes, running, saying, tiny_options, until
 
 api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -131,21 +135,116 @@ def test_stop_ends_the_work(page, address):
     assert len(texts(page, ".assistant")[0]) > 0
 
 
-def test_errors_are_told_and_the_next_question_is_answered(page):
+def test_errors_are_told_and_the_question_can_be_changed(page):
     page.fill("#max-tokens", "4")
-    page.fill("#text", "word " * 3000)
+    question = "word " * 3000
+    page.fill("#text", question)
     page.click("#send")
     api.expect(page.locator(".error")).to_contain_text("exceeds the available context size (2048 tokens)")
+    api.expect(page.locator("#text")).to_have_value(question.strip())
+    assert texts(page, ".user") == texts(page, ".assistant") == []
     page.fill("#text", "Short.")
     page.click("#send")
     api.expect(page.locator(".figures")).to_have_count(1)
 
 
-def test_a_text_can_be_attached(page, tmp_path):
+def test_texts_are_attached_from_files_by_dropping_and_by_pasting_and_are_folded(page, tmp_path):
     (tmp_path / "report.txt").write_text("A report.", "utf-8")
-    page.fill("#text", "Who wrote it?")
     page.set_input_files("#file", tmp_path / "report.txt")
-    api.expect(page.locator("#text")).to_have_value("A report.\n\nWho wrote it?")
+    dropped = page.evaluate_handle(
+        "() => { const data = new DataTransfer(); data.items.add(new File(['A note.'], 'note.md')); return data; }"
+    )
+    page.dispatch_event("main", "drop", {"dataTransfer": dropped})
+    pasted = "A long paste. " * 30
+    paste(page, pasted)
+    paste(page, "x" * 3000)
+    names = page.locator("#attached summary")
+    api.expect(names).to_have_text(
+        ["report.txt, 9 characters", "note.md, 7 characters", "Pasted text, 3,000 characters"]
+    )
+    api.expect(page.locator("#text")).to_have_value(pasted)  # short pastes are written where they belong
+    page.get_by_role("button", name="Remove Pasted text").click()
+    page.fill("#text", "Who wrote it?" + "?" * 1500)
+    page.fill("#max-tokens", "2")
+    page.click("#send")
+    api.expect(page.locator(".figures")).to_have_count(1)
+    asked = page.locator("details.user")
+    assert asked.get_attribute("open") is None
+    assert "A report.\n\nA note.\n\nWho wrote it???" in asked.text_content()
+    assert texts(page, "#attached li") == []
+
+
+def paste(page: Any, text: str) -> None:
+    page.locator("#text").evaluate(
+        """(area, text) => {
+            const clipboardData = new DataTransfer();
+            clipboardData.setData("text", text);
+            const event = new ClipboardEvent("paste", {clipboardData, cancelable: true});
+            if (area.dispatchEvent(event)) area.setRangeText(text); // what a browser does
+        }""",
+        text,
+    )
+
+
+def test_an_answer_is_shown_as_markdown_while_and_after_it_is_written(page):
+    page.fill("#text", "Tell me")
+    said = "# A\n\n**bold** `code` <b>no</b>\n\n* [link](https://a.b)\n\n```\nx = 1\n```\n"
+    with saying(said):
+        page.click("#send")
+        api.expect(page.locator(".figures")).to_have_count(1)
+    answer = page.locator(".markdown")
+    assert [answer.locator(tag).text_content() for tag in ("h1", "strong", "p code", "li a", "pre")] == [
+        "A", "bold", "code", "link", "x = 1\n"
+    ]  # fmt: skip
+    assert "<b>no</b>" in answer.text_content()
+    assert answer.locator("a").get_attribute("target") == "_blank"  # a link does not leave the chat
+
+
+def test_thoughts_are_folded_when_the_answer_is_there(browser, tiny_model):
+    options = tiny_options(tiny_model(CONFIG), n_parallel=1, chat_template=THINKING)
+    with running(options) as address:
+        page = new_page(browser)
+        page.goto(address)
+        page.fill("#text", "Tell me")
+        with saying("<think>A thought.</think>An answer."):
+            page.click("#send")
+            api.expect(page.locator(".figures")).to_have_count(1)
+        api.expect(page.locator(".markdown")).to_have_text("An answer.")
+        thoughts = page.locator(".assistant details")
+        assert thoughts.get_attribute("open") is None
+        assert thoughts.locator("div").text_content() == "A thought."
+        page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_hinders_who_uses_a_keyboard_or_a_screen_reader(page, tmp_path, scheme, width):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 800})
+    assert problems_of(page) == {}
+    page.fill("#max-tokens", "12")
+    page.locator("#ratio").fill("0.5")
+    (tmp_path / "fox.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4, "utf-8")
+    page.set_input_files("#document", tmp_path / "fox.txt")
+    page.locator("#documents input").check()
+    for text in ("word " * 3000, "?" * 1500):  # an error, and a text that is folded
+        page.fill("#text", text)
+        page.click("#send")
+        api.expect(page.locator("#send")).to_be_enabled()
+    assert len(texts(page, ".figures")) == 1, texts(page, ".error")
+    page.set_input_files("#file", tmp_path / "fox.txt")
+    assert problems_of(page) == {}
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def problems_of(page: Any) -> dict[str, str]:
+    """Returns what axe-core finds that is serious or worse: each rule and the elements that break it."""
+    found = Axe().run(page).response["violations"]
+    return {
+        each["id"]: ", ".join(node["html"] for node in each["nodes"])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    }
 
 
 def test_a_document_is_read_once_and_chats_begin_with_it(page, tmp_path):
@@ -170,6 +269,23 @@ def test_a_document_is_read_once_and_chats_begin_with_it(page, tmp_path):
         api.expect(page.locator(".figures")).to_have_count(0)
     page.get_by_role("button", name="Delete fox.txt").click()
     api.expect(item).to_have_count(0)
+
+
+def test_documents_can_be_dropped_and_a_pdf_is_read(page, tmp_path):
+    page.locator("#ratio").fill("0.5")
+    data = Path(pdf(tmp_path / "fox.pdf", "The quick brown fox jumps over the lazy dog. " * 8)).read_bytes()
+    dropped = page.evaluate_handle(
+        """data => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([Uint8Array.from(data)], "fox.pdf"));
+            transfer.items.add(new File(["Another text. ".repeat(30)], "b.md"));
+            return transfer;
+        }""",
+        list(data),
+    )
+    page.dispatch_event("aside", "drop", {"dataTransfer": dropped})
+    api.expect(page.locator("#documents li")).to_have_count(2)
+    assert sorted(text.split(": ")[0].strip() for text in texts(page, "#documents label")) == ["b.md", "fox.pdf"]
 
 
 def test_a_document_that_does_not_fit_is_told_where_it_was_asked_for(page, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 from kvcompose_gguf import KVCompose
 from kvcompose_gguf.chat.answers import Answer
 from kvcompose_gguf.chat.conversation import Conversation
-from kvcompose_gguf.chat.documents import Document
+from kvcompose_gguf.support.documents import Document
 from support import tiny
 
 #: with it the tiny model's answers are whole characters; other bytes come back as U+FFFD from a saved conversation

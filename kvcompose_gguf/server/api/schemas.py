@@ -209,14 +209,28 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Count | None = None
 
 
+class DocumentFile(_Request):
+    """A file, as OpenAI's messages have it."""
+
+    filename: str = Field("the file", max_length=200, description="Its name; the ending of HTML's decides how it is read.")
+    file_data: str = Field(description="Its bytes in Base64, or a data URL: text, HTML or PDF.")
+
+
 class DocumentRequest(_Request):
     """Body of /kv/documents."""
 
-    text: str = Field(min_length=1, description="What the document says.")
-    title: str = Field("", max_length=200, description="A name for people. Default: the text's beginning.")
+    text: str = Field("", description="What the document says.")
+    file: DocumentFile | None = Field(None, description="A file that says it, instead of the text.")
+    title: str = Field("", max_length=200, description="A name for people. Default: the file's, or the text's beginning.")
     system: str = Field("", description="The system message of the conversations that will begin with it.")
     kv_compress: KVCompress | None = None
     stream: bool = Field(False, description="Tell the progress as server-sent events.")
+
+
+class MarkdownRequest(_Request):
+    """Body of /kv/markdown."""
+
+    text: str = ""
 
 
 class TokenizeRequest(_Request):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Sequence
 from typing import Any
 
 from ...errors import ConfigError
 from ...plan import seam
+from ...support.documents import document_of
 from ..api.errors import ApiError, invalid
+from ..api.schemas import DocumentFile, DocumentRequest
 from ..server import Server
 from ..slots.documents import Document
+
+#: characters of a text that name it if it has no title
+N_TITLE = 60
 
 
 def with_documents(server: Server, messages: list[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -32,6 +39,31 @@ def with_documents(server: Server, messages: list[dict[str, Any]], names: Sequen
         first_part, *more = content or [{"type": "text", "text": ""}]
         content = [{**first_part, "text": before + first_part["text"]}, *more]
     return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
+
+
+def text_and_title(request: DocumentRequest) -> tuple[str, str]:
+    """Returns what a document says, and its name; raises ApiError if it says nothing, or its file cannot be read."""
+    if bool(request.text) == (request.file is not None):
+        raise invalid("text and file: give one of them")
+    if request.file is None:
+        return request.text, request.title or " ".join(request.text.split())[:N_TITLE]
+    try:
+        text = document_of(request.file.filename, _bytes_of(request.file)).text
+    except ConfigError as error:
+        raise invalid(str(error)) from error
+    return text, request.title or request.file.filename
+
+
+def _bytes_of(file: DocumentFile) -> bytes:
+    data = file.file_data
+    if data.startswith("data:"):  # a data URL: data:application/pdf;base64,...
+        kind, _, data = data.partition(",")
+        if not kind.endswith(";base64"):
+            raise invalid("file_data is a data URL without base64: encode the file in Base64")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:  # a ValueError: letters beyond ASCII
+        raise invalid(f"file_data is not Base64: {error}") from error
 
 
 def found_document(server: Server, name: str) -> Document:

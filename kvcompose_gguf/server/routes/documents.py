@@ -17,7 +17,7 @@ from ..api.parts import compression
 from ..api.reader import NO_BUDGET
 from ..api.schemas import DocumentRequest
 from ..api.streams import JSONResponse, event_stream, while_connected
-from ..chat.documents import document_prompt, found_document
+from ..chat.documents import document_prompt, found_document, text_and_title
 from ..server import Server, Serving
 from ..slots.documents import Document, document_id
 from ..slots.job import Job
@@ -26,9 +26,6 @@ from ..slots.slot import Slot
 from ..waiting import Tell, watched
 
 router = APIRouter()
-
-#: characters of a text that name it if it has no title
-N_TITLE = 60
 
 
 @router.get("/kv/documents")
@@ -73,12 +70,13 @@ async def _read(server: Server, request: DocumentRequest, method: Method) -> Asy
     """Yields the progress of reading, and the document at the end."""
     shelf = server.engine.documents
     assert shelf is not None  # the engine has loaded the model
-    name = document_id(request.text, request.system, choice_of(method))
+    text, title = await server.aside(text_and_title, request)
+    name = document_id(text, request.system, choice_of(method))
     known = next((pair for pair in shelf.all() if pair[0].id == name), None)
     if known is not None:
         yield _told(*known)
         return
-    prompt = await server.aside(document_prompt, server, request.text, request.system)
+    prompt = await server.aside(document_prompt, server, text, request.system)
     tokens = await server.aside(server.reader.tokens, prompt)
     if len(tokens) >= server.llama.n_ctx():
         raise server.too_long(tokens)
@@ -87,7 +85,7 @@ async def _read(server: Server, request: DocumentRequest, method: Method) -> Asy
         def work(slot: Slot) -> None:
             report = slot.llama.compress_prompt(tokens, method, tell)
             shelf.add(slot.llama, Document(
-                id=name, title=request.title or " ".join(request.text.split())[:N_TITLE], text=request.text,
+                id=name, title=title, text=text,
                 system=request.system, created=0, kv=compression(report),
                 kv_compress=None if request.kv_compress is None else request.kv_compress.model_dump(exclude_none=True),
             ))  # fmt: skip

@@ -8,9 +8,14 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Response
+from markdown_it import MarkdownIt
 
 from ..api.errors import ApiError
+from ..api.schemas import MarkdownRequest
 from ..gate import FILES
+
+#: HTML in a text stays text, and an image would be loaded from elsewhere
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("image")
 
 
 def page(is_there: bool) -> APIRouter:
@@ -31,4 +36,12 @@ def page(is_there: bool) -> APIRouter:
 
     for path, name in (("/", FILES[0]), *((f"/{name}", name) for name in FILES)):
         router.add_api_route(path, route_of(name), include_in_schema=False)
+
+    @router.post("/kv/markdown", include_in_schema=False)
+    def markdown(request: MarkdownRequest) -> dict[str, str]:
+        """Returns a text that is Markdown as HTML for the page, without HTML of its own."""
+        if not is_there:
+            raise ApiError(404, "File Not Found")
+        return {"html": MARKDOWN.render(request.text)}
+
     return router

@@ -49,10 +49,18 @@ def read_document(source: str) -> Document:
         ConfigError: there is no such file, or it has no text that can be read.
     """
     name = _STDIN if source == "-" else source
-    data = _bytes_of(source, name)
+    return document_of(name, _bytes_of(source, name))
+
+
+def document_of(name: str, data: bytes) -> Document:
+    """The text of a file's bytes, which are read as ``read_document`` does it.
+
+    Raises:
+        ConfigError: they have no text that can be read.
+    """
     if not data.strip():
         raise ConfigError(f"{name} is empty: give a document that has text")
-    kind = _kind(source, data)
+    kind = _kind(name, data)
     if kind == "pdf":
         text = _pdf_text(name, data)
     elif kind == "html":
@@ -123,10 +131,10 @@ def _refuse_binary(name: str, data: bytes) -> None:
         raise ConfigError(f"{name} is {what}. Documents are text, Markdown, code, HTML or PDF: convert it first")
 
 
-def _kind(source: str, data: bytes) -> Kind:
+def _kind(name: str, data: bytes) -> Kind:
     if _is_pdf(data):
         return "pdf"
-    if source != "-" and Path(source).suffix.lower() in _HTML_SUFFIXES:
+    if Path(name).suffix.lower() in _HTML_SUFFIXES:
         return "html"
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     return "html" if start.startswith((b"<!doctype html", b"<html")) else "text"

@@ -9,31 +9,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import fpdf
 import pypdf
 import pytest
+from support.pdfs import pdf
 
-from kvcompose_gguf.chat.documents import Document, join_documents, read_document, read_documents
+from kvcompose_gguf.support.documents import Document, join_documents, read_document, read_documents
 from kvcompose_gguf.errors import ConfigError
 
 
 def write(folder: Path, name: str, data: bytes | str) -> str:
     path = folder / name
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return str(path)
-
-
-def pdf(path: Path, *pages: str) -> str:
-    """A PDF with a page a text; an empty text leaves its page without one."""
-    out = fpdf.FPDF()
-    for text in pages:
-        out.add_page()
-        out.set_font("helvetica", size=12)
-        if text:
-            out.multi_cell(0, text=text)
-        else:
-            out.rect(10, 10, 50, 50)  # a drawing, as a scan is
-    out.output(str(path))
     return str(path)
 
 
