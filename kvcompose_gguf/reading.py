@@ -203,13 +203,13 @@ class Reading:
             n_room: free cells to leave.
             choice: name under which the context continues; None: that of the method.
             n_fresh: so many of the newest tokens stay in every head, but at most a quarter of the budget.
-            n_tail: so many of the newest tokens stay, and can still be removed, but at most half of the budget.
+            n_tail: so many of the newest tokens stay, and can still be removed, but at most a quarter of the budget.
             n_total: number of rows to keep, over all layers; None: the budget.
         """
         n_total = self._n_total if n_total is None else n_total
         n_total = min(n_total, int(self.rows.n_rows.sum()))  # fewer are left if tokens were taken back
         n_rows = n_total // len(self._layers)
-        n_tail = min(n_tail, n_rows // 2, n_rows - self._n_sink)
+        n_tail = min(n_tail, n_rows // 4, n_rows - self._n_sink)
         n_fresh = max(self._n_recent, n_tail, min(n_fresh, n_rows // 4, n_rows - self._n_sink))
         choose = partial(self.method.choose, self.rows, self._context.n_tokens, n_total, self._n_sink, n_fresh, n_tail)
         plan = self._clock.time("plan", choose)

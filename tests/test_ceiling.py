@@ -219,6 +219,16 @@ def test_an_answer_can_be_taken_back_as_far_as_its_newest_tokens(watched: Any) -
     assert seen.n_evaluated - before == n_context + 1 + 2
 
 
+@pytest.mark.parametrize(("n_answer", "n_kept"), [(40, 300), (1024, 300), (1024, 100)])
+def test_the_newest_tokens_of_an_answer_take_at_most_a_quarter_of_the_budget(
+    watched: Any, n_answer: int, n_kept: int
+) -> None:
+    seen = watched(KNorm(**{**OPTIONS, "n_kept": n_kept, "n_answer": n_answer}))
+    greedy(seen.llama, TOKENS, 400)
+    composed = seen.llama.context.composed
+    assert composed.rows.end - len(composed.tokens) == min(n_answer, n_kept // 4)
+
+
 def test_a_context_that_lost_its_newest_tokens_can_be_compressed_again(watched: Any) -> None:
     seen = watched(KNorm(**OPTIONS))
     said = greedy(seen.llama, TOKENS, 200)
