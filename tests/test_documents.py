@@ -13,8 +13,8 @@ import pypdf
 import pytest
 from support.pdfs import pdf
 
-from kvcompose_gguf.support.documents import Document, join_documents, read_document, read_documents
 from kvcompose_gguf.errors import ConfigError
+from kvcompose_gguf.support.documents import Document, join_documents, read_document, read_documents
 
 
 def write(folder: Path, name: str, data: bytes | str) -> str:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, ContextLengthError, StateError
 from ..methods.continuing import has_grown
 from ..plan import seam
+from ..support.documents import Document, join_documents
 from . import prompts
 from .answers import Answer, Piece, Writer
-from ..support.documents import Document, join_documents
 from .prompts import PlainFormat, Turn
 from .tokens import Tokens
 

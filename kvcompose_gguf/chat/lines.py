@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError, KVComposeError
+from ..support.documents import Document, read_document
 from ..support.printing import megabytes
 from .answers import Answer
 from .conversation import Conversation, OnProgress
-from ..support.documents import Document, read_document
 from .interrupts import Interrupts, Stopped, without_echo
 from .screen import Screen
 

@@ -13,8 +13,8 @@ from ..methods import make_method
 from ..models.resolve import resolve_model
 from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from ..sessions import describe, session_path
-from .conversation import MIN_ROOM, Conversation
 from ..support.documents import Document
+from .conversation import MIN_ROOM, Conversation
 from .options import DEFAULT_RATIO, ChatOptions
 
 #: size in tokens of the smallest context, for models that were trained for at least as many

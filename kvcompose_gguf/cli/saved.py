@@ -30,9 +30,9 @@ def compress_files(options: ChatOptions, out: str, console: Console | None = Non
         ConfigError: there is no file to read, or ``out`` cannot be a session.
         KVComposeError: a file, the model or an option cannot be used, or the session cannot be written.
     """
-    from ..support.documents import read_documents
     from ..chat.opening import open_conversation
     from ..chat.screen import Screen
+    from ..support.documents import read_documents
 
     console = console or Console(highlight=False)
     if not options.files:

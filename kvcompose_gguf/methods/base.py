@@ -54,9 +54,9 @@ class Method:
             (``scores_alone``); others need all of the prompt first.
         n_fresh: so many of the newest tokens stay in every head until the next chunk is read.
         n_answer: the same when an answer or a conversation makes the cache a chunk larger than the budget. Both are at
-            most a quarter of the budget. Methods that score tokens alone keep ``max_kv_bytes`` and ``n_kept`` at all times; others
-            refuse a prompt that takes more than ``max_kv_bytes`` while it is read. ``compression_ratio`` is a share of
-            the context, and limits no answers.
+            most a quarter of the budget. Methods that score tokens alone keep ``max_kv_bytes`` and ``n_kept`` at all
+            times; others refuse a prompt that takes more than ``max_kv_bytes`` while it is read.
+            ``compression_ratio`` is a share of the context, and limits no answers.
         allocation: the rule that divides the budget among the layers, or the name of a rule (``"uniform"``,
             ``"global"``); ``None``: the method's own.
     Raises:

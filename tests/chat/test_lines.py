@@ -17,10 +17,10 @@ from support.conversations import METHOD
 from support.llamas import ONE_THREAD
 
 from kvcompose_gguf.chat.conversation import Conversation
-from kvcompose_gguf.support.documents import Document
 from kvcompose_gguf.chat.interrupts import Interrupts, Stopped
 from kvcompose_gguf.chat.lines import COMMANDS, Chat
 from kvcompose_gguf.chat.screen import Screen
+from kvcompose_gguf.support.documents import Document
 
 TEXT = " ".join(f"Room {i} is painted in colour {i * 37 % 101}." for i in range(12))
 

@@ -135,6 +135,21 @@ def test_stop_ends_the_work(page, address):
     assert len(texts(page, ".assistant")[0]) > 0
 
 
+def test_a_new_chat_has_nothing_of_an_answer_that_was_being_written(page, address):
+    page.fill("#max-tokens", "2000")
+    page.fill("#text", "Go on for ever")
+    with decodes() as held:
+        held.let(12)
+        page.click("#send")
+        held.wait_held()
+        until(lambda: texts(page, ".assistant")[0] != "")
+        page.click("#clear")
+        held.open()
+        api.expect(page.locator("#send")).to_be_enabled()
+    assert texts(page, "#messages > *") == []
+    assert page.input_value("#text") == ""
+
+
 def test_errors_are_told_and_the_question_can_be_changed(page):
     page.fill("#max-tokens", "4")
     question = "word " * 3000

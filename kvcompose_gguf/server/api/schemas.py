@@ -212,7 +212,7 @@ class ChatRequest(GenerationRequest):
 class DocumentFile(_Request):
     """A file, as OpenAI's messages have it."""
 
-    filename: str = Field("the file", max_length=200, description="Its name; the ending of HTML's decides how it is read.")
+    filename: str = Field("the file", max_length=200, description="Its name. HTML is known by its ending.")
     file_data: str = Field(description="Its bytes in Base64, or a data URL: text, HTML or PDF.")
 
 
@@ -221,7 +221,7 @@ class DocumentRequest(_Request):
 
     text: str = Field("", description="What the document says.")
     file: DocumentFile | None = Field(None, description="A file that says it, instead of the text.")
-    title: str = Field("", max_length=200, description="A name for people. Default: the file's, or the text's beginning.")
+    title: str = Field("", max_length=200, description="A name for people. Default: the file's, or the beginning.")
     system: str = Field("", description="The system message of the conversations that will begin with it.")
     kv_compress: KVCompress | None = None
     stream: bool = Field(False, description="Tell the progress as server-sent events.")

@@ -132,8 +132,10 @@ async function send(question) {
       attach(texts);
     }
   }
-  if (failure && failure.name !== "AbortError") show(made("div", { className: "message error", role: "alert", textContent: failure.message }));
-  if (timings) show(made("div", { className: "figures", textContent: figures(timings) }));
+  if (mine === messages) {
+    if (failure && failure.name !== "AbortError") show(made("div", { className: "message error", role: "alert", textContent: failure.message }));
+    if (timings) show(made("div", { className: "figures", textContent: figures(timings) }));
+  }
   asking = null;
   at("stop").disabled = true;
   at("send").disabled = false;
