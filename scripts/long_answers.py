@@ -5,10 +5,10 @@
 
 Regime: a document, then an answer: with a full cache, and below ceilings of a share of what the full cache has at the
 end. The ceilings differ in how many of the newest tokens of the answer stay (``n_answer``, at most a quarter of the
-budget). Forced: all get the same text as their answer. KL is the divergence of the next token from the full cache's, loss that
-of the text; means over the first and the last quarter of the answer. Free: every side samples its own
-answer; its end is forbidden. "Repeated" is the share of its pieces of 8 tokens that the answer had before: a model that
-loops has a large one. Small models loop with their full cache, too, the more the lower the temperature.
+budget). Forced: all get the same text as their answer. KL is the divergence of the next token from the full cache's,
+loss that of the text; means over the first and the last quarter of the answer. Free: every side samples its own answer;
+its end is forbidden. "Repeated" is the share of its pieces of 8 tokens that the answer had before: a model that loops
+has a large one. Small models loop with their full cache, too, the more the lower the temperature.
 """
 
 from __future__ import annotations
