@@ -17,7 +17,7 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: files of the web page
-FILES = ("index.html", "page.css", "page.js", "cache.js", "chat.js", "documents.js", "http.js")
+FILES = ("index.html", "page.css", "page.js", "cache.js", "chat.js", "documents.js", "shared.js")
 #: paths that work before the model is loaded
 PAGE = frozenset({"/", "/favicon.ico", *(f"/{name}" for name in FILES)})
 #: paths that need no API key

@@ -196,8 +196,8 @@ class ServeOptions:
 
     def __post_init__(self) -> None:
         for name in ("n_parallel", "n_batch", "n_ubatch", "max_body_bytes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is not positive")
+            if (n := getattr(self, name)) is not None and n < 1:
+                raise ConfigError(f"{name}={n} is not positive")
         for name in ("n_ctx", "n_queue", "embeddings", "idle_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")

@@ -35,7 +35,10 @@ def program() -> Path:
         if not (folder / "done").exists():
             shutil.copy(HERE / "package.json", folder)
             command = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts"]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=FETCH_TIMEOUT)
+            try:
+                subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=FETCH_TIMEOUT)
+            except subprocess.SubprocessError as error:
+                pytest.skip(f"npm cannot fetch the packages: {error}")
             (folder / "done").touch()
     return Path(shutil.copy(HERE / "clients.mjs", folder))
 

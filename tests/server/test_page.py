@@ -204,10 +204,14 @@ def paste(page: Any, text: str) -> None:
 def test_an_answer_is_shown_as_markdown_while_and_after_it_is_written(page):
     page.fill("#text", "Tell me")
     said = "# A\n\n**bold** `code` <b>no</b>\n\n* [link](https://a.b)\n\n```\nx = 1\n```\n"
-    with saying(said):
-        page.click("#send")
-        api.expect(page.locator(".figures")).to_have_count(1)
     answer = page.locator(".markdown")
+    with saying(said), decodes() as held:
+        held.let(16)
+        page.click("#send")
+        held.wait_held()
+        api.expect(answer.locator("h1")).to_have_text("A")  # nothing comes any more, and its form follows
+        held.open()
+        api.expect(page.locator(".figures")).to_have_count(1)
     assert [answer.locator(tag).text_content() for tag in ("h1", "strong", "p code", "li a", "pre")] == [
         "A", "bold", "code", "link", "x = 1\n"
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Puts documents before the first question of a chat."""
+"""What the documents of requests say, and their place before the first question of a chat."""
 
 from __future__ import annotations
 

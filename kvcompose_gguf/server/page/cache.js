@@ -1,6 +1,6 @@
 // What the cache holds: the rows of each layer, and how many heads keep each token.
 
-import { at, get, made, megabytes } from "./http.js";
+import { at, get, made, megabytes } from "./shared.js";
 
 export async function refreshCache() {
   let slots;

@@ -2,7 +2,7 @@
 
 import { refreshCache } from "./cache.js";
 import { picked } from "./documents.js";
-import { at, events, made, megabytes, onDrop, post } from "./http.js";
+import { at, events, made, megabytes, onFiles, post } from "./shared.js";
 
 const N_FOLD = 1500; // characters of a text that is shown folded
 const RENDER_MS = 500; // between two forms of an answer that is still being written
@@ -42,7 +42,7 @@ class Answer {
   #element = show(made("div", { className: "message assistant", ariaBusy: "true" }));
   #answer = made("div");
   #thoughts = made("details", { open: true }, made("summary", { textContent: "Thoughts" }), made("div"));
-  #rendered = 0; // when the form was asked for
+  #later = null; // the timer of the next form
   #rendering = Promise.resolve();
 
   constructor() { this.#element.append(this.#answer); }
@@ -61,12 +61,13 @@ class Answer {
       this.#thoughts.lastChild.textContent = this.thought;
     }
     if (!said) return;
-    if (!this.#rendered) this.#answer.textContent = this.said;
-    if (performance.now() - this.#rendered > RENDER_MS) this.#render();
+    if (!this.#answer.classList.contains("markdown")) this.#answer.textContent = this.said;
+    this.#later ??= setTimeout(() => this.#render(), RENDER_MS);
   }
 
   #render() {
-    this.#rendered = performance.now();
+    clearTimeout(this.#later);
+    this.#later = null;
     this.#rendering = this.#rendering.then(async () => {
       try {
         this.#answer.innerHTML = (await (await post("kv/markdown", { text: this.said })).json()).html; // without HTML of the text
@@ -166,12 +167,7 @@ at("text").addEventListener("paste", (event) => {
   event.preventDefault();
   attach([...attached, { name: "Pasted text", text }]);
 });
-at("file").addEventListener("change", async () => {
-  const files = [...at("file").files];
-  at("file").value = "";
-  await attachFiles(files);
-});
-onDrop(document.querySelector("main"), attachFiles);
+onFiles(at("file"), document.querySelector("main"), attachFiles);
 
 //
 // buttons

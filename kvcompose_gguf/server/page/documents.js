@@ -1,6 +1,6 @@
 // The shelf: documents that are read once, and that a chat begins with.
 
-import { ask, at, events, get, made, megabytes, onDrop, post } from "./http.js";
+import { ask, at, events, get, made, megabytes, onFiles, post } from "./shared.js";
 
 export const picked = () => [...document.querySelectorAll("#documents input:checked")].map((box) => box.value);
 
@@ -51,9 +51,4 @@ async function readDocuments(files) {
   }
 }
 
-at("document").addEventListener("change", async () => {
-  const files = [...at("document").files];
-  at("document").value = "";
-  await readDocuments(files);
-});
-onDrop(document.querySelector("aside"), readDocuments);
+onFiles(at("document"), document.querySelector("aside"), readDocuments);

@@ -3,7 +3,7 @@
 import { refreshCache } from "./cache.js";
 import "./chat.js";
 import { refreshDocuments } from "./documents.js";
-import { at, get } from "./http.js";
+import { at, get } from "./shared.js";
 
 const showRatio = () => { at("ratio-text").value = ` ${Math.round(100 * at("ratio").value)} %`; };
 

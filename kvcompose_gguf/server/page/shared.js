@@ -1,4 +1,4 @@
-// Requests to the server, and what every part of the page needs.
+// What every part of the page needs: elements, requests to the server, and files that the user gives.
 
 export const at = (id) => document.getElementById(id);
 export const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
@@ -47,13 +47,18 @@ export async function* events(answer) {
   }
 }
 
-// Gives the files that are dropped on an element to take.
-export function onDrop(element, take) {
-  element.addEventListener("dragover", (event) => { event.preventDefault(); element.classList.add("drop"); });
-  element.addEventListener("dragleave", () => element.classList.remove("drop"));
-  element.addEventListener("drop", (event) => {
+// Gives the files to take that are chosen with an input, or dropped on an area.
+export function onFiles(input, area, take) {
+  input.addEventListener("change", () => {
+    const files = [...input.files];
+    input.value = "";
+    take(files);
+  });
+  area.addEventListener("dragover", (event) => { event.preventDefault(); area.classList.add("drop"); });
+  area.addEventListener("dragleave", () => area.classList.remove("drop"));
+  area.addEventListener("drop", (event) => {
     event.preventDefault();
-    element.classList.remove("drop");
+    area.classList.remove("drop");
     take([...event.dataTransfer.files]);
   });
 }
