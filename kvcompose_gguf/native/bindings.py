@@ -68,6 +68,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_kvc_commit": (ctypes.c_char_p, []),
     # const char * llama_kvc_last_error(void);
     "llama_kvc_last_error": (ctypes.c_char_p, []),
+    # void llama_kvc_log(enum ggml_log_level level);
+    "llama_kvc_log": (None, [ctypes.c_int]),
     # int32_t llama_kvc_supported(struct llama_context * ctx);
     "llama_kvc_supported": (ctypes.c_int32, [_CONTEXT]),
     # int32_t llama_kvc_get_cache(struct llama_context * ctx, struct llama_kvc_cache_info * info, size_t size);

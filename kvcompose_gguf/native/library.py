@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import LibraryError
+from . import log
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
@@ -19,7 +20,7 @@ LIB_DIR = PACKAGE_DIR / "lib"
 BINDINGS_DIR = LIB_DIR / "bindings"
 
 BINDINGS_VERSION = "0.3.36"
-ABI = 5
+ABI = 6
 
 _LIB_PATH_VARIABLE = "LLAMA_CPP_LIB_PATH"
 
@@ -56,6 +57,7 @@ def load() -> ModuleType:
     except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
         raise LibraryError(f"llama_cpp could not be imported: {error}") from error
     check(llama_cpp)
+    log.print_natively(llama_cpp)
     return llama_cpp
 
 

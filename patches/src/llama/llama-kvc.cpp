@@ -9,8 +9,23 @@
 #include "llama-version.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstdio>
 
 using namespace llama_kvc_guard;
+
+static std::atomic<int> log_level;
+static std::atomic<int> log_last_level;
+
+static void log_to_stderr(ggml_log_level level, const char * text, void *) {
+    const int of_text = level == GGML_LOG_LEVEL_CONT ? log_last_level.load() : level;
+    log_last_level = of_text;
+
+    if (of_text == GGML_LOG_LEVEL_NONE || of_text >= log_level) {
+        fputs(text, stderr);
+        fflush(stderr);
+    }
+}
 
 uint32_t llama_kvc_abi(void) {
     return LLAMA_KVC_ABI;
@@ -18,6 +33,11 @@ uint32_t llama_kvc_abi(void) {
 
 const char * llama_kvc_commit(void) {
     return LLAMA_COMMIT;
+}
+
+void llama_kvc_log(ggml_log_level level) {
+    log_level = level;
+    llama_log_set(log_to_stderr, nullptr);
 }
 
 int32_t llama_kvc_supported(llama_context * ctx) {

@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 5
+#define LLAMA_KVC_ABI 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -100,6 +100,10 @@ LLAMA_API const char * llama_kvc_commit(void);
 
 // Returns the sentence about the calling thread's last failure, or an empty string. Valid until the thread's next failure.
 LLAMA_API const char * llama_kvc_last_error(void);
+
+// Prints messages of at least this level to stderr from now on, as llama_log_set() with a callback would; one that continues
+// another has that one's level, one without a level is always printed. Threads may call it at any time.
+LLAMA_API void llama_kvc_log(enum ggml_log_level level);
 
 // returns LLAMA_KVC_OK if compression can work on this context
 LLAMA_API int32_t llama_kvc_supported(struct llama_context * ctx);
