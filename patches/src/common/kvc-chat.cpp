@@ -49,7 +49,8 @@ static int32_t failed(kvc_chat_status status, const char * what, char ** out) no
     return status;
 }
 
-// errors reach the caller as texts, so llama.cpp prints nothing
+// Errors reach the caller as texts, so common's log is silent. Only its converter of JSON schemas still prints to stderr, which
+// rules of a schema it leaves out.
 static void be_quiet() {
     static const bool once = (common_log_set_verbosity_thold(-1), true);
     (void) once;
