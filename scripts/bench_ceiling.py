@@ -24,42 +24,14 @@ from typing import Any
 
 import psutil
 from bench_speed import context_tokens, cpu_name
+from pass_keys import KEYS, N_FIRST, found_keys, with_keys
 
-from kvcompose_gguf import KVCompose, Llama
+from kvcompose_gguf import KVCompose
 from kvcompose_gguf.load import load_model
 from kvcompose_gguf.models.resolve import resolve_model
 
-#: the prompt before, the room for an answer, and the tokens of an answer that has a pass key
-N_FIRST, N_ANSWER, N_KEY = 1500, 64, 12
-#: who has a pass key, which, and where it is in the text
-KEYS = {"Anna": 5820947, "Boris": 3196402, "Clara": 7045318, "David": 9461275, "Elena": 2683590}
-DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-
-def with_keys(llama: Llama, tokens: list[int]) -> list[int]:
-    """Returns ``tokens`` with the pass keys in between, cut to their length."""
-    out, n_done = [], 0
-    for depth, (name, key) in zip(DEPTHS, KEYS.items(), strict=True):
-        place = int(depth * len(tokens))
-        fact = f"\nThe pass key of {name} is {key}. Remember it.\n"
-        out += [*tokens[n_done:place], *llama.tokenize(fact.encode(), add_bos=False)]
-        n_done = place
-    return (out + tokens[n_done:])[: len(tokens)]
-
-
-def found_keys(llama: Llama) -> list[bool]:
-    """Returns for every pass key whether the model says it when it is asked behind what the cache holds."""
-    out = []
-    for name, key in KEYS.items():
-        question = f"\n\nWhat is the pass key of {name}? The pass key of {name} is"
-        said: list[int] = []
-        with llama.context.undone():
-            logits = llama.context.eval_logits(llama.tokenize(question.encode(), add_bos=False))
-            while len(said) < N_KEY:
-                said.append(int(logits[-1].argmax()))
-                logits = llama.context.eval_logits(said[-1:])
-        out.append(str(key) in llama.detokenize(said).decode(errors="replace"))
-    return out
+#: the room for an answer
+N_ANSWER = 64
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,7 +44,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     tokens = context_tokens(llama, N_FIRST + args.n_tokens + N_ANSWER)
     first, tokens = tokens[:N_FIRST], tokens[N_FIRST:]
-    prompt, answer = with_keys(llama, tokens[: args.n_tokens]), tokens[args.n_tokens :]
+    prompt, answer = with_keys(llama, tokens[: args.n_tokens], KEYS), tokens[args.n_tokens :]
     process, peaks = psutil.Process(), {"kv": 0, "process": 0}
 
     def through(decode: Any, n_tokens: int) -> None:
@@ -95,7 +67,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         llama.eval([token])
     seconds = time.perf_counter() - start
     llama.context.through = lambda decode, n_tokens: decode()
-    found = found_keys(llama)
+    found = found_keys(llama, KEYS)
     report, layers = llama.kv_report, llama.kv_layers
     row = sum(layer.n_bytes_row for layer in layers)
     n_rows = 0 if method is None else method.n_composites(layers, args.n_tokens) / len(layers)

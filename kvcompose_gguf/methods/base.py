@@ -49,9 +49,9 @@ class Method:
         max_score_bytes: limit of the working memory of scoring at any context length, not counting the scores (float32,
             layers x query heads x tokens).
         n_room: free cells to leave after the composites; the cache grows beyond them when needed.
-        chunk: tokens that are read between two compositions, while a prompt is read that does not fit the budget and a
-            chunk; fewer if the budget is less than a chunk. Only methods that score tokens alone do so
-            (``scores_alone``); others need all of the prompt first.
+        chunk: room above the budget, in tokens, while a prompt is read that does not fit both. The cache is composed
+            before each part of as many tokens, or fewer if the budget is less. More room gives better keys and values.
+            Only methods that score tokens alone do so (``scores_alone``); others need all of the prompt first.
         n_fresh: so many of the newest tokens stay in every head until the next chunk is read.
         n_answer: the same when an answer or a conversation makes the cache a chunk larger than the budget. Both are at
             most a quarter of the budget. Methods that score tokens alone keep ``max_kv_bytes`` and ``n_kept`` at all
