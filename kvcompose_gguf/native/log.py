@@ -29,7 +29,7 @@ def print_natively(llama_cpp: ModuleType) -> None:
             super().setLevel(level)
             lib.llama_kvc_log(native_level(self.level))
 
-    logger = llama_cpp._logger.logger
+    logger = logging.getLogger("llama-cpp-python")
     logger.__class__ = _Logger
     logger.setLevel(logger.level)
 
