@@ -82,9 +82,9 @@ def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
     # a process started in the background ignores SIGINT from its beginning
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.4, lambda: signal.raise_signal(signal.SIGINT))
-    timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             compress_again_and_again()
     finally:
         timer.cancel()
