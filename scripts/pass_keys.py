@@ -7,8 +7,8 @@ Regime: every text has five pass keys, at 10, 30, 50, 70 and 90 % of it. It is r
 the same cache. "Found" is whether the model says the key, greedily, in the order of the text; "nats" is the sum of
 -log p of the key's tokens, the mean over the keys, which tells more of a few questions. The full cache comes first,
 then learned scores without a check of the text, with the given ``chunk`` ("whole": nothing is evicted before all is
-read). Two prompts of 1,500 tokens teach, or what earlier runs have kept: use an empty XDG_CACHE_HOME. The last line is
-one JSON document.
+read). A prompt of 1,500 tokens, read twice, teaches, or what earlier runs have kept: use an empty XDG_CACHE_HOME. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -99,12 +99,15 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         first, keys = N_FIRST + text * args.n_tokens, keys_of(text)
         prompt = with_keys(llama, tokens[first : first + args.n_tokens], keys)
         for cache in ("full", *args.chunks.split(",")):
-            chunk = args.n_tokens if cache in ("full", "whole") else int(cache)
-            method = KVCompose(compression_ratio=args.ratio, spot_check=0, learn=False, chunk=chunk)
-            llama.kv_compressor = None if cache == "full" else method
-            if cache != "whole":  # which goes on from the full cache
+            if cache != "whole":
                 llama.reset()
-            llama.prefill(prompt) if cache == "full" else llama.compress(prompt)
+            if cache == "full":
+                llama.kv_compressor = None
+                llama.prefill(prompt)
+            else:  # "whole" goes on from the full cache
+                chunk = args.n_tokens if cache == "whole" else int(cache)
+                llama.kv_compressor = KVCompose(compression_ratio=args.ratio, spot_check=0, learn=False, chunk=chunk)
+                llama.compress(prompt)
             found, nats = found_keys(llama, keys), nats_of_keys(llama, keys)
             marks = "".join("+" if hit else "-" for hit in found)
             print(f"text {text}, {cache:>6}: {marks} {sum(nats) / len(nats):5.2f} nats", flush=True)

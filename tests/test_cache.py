@@ -74,17 +74,18 @@ def test_ctrl_c_while_compressing_leaves_a_usable_object(make_llama):
     llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=100, scoring_chunk=16), n_ctx=4096)
     context = tiny.tokens(tiny.GQA, 2000)
 
+    # a process started in the background ignores SIGINT from its beginning
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.4, lambda: signal.raise_signal(signal.SIGINT))
+
     def compress_again_and_again() -> None:
+        timer.start()
         for _ in range(100):
             llama.reset()
             llama.compress(context)
 
-    # a process started in the background ignores SIGINT from its beginning
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    timer = threading.Timer(0.4, lambda: signal.raise_signal(signal.SIGINT))
     try:
         with pytest.raises(KeyboardInterrupt):
-            timer.start()
             compress_again_and_again()
     finally:
         timer.cancel()

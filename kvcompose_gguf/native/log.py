@@ -12,7 +12,7 @@ from types import ModuleType
 
 from . import bindings
 
-# enum ggml_log_level, by the lowest level of `logging` that shows it
+# the enum ggml_log_level of each level of `logging`
 _NATIVE_LEVELS = {logging.DEBUG: 1, logging.INFO: 2, logging.WARNING: 3, logging.ERROR: 4}
 _SILENT = 5
 

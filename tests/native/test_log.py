@@ -35,24 +35,18 @@ def test_no_message_enters_python(make_llama, capfd):
     assert "llama_kv_cache" in capfd.readouterr().err  # there were messages
 
 
-def test_a_quiet_model_shows_errors_but_no_warnings(make_llama, capfd):
-    llama = make_llama(verbose=False)
-    assert capfd.readouterr().err == ""
-    with pytest.raises(NativeError):
-        llama.context.prefill([10**6])
-    assert "invalid token" in capfd.readouterr().err
-
-
-def test_the_loggers_level_decides(make_llama, capfd):
-    logger = logging.getLogger("llama-cpp-python")
-    make_llama(verbose=False)
-    logger.setLevel("DEBUG")
+def test_a_quiet_model_shows_errors_as_far_as_the_loggers_level_wants(make_llama, capfd):
+    llama, logger = make_llama(verbose=False), logging.getLogger("llama-cpp-python")
+    shown = {}
     try:
-        make_llama().context.prefill(TOKENS)
-        make_llama(verbose=True)
+        for level in (logger.level, "CRITICAL", "WARNING"):
+            logger.setLevel(level)
+            with pytest.raises(NativeError):
+                llama.context.prefill([10**6])
+            shown[level] = "invalid token" in capfd.readouterr().err
     finally:
         logger.setLevel(logging.ERROR)
-    assert "llama_context" in capfd.readouterr().err
+    assert shown == {logging.ERROR: True, "CRITICAL": False, "WARNING": True}
 
 
 @pytest.mark.parametrize(
