@@ -23,7 +23,7 @@ IGNORED = {
         "--cpu-strict", "-Cb", "--cpu-mask-batch", "-Crb", "--cpu-range-batch", "--cpu-strict-batch", "--keep", "-dt",
         "--defrag-thold", "-lm", "--load-mode", "-lzm", "--lazy-mode", "-fit", "--fit", "-fitt", "--fit-target",
         "-fitc", "--fit-ctx", "--log-file", "--log-colors", "-lv", "--verbosity", "--log-verbosity", "-ctxcp",
-        "--ctx-checkpoints", "--swa-checkpoints", "-cms", "--checkpoint-min-step", "-cram", "--cache-ram",
+        "--ctx-checkpoints", "--swa-checkpoints", "-cms", "--checkpoint-min-step",
         "--cache-reuse", "--threads-http", "--sse-ping-interval", "-sps", "--slot-prompt-similarity", "--draft",
         "--draft-n", "--draft-max", "--draft-min", "--draft-n-min", "-md", "--model-draft", "--spec-draft-model",
         "-ngld", "--n-gpu-layers-draft", "--spec-type", "--kv-unified-per-slot", "--cors-methods", "--cors-headers",

@@ -98,9 +98,14 @@ class Decoder:
         """Removes all tokens and zeroes the memory."""
         self._ctx.kv_cache_clear()
 
+    @property
+    def n_bytes_state(self) -> int:
+        """Returns the number of bytes that ``state`` has."""
+        return int(library.load().llama_state_get_size(self.handle))
+
     def state(self) -> Bytes:
         """Returns the whole state, uint8 ``(n_bytes,)``."""
-        data = np.empty(library.load().llama_state_get_size(self.handle), dtype=np.uint8)
+        data = np.empty(self.n_bytes_state, dtype=np.uint8)
         n_bytes = library.load().llama_state_get_data(self.handle, _pointer(data), data.size)
         return data[:n_bytes]
 

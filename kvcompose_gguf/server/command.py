@@ -15,6 +15,7 @@ from ..native.vocab_only import n_ctx_trained, open_vocabulary
 from .app import create_app
 from .options import ServeOptions
 from .slots.engine import Engine
+from .slots.stores import StoreOptions
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,14 @@ def make_engine(options: ServeOptions) -> Engine:
     threads_batch = options.threads_batch or options.threads
     chosen = {"n_threads": options.threads, "n_threads_batch": threads_batch, "n_ubatch": options.n_ubatch}
     folder = options.slot_save_path
-    idle_path, documents_path = (None if folder is None else folder / name for name in (IDLE, DOCUMENTS))
+    stores = StoreOptions(
+        memory_bytes=options.memory_bytes, idle_path=folder and folder / IDLE, idle_bytes=options.idle_bytes,
+        documents_path=folder and folder / DOCUMENTS, documents_bytes=options.documents_bytes,
+    )  # fmt: skip
     return Engine(
-        options.model_path, options.n_parallel, options.n_queue, options.kv_budget, options.timeout, idle_path,
-        options.idle_bytes, documents_path, options.documents_bytes, n_ctx=n_slot, n_batch=options.n_batch,
-        n_gpu_layers=options.n_gpu_layers, flash_attn=options.flash_attn, type_k=options.type_k,
-        type_v=options.type_v, verbose=False,
+        options.model_path, options.n_parallel, options.n_queue, options.kv_budget, options.timeout, stores,
+        n_ctx=n_slot, n_batch=options.n_batch, n_gpu_layers=options.n_gpu_layers, flash_attn=options.flash_attn,
+        type_k=options.type_k, type_v=options.type_v, verbose=False,
         kv_compressor=options.method, embeddings=options.embeddings, pooling=options.pooling,
         **{name: n for name, n in chosen.items() if n is not None},
     )  # fmt: skip

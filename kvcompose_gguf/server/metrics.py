@@ -117,6 +117,10 @@ class Metrics(Collector):
                 "llamacpp:requests_deferred": (self._engine.n_waiting, "Requests in the queue."),
                 # every decode is for one slot
                 "llamacpp:n_busy_slots_per_decode": (float(n_decodes > 0), "Slots that a decode is for, on average."),
+                "kvcompose_prompt_cache_bytes": (
+                    self._engine.stores.memory.n_bytes,
+                    "Bytes of the copies of what slots held.",
+                ),
                 "kvcompose_kv_bytes": (sum(slot.kv_bytes for slot in slots), "Bytes of all slots' caches."),
             }
         for name, (value, text) in counters.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 #: a group of --help
 SERVER = "Server"
 
+#: MiB of the copies in memory of what slots held; they are compressed, so that an eighth of llama-server's has as much
+CACHE_RAM = 1024
+
 #: values of llama-server's switches
 SWITCH = ("on", "off", "auto")
 
@@ -34,6 +38,8 @@ class ServeOptions:
         method: the method that compresses prompts, unless a request chooses another. None: no compression.
         kv_budget: bytes. None: no limit.
         idle_bytes: maximum bytes of the saved contexts of evicted slots, in ``slot_save_path``. 0: none are saved.
+        cache_ram: maximum MiB of the copies in memory of what slots held. 0: none, -1: no limit. None: 1024, or 0 with
+            ``kv_budget``.
         timeout: maximum seconds of a request, including its time in the queue, and between two pieces of its body.
             None: no limit.
         max_body_bytes: maximum bytes of a request's body.
@@ -59,6 +65,11 @@ class ServeOptions:
         read=lambda text: _size("kv_save_idle", text, least=0) or 0,
         help="Save the compressed contexts of evicted slots in --slot-save-path, up to this size, e.g. 4GB. 0 saves "
         "none.",
+    )
+    cache_ram: int | None = option(
+        None, "--cache-ram", "-cram", panel=COMPRESSION, min=-1, kind=int,
+        help="Keep what a slot held before another prompt took it in memory, up to this number of MiB in all. 0 keeps "
+        "nothing, -1 any amount. By default 1024, or 0 with --kv-budget.",
     )
     documents_bytes: int = option(
         4 << 30, "--kv-documents", panel=COMPRESSION, metavar="SIZE", option_default="4GiB",
@@ -207,10 +218,19 @@ class ServeOptions:
             raise ConfigError(f"reasoning_format={self.reasoning_format!r} is none of {', '.join(REASONING_FORMATS)}")
         if self.idle_bytes and self.slot_save_path is None:
             raise ConfigError(f"idle_bytes={self.idle_bytes} needs slot_save_path, the folder for the files")
+        if self.cache_ram is not None and self.cache_ram < -1:
+            raise ConfigError(f"cache_ram={self.cache_ram} is below -1")
         if self.n_predict < -1:
             raise ConfigError(f"n_predict={self.n_predict} is below -1")
         if self.slot_save_path is not None and not self.slot_save_path.is_dir():
             raise ConfigError(f"slot_save_path={str(self.slot_save_path)!r} is no folder: create it first")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Maximum bytes of the copies in memory of what slots held."""
+        if self.cache_ram is None:
+            return 0 if self.kv_budget is not None else CACHE_RAM << 20
+        return sys.maxsize if self.cache_ram < 0 else self.cache_ram << 20
 
     @property
     def model_name(self) -> str:

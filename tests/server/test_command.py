@@ -91,6 +91,20 @@ def test_sizes_have_units(options_of, tmp_path):
     assert (options.kv_budget, options.idle_bytes) == (2 << 30, 512_000_000)
 
 
+def test_copies_of_slots_have_no_room_beside_a_budget_unless_it_is_asked_for(options_of):
+    """--kv-budget is for all caches together."""
+    given: tuple[list[str], ...] = (
+        [],
+        ["--kv-budget", "2GiB"],
+        ["--kv-budget", "2GiB", "--cache-ram", "3"],
+        ["-cram", "0"],
+        ["-cram", "-1"],
+    )
+    sizes = [options_of(*flags).memory_bytes for flags in given]
+    assert sizes[:4] == [1 << 30, 0, 3 << 20, 0]
+    assert sizes[4] > 1 << 60
+
+
 OLD_NAMES = [
     ("--kv-compress", "--compression-ratio", "0.75"), ("--kv-bytes", "--max-kv-bytes", "100000"),
     ("--kv-method", "--method", "snapkv"), ("--kv-scoring", "--scoring", "window"), ("--kv-min-tokens", "--min-tokens", "99"),
@@ -158,7 +172,7 @@ def test_old_names_are_not_in_the_help():
 
 def test_start_scripts_of_llama_server_work(options_of):
     options = options_of(
-        "--mlock", "--no-warmup", "-cb", "--numa", "distribute", "--cache-ram=0", "-c", "512", "-kvu", "-np", "2"
+        "--mlock", "--no-warmup", "-cb", "--numa", "distribute", "--cache-reuse=0", "-c", "512", "-kvu", "-np", "2"
     )
     assert (options.n_ctx, options.n_parallel) == (512, 2)
 

@@ -20,6 +20,7 @@ from kvcompose_gguf.server.slots.engine import Engine
 from kvcompose_gguf.server.slots.idle import IdleCaches
 from kvcompose_gguf.server.slots.job import Busy, Cancelled, Job
 from kvcompose_gguf.server.slots.slot import Slot, Turns
+from kvcompose_gguf.server.slots.stores import StoreOptions
 
 CONFIG = tiny.GQA
 OPTIONS: dict[str, Any] = {
@@ -210,7 +211,7 @@ def test_a_cancelled_job_in_the_queue_does_not_count_as_waiting(make_engine):
 
 def test_a_context_on_its_way_to_disk_is_waited_for(make_engine, tmp_path):
     """A prompt that needs it, in another slot meanwhile, does not read it all again."""
-    engine = make_engine(2, idle_path=tmp_path, idle_bytes=1 << 30)
+    engine = make_engine(2, stores=StoreOptions(idle_path=tmp_path, idle_bytes=1 << 30))
     a, b = (tiny.tokens(CONFIG, 308, seed=seed) for seed in (1, 2))
 
     def job(tokens: list[int], id_slot: int) -> Job:
@@ -232,7 +233,7 @@ def test_a_context_on_its_way_to_disk_is_waited_for(make_engine, tmp_path):
 
 def test_a_slot_that_is_being_emptied_has_nothing_to_continue(make_engine, tmp_path):
     """Its cache is its own thread's: the choice of a slot for another prompt does not look at it."""
-    engine = make_engine(2, idle_path=tmp_path, idle_bytes=1 << 30)
+    engine = make_engine(2, stores=StoreOptions(idle_path=tmp_path, idle_bytes=1 << 30))
     a = tiny.tokens(CONFIG, 308, seed=1)
     result(engine, Job(read(a, METHOD).work, a, 0, method=METHOD))
     slot = engine.slots[0]

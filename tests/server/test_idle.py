@@ -18,7 +18,14 @@ MANY = 1 << 30
 @pytest.fixture
 def options(tmp_path: Path) -> dict[str, Any]:
     """One slot, so that whatever comes takes it from the one before."""
-    return {"method": METHOD, "n_ctx": 1024, "n_parallel": 1, "slot_save_path": tmp_path, "idle_bytes": MANY}
+    return {
+        "method": METHOD,
+        "n_ctx": 1024,
+        "n_parallel": 1,
+        "slot_save_path": tmp_path,
+        "idle_bytes": MANY,
+        "cache_ram": 0,
+    }
 
 
 def files(folder: Path) -> list[Path]:

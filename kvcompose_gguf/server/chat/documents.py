@@ -68,7 +68,7 @@ def _bytes_of(file: DocumentFile) -> bytes:
 
 def found_document(server: Server, name: str) -> Document:
     """Returns the document with an id; raises ApiError if there is none."""
-    document = None if server.engine.documents is None else server.engine.documents.get(name)
+    document = server.engine.stores.documents.get(name)
     if document is None:
         raise ApiError(404, f"document {name[:64]!r} is unknown: see GET /kv/documents")
     return document

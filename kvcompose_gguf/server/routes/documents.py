@@ -31,8 +31,7 @@ router = APIRouter()
 @router.get("/kv/documents")
 def documents(server: Serving) -> dict[str, Any]:
     """Returns the documents, the latest first."""
-    shelf = server.engine.documents
-    return {"documents": [] if shelf is None else [_told(document, file) for document, file in shelf.all()]}
+    return {"documents": [_told(document, file) for document, file in server.engine.stores.documents.all()]}
 
 
 @router.get("/kv/documents/{name}")
@@ -44,8 +43,7 @@ def document(server: Serving, name: str) -> dict[str, Any]:
 @router.delete("/kv/documents/{name}")
 def forget(server: Serving, name: str) -> dict[str, str]:
     found_document(server, name)
-    if server.engine.documents is not None:
-        server.engine.documents.remove(name)
+    server.engine.stores.documents.remove(name)
     return {"deleted": name}
 
 
@@ -68,7 +66,7 @@ async def _last(chunks: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
 
 async def _read(server: Server, request: DocumentRequest, method: Method) -> AsyncGenerator[dict[str, Any], None]:
     """Yields the progress of reading, and the document at the end."""
-    shelf = server.engine.documents
+    shelf = server.engine.stores.documents
     assert shelf is not None  # the engine has loaded the model
     text, title = await server.aside(text_and_title, request)
     name = document_id(text, request.system, choice_of(method))

@@ -52,7 +52,7 @@ def kv_slot(server: Serving, id_slot: int) -> dict[str, Any]:
     if not 0 <= id_slot < len(server.engine.slots):
         raise invalid("Invalid slot ID")
     llama = server.engine.slots[id_slot].llama
-    shares, tokens = llama.kept_shares, llama.context_tokens
+    shares, tokens = llama.kept_shares, llama.held.context
     stream = TextStream()  # a character that spans tokens is in the piece of its last byte
     pieces = [stream.add(llama.piece(token, special=True)) for token in tokens[: len(shares)]]
     if pieces:
@@ -74,7 +74,7 @@ async def slot_action(server: Serving, http: Request, id_slot: str, action: str 
         raise invalid("Invalid action")
     number = int(id_slot) % len(server.engine.slots)
     if action == "erase":
-        job = Job(_erase, id_slot=number)
+        job = Job(lambda slot: _erase(server, slot), id_slot=number)
     else:
         file = folder / slot_filename(await _filename(http))
         work = _save if action == "save" else _restore
@@ -119,8 +119,9 @@ def _restore(slot: Slot, file: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _erase(slot: Slot) -> dict[str, Any]:
+def _erase(server: Server, slot: Slot) -> dict[str, Any]:
     n_erased = slot.llama.n_tokens
+    server.engine.stores.memory.drop(slot.llama.held)
     slot.llama.reset()
     return {"id_slot": slot.id, "n_erased": n_erased}
 

@@ -90,7 +90,7 @@ class Documents(Shelf):
         about = {"document": {**asdict(document), "created": document.created or int(time.time())}}
         self.make_folder()
         saved = save(llama, file, None, about)
-        self.put(file, SlotFile(llama.context_tokens, llama.composed_by, True, saved.n_tokens, saved.n_bytes, about))
+        self.put(file, SlotFile(llama.held.context, llama.held.composed_by, True, saved.n_tokens, saved.n_bytes, about))
 
     def remove(self, name: str) -> bool:
         """Forget a document; returns whether there was one. Conversations that have begun with it go on."""

@@ -13,12 +13,10 @@ from typing import Any
 
 from ...ceiling import ceiling_bytes
 from ...errors import ConfigError, UnsupportedError
-from .documents import Documents
 from .embedder import Embedder
-from .idle import IdleCaches, exchange
 from .job import Busy, Cancelled, Job, TimedOut
-from .shelf import Shelf
 from .slot import Slot, Turns
+from .stores import StoreOptions, Stores
 
 #: a slot is chosen for its cache if that has at least this share of the prompt
 MIN_SIMILARITY = 0.1
@@ -40,10 +38,7 @@ class Engine:
         kv_budget: maximum bytes of all caches together. Idle slots are evicted, least recently used first. A job that
             does not fit beside the running ones waits. None: no limit.
         timeout: maximum seconds of a job, including its time in the queue. None: no limit.
-        idle_path: folder for the compressed contexts of evicted slots.
-        idle_bytes: maximum bytes of all files in that folder. 0: evicted contexts are not saved.
-        documents_path: folder for documents. None: a folder of the engine's own, for as long as it lives.
-        documents_bytes: maximum bytes of all documents.
+        stores: where contexts are kept that no slot holds.
         embeddings: maximum tokens of a text for embeddings. 0: no embeddings.
         pooling: pooling of the embeddings.
         **kwargs: arguments for the ``Llama`` of every slot.
@@ -58,10 +53,7 @@ class Engine:
         n_queue: int = 64,
         kv_budget: int | None = None,
         timeout: float | None = None,
-        idle_path: Path | None = None,
-        idle_bytes: int = 0,
-        documents_path: Path | None = None,
-        documents_bytes: int = 4 << 30,
+        stores: StoreOptions | None = None,
         embeddings: int = 0,
         pooling: str | None = None,
         **kwargs: Any,
@@ -76,8 +68,7 @@ class Engine:
         self._timeout = math.inf if timeout is None else timeout
         self._numbers = itertools.count()
         self._swaps: list[Future[None]] = []  # evictions and restores that may not be done: later jobs wait for them
-        self.idle: IdleCaches | None = None
-        self.documents: Documents | None = None
+        self._stores: Stores | None = None
         self._closed = False
         self.slots: list[Slot] = []
         self.embedder: Embedder | None = None
@@ -92,9 +83,7 @@ class Engine:
                     n_queue, self._timeout, verbose=False, flash_attn=kwargs.get("flash_attn", False), **threads,
                 )  # fmt: skip
             self._check_budget(kv_budget)
-            if idle_path is not None and idle_bytes:
-                self.idle = IdleCaches(idle_path, idle_bytes, self.slots[0].llama)
-            self.documents = Documents(documents_path, documents_bytes, self.slots[0].llama)
+            self._stores = Stores(stores or StoreOptions(), self.slots[0].llama)
         except Exception:
             self.close()
             raise
@@ -115,8 +104,10 @@ class Engine:
         return sum(not slot.is_idle for slot in self.slots)
 
     @property
-    def _shelves(self) -> list[Shelf]:
-        return [shelf for shelf in (self.documents, self.idle) if shelf is not None]
+    def stores(self) -> Stores:
+        """Where contexts are kept that no slot holds."""
+        assert self._stores is not None
+        return self._stores
 
     def submit(self, job: Job) -> None:
         """Start a job, or put it into the queue.
@@ -155,10 +146,10 @@ class Engine:
         if self.embedder is not None:
             self.embedder.close()
         for slot in reversed(self.slots):
-            slot.close(self.idle.keep if self.idle is not None else None)
+            slot.close(None if self._stores is None or self._stores.idle is None else self._stores.idle.keep)
         self.slots = []
-        if self.documents is not None:
-            self.documents.close()
+        if self._stores is not None:
+            self._stores.close()
         self._turns.close()
 
     def _start_waiting(self) -> None:
@@ -194,9 +185,7 @@ class Engine:
         if job.tokens and job.reuse:
             here = ((slot.n_continued(job.tokens, job.method), slot) for slot in idle)
             n_same, best = max(here, key=lambda pair: pair[0])
-            found = (shelf.find(best.llama, job) for shelf in self._shelves)
-            n_saved = max((len(pair[1].context) for pair in found if pair is not None), default=0)
-            if n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= n_saved:
+            if n_same / len(job.tokens) > MIN_SIMILARITY and n_same >= self.stores.n_kept(best.llama, job):
                 return best
         return min(idle, key=lambda slot: slot.last_used)
 
@@ -249,14 +238,13 @@ class Engine:
         return True
 
     def _start_forgetting(self, slot: Slot) -> None:
-        """Empty an idle slot's cache, in the slot's thread. Its context is saved before, if there is a folder."""
+        """Empty an idle slot's cache, in the slot's thread. What it held is kept, if there is a place."""
         slot.forgets = slot.start(self._forget)
         slot.kv_bytes = self._empty_bytes
         self._swaps.append(slot.forgets)
 
     def _forget(self, slot: Slot) -> None:
-        if self.idle is not None:
-            self.idle.keep(slot.llama)
+        self.stores.keep(slot.llama)
         slot.forget()
 
     def _work(self, slot: Slot, job: Job, before: list[Future[None]], swap: Future[None]) -> None:
@@ -273,8 +261,7 @@ class Engine:
                 wait(before)
                 job.check()
                 if job.tokens:
-                    n_most = None if self._kv_budget is None else job.n_tokens
-                    exchange(slot.llama, job, n_most, self.idle, self._shelves)
+                    self.stores.exchange(slot.llama, job, None if self._kv_budget is None else job.n_tokens)
             finally:
                 swap.set_result(None)
             result = job.work(slot)
