@@ -205,7 +205,8 @@ class Context(Holdings):
     def rewind(self, n_tokens: int) -> int:
         """Removes the tokens after the first ``n_tokens``, and more of them if this cache cannot stop there.
 
-        With sliding windows, a compressed cache only goes back to the end of its context, and a full one to nothing.
+        With sliding windows or recurrent layers, a compressed cache only goes back to the end of its context, and a full
+        one to nothing.
 
         Returns:
             The number of tokens that are left, at most ``n_tokens``.
@@ -229,7 +230,7 @@ class Context(Holdings):
 
         Raises:
             StateError: the cache has fewer tokens, or ``n_tokens`` is inside the compressed context, or the model has
-                sliding windows, which no longer hold the tokens before them (``can_truncate``).
+                sliding windows or recurrent layers, which have forgotten what was before (``can_truncate``).
         """
         if not self.n_context <= n_tokens <= self.n_tokens:
             raise StateError(f"n_tokens={n_tokens} is not in [{self.n_context}, {self.n_tokens}]")
@@ -336,9 +337,9 @@ class Context(Holdings):
     def _go_back(self, n_tokens: int, partial: bytes | None) -> None:
         """Removes all tokens after the first ``n_tokens``; ``partial``: the state there of layers that cannot."""
         self.note_end(0)  # after an error below, the cache counts as empty
-        self.decoder.remove(n_tokens)
-        if partial is not None:
+        if partial is not None:  # first: recurrent layers refuse to remove a part of what they have read
             self.decoder.load_partial_state(partial)
+        self.decoder.remove(n_tokens)
         self.note_end(n_tokens)
 
     def _reserve(self, n_cells: int) -> None:

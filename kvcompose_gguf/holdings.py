@@ -117,9 +117,9 @@ class Holdings:
     @property
     @reads_cache
     def can_truncate(self) -> bool:
-        """Returns whether ``truncate`` can remove any number of tokens; with sliding windows it cannot."""
+        """Returns whether ``truncate`` can remove any number of tokens; windows and recurrent layers cannot go back."""
         try:
-            return not self.session.state().n_cells_swa
+            return self.session.state().can_go_back
         except UnsupportedError:  # unknown, so the cache is read again
             return False
 
@@ -165,6 +165,5 @@ class Holdings:
         self._n_tokens += len(tokens)
 
     def partial_state(self) -> bytes | None:
-        """Returns the state of the sliding-window layers; None: there are none, or they keep every token."""
-        state = self.session.state()
-        return self.decoder.partial_state() if 0 < state.n_cells_swa < state.n_cells else None
+        """Returns the state of sliding-window and recurrent layers; None: all layers have every token."""
+        return self.decoder.partial_state() if self.session.state().forgets else None

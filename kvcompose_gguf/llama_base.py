@@ -204,7 +204,7 @@ class LlamaBase(llama_cpp.Llama):  # type: ignore[misc, name-defined]
     @property
     @reads_cache
     def can_truncate(self) -> bool:
-        """Returns whether ``truncate`` can remove any number of tokens; with sliding windows it cannot."""
+        """Returns whether ``truncate`` can remove any number of tokens; windows and recurrent layers cannot go back."""
         return self.context.can_truncate
 
     @changes_cache

@@ -34,6 +34,7 @@ class CacheInfo(ctypes.Structure):
         ("n_composed", ctypes.c_uint32),
         ("scoring", ctypes.c_int32),
         ("n_cells_swa", ctypes.c_uint32),
+        ("recurrent", ctypes.c_uint32),
         ("n_bytes", ctypes.c_uint64),
     ]
 

@@ -136,7 +136,7 @@ class Decoder:
         data = np.frombuffer(state, dtype=np.uint8)
         if library.load().llama_state_seq_set_data_ext(self.handle, _pointer(data), data.size, 0, flags) != data.size:
             raise NativeError(
-                "llama.cpp cannot restore the sliding-window layers to the end of the context: call reset()"
+                "llama.cpp cannot restore the windows and recurrent layers to the end of the context: call reset()"
             )
 
 

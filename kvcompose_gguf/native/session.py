@@ -104,6 +104,7 @@ class KVSession:
             n_composed=info.n_composed,
             scoring=bool(info.scoring),
             n_cells_swa=info.n_cells_swa,
+            recurrent=bool(info.recurrent),
             n_bytes=info.n_bytes,
         )
 

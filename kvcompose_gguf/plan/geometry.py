@@ -56,6 +56,7 @@ class CacheState:
         n_composed: tokens that belong to composites, 0 for a full cache.
         scoring: True while attention scores are collected.
         n_cells_swa: cells of the layers with a sliding window, which are not compressed; 0 if there are none.
+        recurrent: True if there are also recurrent layers.
         n_bytes: bytes of the K and V buffers of all other layers.
     """
 
@@ -65,4 +66,15 @@ class CacheState:
     n_composed: int
     scoring: bool
     n_cells_swa: int
+    recurrent: bool
     n_bytes: int
+
+    @property
+    def can_go_back(self) -> bool:
+        """Returns whether the newest tokens can be removed without more; windows and recurrent layers have forgotten."""
+        return not self.n_cells_swa and not self.recurrent
+
+    @property
+    def forgets(self) -> bool:
+        """Returns whether some layers have less than all tokens, so that going back needs their state of that time."""
+        return self.recurrent or 0 < self.n_cells_swa < self.n_cells

@@ -2,7 +2,6 @@
 
 #include "llama-kvc.h"
 
-#include "llama-arch.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -163,34 +162,16 @@ int32_t llama_kvc_set_bias(llama_context * ctx, uint32_t ikv, const float * bias
     });
 }
 
-// Each model's graph decides which of its layers rotate. So this lists only architectures that tests have checked.
-static bool rope_is_known(llm_arch arch) {
-    switch (arch) {
-        case LLM_ARCH_LLAMA:
-        case LLM_ARCH_MISTRAL3:
-        case LLM_ARCH_QWEN2:
-        case LLM_ARCH_QWEN3:
-        case LLM_ARCH_QWEN3MOE:
-        case LLM_ARCH_PHI3:
-        case LLM_ARCH_GEMMA2:
-        case LLM_ARCH_GEMMA3:
-        case LLM_ARCH_OPENAI_MOE:
-            return true;
-        default:
-            return false;
-    }
-}
-
 int32_t llama_kvc_rope(llama_context * ctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, int32_t inverse) {
     return with_layer(ctx, ikv, [&](const layer & l) {
         if (!rows || !pos || n_rows == 0) {
             fail(LLAMA_KVC_ERR_ARGUMENT, "rows or pos is NULL, or n_rows = 0");
         }
-        const llm_arch arch = l.ctx.get_model().arch;
-        if (!rope_is_known(arch)) {
-            fail(LLAMA_KVC_ERR_UNSUPPORTED, std::string("which layers of architecture ") + llm_arch_name(arch) + " rotate their keys is not known");
+        const std::string why = l.kvc().rope_unknown(ikv);
+        if (!why.empty()) {
+            fail(LLAMA_KVC_ERR_UNSUPPORTED, "how the keys are rotated is not known: " + why);
         }
 
-        l.kvc().rope_rows(l.ctx, ikv, rows, n_rows, pos, inverse != 0);
+        l.kvc().rope_rows(ikv, rows, n_rows, pos, inverse != 0);
     });
 }

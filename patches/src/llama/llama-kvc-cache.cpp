@@ -3,8 +3,36 @@
 #include "llama-hparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-idx.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
+
+// returns the attention half of a memory that also has recurrent layers, or the memory itself
+static llama_memory_i * attention_memory(llama_memory_i * memory) {
+    if (auto * iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return iswa->get_mem_attn();
+    }
+    if (dynamic_cast<llama_memory_hybrid_idx *>(memory)) {
+        return memory; // a third part has an index of the same cells
+    }
+    auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory);
+
+    return hybrid ? hybrid->get_mem_attn() : memory;
+}
+
+uint32_t llama_kvc_swa_cells(llama_memory_i * memory) {
+    const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(attention_memory(memory));
+
+    return iswa ? iswa->get_swa()->get_size() : 0;
+}
+
+bool llama_kvc_is_recurrent(llama_memory_i * memory) {
+    return attention_memory(memory) != memory;
+}
 
 llama_kv_cache * llama_kvc_cache(llama_memory_i * memory) {
+    memory = attention_memory(memory);
+
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         return iswa->get_base();
     }
@@ -56,15 +84,15 @@ std::string llama_kv_cache::kvc_unsupported() const {
     if (other || n_stream != 1 || swa_type != LLAMA_SWA_TYPE_NONE) {
         return "the cache is shared with another context, has several streams or a sliding window";
     }
-    if (layers.empty() || map_layer_ids.size() != layers.size()) {
-        return "some layers share one cache";
-    }
-    if (v_trans && hparams.is_n_embd_v_gqa_variable()) {
-        return "layers have values of different sizes, which needs flash attention";
+    if (layers.empty()) {
+        return "no layer has a cache";
     }
     for (const auto & layer : layers) {
         if (!layer.v) {
             return "the cache stores no values";
+        }
+        if (v_trans && hparams.n_embd_v_gqa(layer.il) != hparams.n_embd_v_gqa_max()) {
+            return "layers have values of different sizes, which needs flash attention";
         }
         if (hparams.n_head_kv(layer.il) == 0) {
             return format("layer %u has no attention heads", layer.il);

@@ -6,7 +6,7 @@
 // tokens follow. Layer ikv has no rows for the cells below off = n_max - n_kept[ikv], so cell i is its row i - off. A
 // composed cache can be composed again: then its rows are composites and the tokens behind them.
 //
-// ikv counts the layers that have a cache, il counts all layers of the model.
+// ikv counts the layers that have a cache, il counts all layers of the model; several of these may read the rows of one ikv.
 //
 // llama-kvc-cache.cpp    finds the cache of a memory; what is supported, what a composed cache refuses
 // llama-kvc-layout.cpp   offsets, sizes and groups of the layers
@@ -26,12 +26,13 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <array>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-struct llama_context;
 struct llm_graph_context;
 
 class llama_kvc {
@@ -163,7 +164,7 @@ public:
     void scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_bytes);
     void scores_end();
 
-    // dst: [n_head][n_cells] of the layer, reduced over all query tokens so far
+    // dst: [n_head][n_cells] of the layer, reduced over all query tokens so far; the maximum of all layers that read its rows
     void scores_get(uint32_t ikv, float * dst) const;
 
     bool     scoring()        const { return score_n_cells > 0; }
@@ -190,8 +191,11 @@ public:
     // returns our bias for attention over k [n_embd_head_k, n_head_kv, n_kv], or kq_b if we have none
     ggml_tensor * bias(ggml_context * ctx, ggml_tensor * kq_b, const ggml_tensor * k, float kq_scale, int32_t il) const;
 
-    // Rotates rows [n_rows][n_embd_head_k] in place to the positions pos, as keys are cached, or back.
-    void rope_rows(const llama_context & lctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, bool inverse) const;
+    // Rotates rows [n_rows][n_embd_head_k] in place to the positions pos, as keys are cached, or back. Call it only if
+    // rope_unknown() returns no reason against it.
+    void rope_rows(uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, bool inverse) const;
+
+    std::string rope_unknown(uint32_t ikv) const;
 
 private:
     // layers that have the same offset and number of rows share their indices
@@ -234,6 +238,7 @@ private:
     struct attention;
     int64_t score_block(int64_t n_kv, int64_t n_group, int64_t n_tokens) const;
     void    score_branch(const llm_graph_context & g, const attention & a, ggml_tensor * acc) const;
+    void    note_rope(const ggml_tensor * q, uint32_t ikv) const;
     void    copy_taps(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * cur, float kq_scale, uint32_t ikv) const;
 
     // one for every cached layer, F32 [ne0(il), ne1]; throws std::bad_alloc
@@ -272,16 +277,33 @@ private:
     uint32_t      score_n_cells   = 0; // 0: not scoring
     size_t        score_max_bytes = 0;
 
+    // empty: off
+    std::map<int32_t, llama_kvc_buffer> score_buffers; // [n_cells, n_head] for every layer of the model that reads the cache
+
     // [n_layer] each, empty: off
-    std::vector<llama_kvc_buffer> score_buffers; // [n_cells, n_head]
     std::vector<llama_kvc_buffer> tap_queries;   // [n_embd_head_k*n_head, n_tokens]
     std::vector<llama_kvc_buffer> tap_outputs;   // [n_embd_head_v*n_head, n_tokens]
     std::vector<llama_kvc_buffer> biases;        // [n_cells, n_head]
+
+    // The rotation of a layer's keys, as its graph has it. No model need be known for it.
+    struct rotation {
+        bool                    is_known = false;
+        std::string             why;              // why it is not known; empty: no graph was built yet
+        std::array<int32_t, 16> params = {};      // op_params of GGML_OP_ROPE, all 0: no rotation
+        const ggml_tensor *     factors = nullptr;
+    };
+    mutable std::vector<rotation> ropes; // [n_layer], noted while graphs are built
 };
 
-// Returns the cache of a memory that compression can work on: a plain one, or the full-attention half of one with sliding
-// windows. nullptr: the memory is of another kind.
+// Returns the cache of a memory that compression can work on: the layers with full attention, beside which there may be
+// others with sliding windows or a recurrent state. nullptr: the memory is of another kind.
 llama_kv_cache * llama_kvc_cache(llama_memory_i * memory);
+
+// returns the cells of the layers with a sliding window, 0 if there are none
+uint32_t llama_kvc_swa_cells(llama_memory_i * memory);
+
+// returns whether the memory also has recurrent layers, which cannot go back
+bool llama_kvc_is_recurrent(llama_memory_i * memory);
 
 // returns the compression state of that cache, nullptr if it has none
 llama_kvc * llama_kvc_get(llama_memory_i * memory);

@@ -36,8 +36,8 @@ void cache::update() const {
 }
 
 static void check_model(const llama_model & model) {
-    if (llama_model_is_hybrid(&model) || llama_model_is_recurrent(&model)) {
-        unsupported("recurrent and hybrid models have no plain KV cache");
+    if (llama_model_is_recurrent(&model)) {
+        unsupported("recurrent models have no KV cache");
     }
     if (model.hparams.is_mla()) {
         unsupported("multi-head latent attention (MLA) stores no per-head keys");
@@ -47,9 +47,6 @@ static void check_model(const llama_model & model) {
 static void check_attention(const llama_model & model) {
     if (model.hparams.use_alibi) {
         unsupported("ALiBi needs one position per cell, a composite has one per head");
-    }
-    if (model.hparams.n_pos_per_embd() > 1) {
-        unsupported("positions of more than one dimension (M-RoPE) are not supported");
     }
     if (model.arch == LLM_ARCH_T5 || model.arch == LLM_ARCH_GROK) {
         unsupported(std::string("attention of architecture ") + llm_arch_name(model.arch) + " has a bias or cap that the scores do not see");
@@ -76,7 +73,7 @@ cache get_cache(llama_context * ctx) {
 
     auto * kv = llama_kvc_cache(ctx->get_memory());
     if (!kv) {
-        unsupported("this model's kind of cache is neither a plain KV cache nor one with sliding windows");
+        unsupported("this model's kind of cache also has an index, or parts that are not known here");
     }
     if (kv->get_layer_ids().empty()) {
         unsupported("every layer has a sliding window, whose cache does not grow");

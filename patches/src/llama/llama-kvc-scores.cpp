@@ -21,9 +21,12 @@ static constexpr int64_t fast_n_tokens = 16;
 static constexpr int64_t max_blocks = 32;
 
 void llama_kvc::scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_bytes) {
-    score_buffers = buffers("kvc_scores", [&](int32_t il) {
-        return std::make_pair<int64_t, int64_t>(n_cells, kv.hparams.n_head(il));
-    });
+    std::map<int32_t, llama_kvc_buffer> made;
+    for (const auto & [il, ikv] : kv.map_layer_ids) {
+        made.emplace(il, llama_kvc_buffer(kv.layers[ikv].k, n_cells, kv.hparams.n_head(il), "kvc_scores", il));
+    }
+
+    score_buffers   = std::move(made);
     score_agg       = agg;
     score_n_cells   = n_cells;
     score_max_bytes = max_bytes;
@@ -39,9 +42,21 @@ void llama_kvc::scores_end() {
 }
 
 void llama_kvc::scores_get(uint32_t ikv, float * dst) const {
-    const ggml_tensor * acc = score_buffers[ikv].t;
+    std::vector<float> of_reader;
 
-    ggml_backend_tensor_get(acc, dst, 0, ggml_nbytes(acc));
+    for (const auto & [il, buffer] : score_buffers) {
+        if (ikv_of(il) != ikv) {
+            continue;
+        }
+        const size_t n = ggml_nelements(buffer.t);
+
+        const bool is_first = of_reader.empty();
+        of_reader.resize(n);
+        ggml_backend_tensor_get(buffer.t, of_reader.data(), 0, ggml_nbytes(buffer.t));
+        for (size_t i = 0; i < n; ++i) {
+            dst[i] = is_first ? of_reader[i] : std::max(dst[i], of_reader[i]);
+        }
+    }
 }
 
 // Returns how many query tokens a side branch takes at a time: as many as keep their products with all keys of one KV head
@@ -59,13 +74,14 @@ static bool is_cpu(ggml_backend_buffer_t buffer) {
 
 size_t llama_kvc::n_extra_nodes(uint32_t n_tokens) const {
     size_t n = 0;
-    for (const auto & layer : kv.layers) {
+    for (const auto & [il, ikv] : kv.map_layer_ids) {
+        const auto & layer = kv.layers[ikv];
         n += 4 + (tapping() ? 8 : 0) + (biases.empty() ? 0 : 16);
         if (scoring() && (kv.v_trans || is_cpu(layer.k->buffer))) {
             n += 12;
         } else if (scoring()) {
-            const int64_t n_head_kv = kv.hparams.n_head_kv(layer.il);
-            const int64_t n_block   = score_block(n_alloc, kv.hparams.n_head(layer.il)/n_head_kv, n_tokens);
+            const int64_t n_head_kv = kv.hparams.n_head_kv(il);
+            const int64_t n_block   = score_block(n_alloc, kv.hparams.n_head(il)/n_head_kv, n_tokens);
             n += 20*n_head_kv*((n_tokens + n_block - 1)/n_block);
         }
     }
@@ -165,7 +181,10 @@ void llama_kvc::attend(
         int           il) const {
     const uint32_t ikv = ikv_of(il);
 
-    copy_taps(g, q, cur, kq_scale, ikv);
+    if ((int32_t) kv.layers[ikv].il == il) { // of layers that share their rows, the one that writes them
+        note_rope(q, ikv);
+        copy_taps(g, q, cur, kq_scale, ikv);
+    }
 
     ggml_tensor * node = find_attention(cur);
 
@@ -179,7 +198,7 @@ void llama_kvc::attend(
         return;
     }
 
-    ggml_tensor * acc = score_buffers[ikv].t;
+    ggml_tensor * acc = score_buffers.at(il).t;
 
     if (fused_on_cpu) { // our kernel collects the scores itself
         node->src[SRC_SCORES] = acc;

@@ -2,7 +2,6 @@
 
 #include "llama-hparams.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
 #include "llama-kvc-cache.h"
 #include "llama-kvc-guard.h"
 #include "llama-model.h"
@@ -63,9 +62,8 @@ int32_t llama_kvc_get_cache(llama_context * ctx, llama_kvc_cache_info * info, si
         info->n_cells_used  = kvc.n_cells_used();
         info->n_composed    = kvc.n_composed();
         info->scoring       = kvc.scoring();
-        if (const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(c.ctx.get_memory())) {
-            info->n_cells_swa = iswa->get_swa()->get_size();
-        }
+        info->n_cells_swa   = llama_kvc_swa_cells(c.ctx.get_memory());
+        info->recurrent     = llama_kvc_is_recurrent(c.ctx.get_memory());
         for (uint32_t ikv = 0; ikv < info->n_layer; ++ikv) {
             info->n_bytes += kvc.n_bytes(ikv);
         }

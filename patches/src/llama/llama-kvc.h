@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 6
+#define LLAMA_KVC_ABI 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -57,6 +57,7 @@ struct llama_kvc_cache_info {
     uint32_t n_composed;    // tokens that belong to composites and cannot be removed; 0: the cache is not composed
     int32_t  scoring;       // 1 between llama_kvc_scores_begin and llama_kvc_scores_end
     uint32_t n_cells_swa;   // cells of the layers with a sliding window, which are not compressed; 0: no such layers
+    uint32_t recurrent;     // 1: there are also recurrent layers, which cannot go back
     uint64_t n_bytes;       // bytes of all K and V buffers, without those of the layers with a sliding window
 };
 
@@ -206,7 +207,7 @@ LLAMA_API int32_t llama_kvc_set_bias(struct llama_context * ctx, uint32_t ikv, c
 //   pos      int32 [n_rows]
 //   inverse  1: back
 //   ERR_ARGUMENT     rows or pos is NULL, or n_rows is 0
-//   ERR_UNSUPPORTED  it is not known which layers of this architecture rotate their keys
+//   ERR_UNSUPPORTED  the layer's graph does not tell how its keys are rotated, or nothing was evaluated yet
 LLAMA_API int32_t llama_kvc_rope(struct llama_context * ctx, uint32_t ikv, float * rows, uint32_t n_rows, const int32_t * pos, int32_t inverse);
 
 //

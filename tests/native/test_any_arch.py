@@ -1,0 +1,169 @@
+"""Runs the whole chain on architectures without a numpy twin; llama.cpp's own tensors say what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import any_arch, tiny
+from support.any_arch import COMPRESSED, N_HEAD_KV, AnyArch
+from support.llamas import F32, Q8_0, decode_one_by_one, last_logits
+from support.plans import random_plan
+from support.watching import watched
+
+from kvcompose_gguf import CompositionPlan, KVCompose, Llama
+from kvcompose_gguf.methods.streaming_llm import StreamingLLM
+
+N = 200
+CONTEXT, AFTER = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 16, seed=1)
+QUESTIONS = tuple(tiny.tokens(tiny.GQA, n, seed) for seed, n in ((2, 90), (3, 12)))
+
+every_arch = pytest.mark.parametrize("arch", COMPRESSED.values(), ids=COMPRESSED)
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[AnyArch], Path]:
+    folder, paths = tmp_path_factory.mktemp("any"), dict[str, Path]()
+
+    def path(arch: AnyArch) -> Path:
+        if arch.name not in paths:
+            paths[arch.name] = any_arch.write(arch, folder / f"{arch.name}.gguf")
+        return paths[arch.name]
+
+    return path
+
+
+@pytest.fixture
+def make(model_of: Callable[[AnyArch], Path]) -> Iterator[Callable[..., Llama]]:
+    made: list[Llama] = []
+
+    def llama(arch: AnyArch, method: Any = None, **kwargs: Any) -> Llama:
+        options: dict[str, Any] = {
+            "n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1, "type_k": F32,
+            "type_v": F32, "verbose": False, "flash_attn": False,
+        }  # fmt: skip
+        made.append(Llama(str(model_of(arch)), kv_compressor=method, **(options | kwargs)))
+        return made[-1]
+
+    yield llama
+    for each in made:
+        each.close()
+
+
+def close(got: np.ndarray, want: np.ndarray) -> float:
+    """The largest difference, relative to the largest value."""
+    return float(np.abs(got - want).max() / max(1.0, np.abs(want).max()))
+
+
+def some_plan(llama: Llama) -> CompositionPlan:
+    """Keeps everything in the first layer that has a cache, and less than a half in the others."""
+    n_kept = np.random.default_rng(3).integers(N // 10, N // 2, len(llama.kv_layers))
+    return random_plan(N, [N, *n_kept[1:]], N_HEAD_KV)
+
+
+@every_arch
+def test_scores_are_the_attention_of_the_same_decodes(make, arch):
+    with watched("kq_soft_max") as watcher:
+        llama = make(arch)
+        llama.context.prefill(CONTEXT)
+        watcher.on = True
+        got = llama.observe(CONTEXT, KVCompose(n_kept=50, scoring_chunk=128)).attention
+    assert [layer.il for layer in llama.kv_layers] == sorted(watcher.seen)
+    for ikv, seen in enumerate(watcher.seen[il] for il in sorted(watcher.seen)):
+        want = np.max([each[:, :, :N].max(axis=1) for each in seen], axis=0)
+        assert np.abs(got[ikv] - want).max() <= 1e-4
+        assert want.max() > 0.05
+
+
+@every_arch
+def test_a_masked_model_equals_a_compacted_one(make, arch):
+    llama, masked, full = (make(arch) for _ in range(3))
+    for each in (llama, masked, full):
+        each.context.prefill(CONTEXT)
+    plan = some_plan(llama)
+    before = llama.context.partial_state()
+    llama.session.compose(plan)
+    assert llama.context.partial_state() == before  # what is recurrent stays as it is, bit for bit
+    assert [llama.kv_cells(i).n_rows_used for i in range(len(plan.rows))] == plan.n_kept.tolist()
+    biases = [np.full((N_HEAD_KV, N), -np.inf, np.float32) for _ in plan.rows]
+    for bias, kept in zip(biases, plan.rows, strict=True):
+        np.put_along_axis(bias, kept, 0, axis=1)
+    got, unmasked = decode_one_by_one(llama, AFTER), decode_one_by_one(full, AFTER)
+    with masked.session.biased(biases):
+        want = decode_one_by_one(masked, AFTER)
+    error, effect = close(got, want), close(unmasked, want)
+    assert error <= 1e-3
+    assert effect > 10 * error, "the test could not fail"
+
+
+@pytest.mark.parametrize(("type_kv", "flash_attn"), [(F32, False), (Q8_0, True)], ids=["f32", "q8_0"])
+@every_arch
+def test_keeping_everything_changes_nothing(make, arch, type_kv, flash_attn):
+    logits = []
+    for compose in (False, True):
+        llama = make(arch, type_k=type_kv, type_v=type_kv, flash_attn=flash_attn)
+        llama.context.prefill(CONTEXT)
+        if compose:
+            llama.session.compose(CompositionPlan.keep_all(N, [N_HEAD_KV] * len(llama.kv_layers)))
+        logits.append(decode_one_by_one(llama, AFTER))
+    assert close(logits[1], logits[0]) <= 1e-3
+
+
+@pytest.mark.parametrize("scoring", ["repeat", "window", "prefill"])
+@every_arch
+def test_questions_in_any_order_are_answered_as_if_each_were_the_first(make, arch, scoring):
+    method = KVCompose(n_kept=60, min_tokens=100, keep_last=0, scoring=scoring)
+    llama = make(arch, method)
+    first, second = QUESTIONS
+    want = []
+    for question in QUESTIONS:
+        fresh = make(arch, method)
+        fresh.compress(CONTEXT)
+        next(fresh.generate(CONTEXT + question, temp=0.0))
+        want.append(last_logits(fresh))
+    llama.compress(CONTEXT)
+    for question, logits in ((first, want[0]), (second, want[1]), (first, want[0])):
+        next(llama.generate(CONTEXT + question, temp=0.0))
+        assert close(last_logits(llama), logits) <= 1e-3
+    assert llama.session.state().n_composed == N
+    assert close(want[0], want[1]) > 0.01
+
+
+@every_arch
+def test_a_saved_session_goes_on_where_it_was(make, arch, tmp_path):
+    method = KVCompose(n_kept=60, min_tokens=100, keep_last=0)
+    llama = make(arch, method)
+    llama.compress(CONTEXT)
+    llama.save_session(tmp_path / "one.kvc")
+    next(llama.generate(CONTEXT + QUESTIONS[0], temp=0.0))
+    other = make(arch, method)
+    other.load_session(tmp_path / "one.kvc")
+    next(other.generate(CONTEXT + QUESTIONS[0], temp=0.0))
+    np.testing.assert_array_equal(last_logits(other), last_logits(llama))
+
+
+@every_arch
+def test_a_long_prompt_is_read_below_a_ceiling(make, arch):
+    method = StreamingLLM(n_kept=64, min_tokens=100, keep_last=0)
+    llama, again = make(arch, method), make(arch, method)
+    tokens = tiny.tokens(tiny.GQA, 600, seed=5)
+    most = 0
+    for first in range(0, 600, 50):
+        llama.eval(tokens[first : first + 50])
+        most = max(most, llama.session.state().n_cells_used)
+    again.eval(tokens)
+    assert llama.n_tokens == again.n_tokens == 600
+    assert most < 600
+    assert np.isfinite(last_logits(again)).all()
+
+
+@every_arch
+def test_a_model_learns_from_what_it_reads(make, arch, folder, monkeypatch):
+    monkeypatch.setenv("KVCOMPOSE_LEARN", "on")
+    llama = make(arch, KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=0, scoring="learned"), n_ctx=2048)
+    for seed in range(4):
+        llama.compress(tiny.tokens(tiny.GQA, 600, seed=20 + seed))
+    assert llama.kv_report.scoring.startswith("predicted")

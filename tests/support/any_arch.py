@@ -1,0 +1,216 @@
+"""Seeded tiny models of any architecture: from its metadata, llama.cpp itself says which tensors a model has.
+
+``tiny.py`` has a numpy twin for some of them. The others are compared with what llama.cpp itself computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from kvcompose_gguf.native import library
+
+#: <unk>, <s>, </s> and a token for every byte
+N_VOCAB = 3 + 256
+N_HEAD, N_HEAD_KV, N_EMBD_HEAD = 4, 2, 32
+
+
+@dataclass(frozen=True)
+class AnyArch:
+    """An architecture, and the metadata in which its tiny model differs from ``_METADATA``.
+
+    Attributes:
+        name: what llama.cpp calls it.
+        more: keys without the architecture's name, and their values.
+    """
+
+    name: str
+    more: dict[str, Any] = field(default_factory=dict)
+    seed: int = 5
+
+
+#: values that many architectures need; llama.cpp ignores those that it does not know
+_METADATA: dict[str, Any] = {
+    "vocab_size": N_VOCAB,
+    "context_length": 4096,
+    "embedding_length": N_HEAD * N_EMBD_HEAD,
+    "block_count": 4,
+    "feed_forward_length": 96,
+    "attention.head_count": N_HEAD,
+    "attention.head_count_kv": N_HEAD_KV,
+    "attention.key_length": N_EMBD_HEAD,
+    "attention.value_length": N_EMBD_HEAD,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.layer_norm_epsilon": 1e-5,
+    "rope.dimension_count": N_EMBD_HEAD,
+    "rope.dimension_sections": [8, 4, 4, 0],
+    "rope.freq_base": 10000.0,
+    "expert_count": 4,
+    "expert_used_count": 2,
+    "expert_shared_count": 1,
+    "expert_feed_forward_length": 48,
+    "expert_shared_feed_forward_length": 48,
+    "expert_gating_func": 2,
+    "leading_dense_block_count": 1,
+    "full_attention_interval": 2,
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 2 * N_HEAD * N_EMBD_HEAD,
+    "ssm.state_size": 32,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 2,
+    "shortconv.l_cache": 3,
+}
+
+
+_MIXED_HEADS = {
+    "attention.head_count": [N_HEAD, 0, N_HEAD, 0],
+    "attention.head_count_kv": [N_HEAD_KV, 0, N_HEAD_KV, 0],
+}
+
+#: architectures that can be compressed and have no numpy twin
+COMPRESSED: dict[str, AnyArch] = {
+    arch.name: arch
+    for arch in (
+        AnyArch("qwen3next", {"ssm.inner_size": 128}),
+        AnyArch("qwen35", {"ssm.inner_size": 128}),
+        AnyArch("qwen35moe", {"ssm.inner_size": 128}),
+        AnyArch("granitehybrid", _MIXED_HEADS),
+        AnyArch("lfm2", _MIXED_HEADS),
+        AnyArch("lfm2moe", _MIXED_HEADS),
+        AnyArch("nemotron_h", {**_MIXED_HEADS, "feed_forward_length": [0, 0, 0, 96]}),
+        AnyArch("nemotron_h_moe", {**_MIXED_HEADS, "feed_forward_length": [0, 0, 0, 96]}),
+        AnyArch("falcon-h1"),
+        AnyArch("jamba", _MIXED_HEADS),
+        AnyArch("plamo2", {**_MIXED_HEADS, "ssm.group_count": 0}),
+        AnyArch("qwen2vl"),
+        AnyArch("qwen3vl"),
+        AnyArch("qwen3vlmoe"),
+    )
+}
+
+
+def write(arch: AnyArch, path: Path) -> Path:
+    """Writes the model as a GGUF file; returns ``path``.
+
+    Raises:
+        ValueError: llama.cpp does not take the metadata.
+    """
+    metadata = {**_METADATA, **arch.more}
+    _write(path, arch.name, metadata, {})
+    _write(path, arch.name, metadata, _tensors(path, arch.seed))
+    return path
+
+
+def _write(path: Path, name: str, metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    writer = gguf.GGUFWriter(path, name)
+    for key, value in metadata.items():
+        _add(writer, f"{name}.{key}", value)
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
+    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256])
+    writer.add_add_space_prefix(False)
+    for tensor, data in tensors.items():
+        writer.add_tensor(tensor, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_uint32(key, value)
+
+
+class GgmlTensor(ctypes.Structure):
+    """The beginning of ``ggml_tensor`` (ggml.h)."""
+
+    _fields_ = (("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4))
+
+
+class _InitParams(ctypes.Structure):
+    """``gguf_init_params`` (gguf.h)."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
+
+
+def ggml_base() -> ctypes.CDLL:
+    """Returns the library with ggml's functions for tensors."""
+    base = ctypes.CDLL(str(next(library.library_dir().glob("libggml-base.*"))))
+    base.ggml_get_name.restype, base.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.POINTER(GgmlTensor)]
+    return base
+
+
+_Set = ctypes.CFUNCTYPE(None, ctypes.POINTER(GgmlTensor), ctypes.c_void_p)
+
+
+def _tensors(path: Path, seed: int) -> dict[str, np.ndarray]:
+    """Returns a seeded array for every tensor that a model with a file's metadata has."""
+    llama_cpp = library.load()
+    base = ggml_base()
+    init = ctypes.CDLL(llama_cpp.llama_cpp._lib._name).llama_model_init_from_user
+    init.restype = ctypes.c_void_p
+    init.argtypes = [ctypes.c_void_p, _Set, ctypes.c_void_p, llama_cpp.llama_model_params]
+    found: dict[str, np.ndarray] = {}
+
+    def fill(tensor: Any, _: int | None) -> None:
+        name = base.ggml_get_name(tensor).decode()
+        shape = tuple(n for n in reversed(tensor.contents.ne))
+        while len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
+        found[name] = _values(name, shape, seed)
+
+    callback = _Set(fill)
+    with _header(base, path) as header:
+        model = init(header, callback, None, llama_cpp.llama_model_default_params())
+    if not model:
+        raise ValueError(f"llama.cpp makes no model of {path}")
+    llama_cpp.llama_model_free(model)
+    return {name: data for name, data in found.items() if not name.endswith("scale")}  # scales of quantized weights
+
+
+@contextlib.contextmanager
+def _header(base: ctypes.CDLL, path: Path) -> Iterator[int]:
+    base.gguf_init_from_file.restype = ctypes.c_void_p
+    base.gguf_init_from_file.argtypes = [ctypes.c_char_p, _InitParams]
+    base.gguf_free.argtypes = [ctypes.c_void_p]
+    header = base.gguf_init_from_file(str(path).encode(), _InitParams(True, None))
+    try:
+        yield header
+    finally:
+        base.gguf_free(header)
+
+
+def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Returns values with which attention is peaked, and no layer's output grows."""
+    noise = np.random.default_rng([seed, *name.encode()]).standard_normal(shape)
+    if name.endswith(("ssm_a", "ssm_a.weight")):
+        values = -np.abs(noise)  # a state that decays
+    elif ("norm" in name and not name.endswith("bias")) or "rope_freqs" in name:
+        values = 1 + 0.1 * noise
+    elif len(shape) == 1:
+        values = 0.1 * noise
+    else:
+        values = noise * _scale(name) / np.sqrt(shape[-1])
+    return values.astype(np.float32)
+
+
+def _scale(name: str) -> float:
+    if "token_embd" in name:
+        return float(np.sqrt(N_HEAD * N_EMBD_HEAD))
+    return 1.7 if any(part in name for part in ("attn_q", "attn_k")) else 1.0
