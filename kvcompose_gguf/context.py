@@ -29,9 +29,7 @@ class Context(Holdings):
     """One ``llama_context``, and the tokens in its cache. Only the methods below change either.
 
     A full cache has a row for every token in every layer. A compressed cache begins with a compressed context, which
-    can be continued or removed as a whole, but not cut.
-
-    Several threads may share one object, as ``Access`` says.
+    can be continued or removed as a whole, but not cut. Several threads may share one object, as ``Access`` says.
 
     Args:
         decoder, vocabulary: llama.cpp's own functions of this context and its model.
@@ -205,8 +203,7 @@ class Context(Holdings):
     def rewind(self, n_tokens: int) -> int:
         """Removes the tokens after the first ``n_tokens``, and more of them if this cache cannot stop there.
 
-        With sliding windows or recurrent layers, a compressed cache only goes back to the end of its context, and a full
-        one to nothing.
+        If layers forget (windows, recurrent), a compressed cache only goes back to its context, a full one to nothing.
 
         Returns:
             The number of tokens that are left, at most ``n_tokens``.
@@ -310,7 +307,9 @@ class Context(Holdings):
         if self._elastic and n > START_CELLS and self.composed is None:
             n_tokens = self.n_tokens + n
             self._reserve((n_tokens if ceiling is None else min(n_tokens, ceiling.n_cells_full)) + START_CELLS)
-        self.decoder.remove(self.n_tokens)
+        if not self.decoder.remove(self.n_tokens):
+            self.reset()
+            raise StateError("an interruption left the recurrent layers ahead; the cache is empty now: read all again")
 
     def _read(
         self, tokens: Sequence[int], outputs: Outputs, ceiling: Room | None

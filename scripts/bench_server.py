@@ -6,7 +6,8 @@
 
 ``rate``: both servers run, one request at a time, with alternating sides. A prompt is read once, then continued by
 ``--n-predict`` tokens in every repeat. The client's clock gives the tokens per second, from the first to the last
-token.
+token. The time to the first token is that of ``--first`` other prompts, which are new to both, after a first one that
+does not count.
 ``load``: one server after the other. Every client sends its own seeded sequence of requests, the same to both servers:
 prompts of 40 to 3,000 tokens, some of which continue an earlier one, and answers of 8 to 128 tokens. Memory is the
 process's resident set. The last line is one JSON document. Run nothing else on the machine meanwhile.
@@ -149,7 +150,7 @@ def rate(args: argparse.Namespace) -> dict[str, Any]:
         running(ours(args, 2, 2 * n_slot)) as mine,
         httpx2.Client(timeout=3600) as client,
     ):
-        prose = tokens_of(other.url, max(sizes))
+        prose = tokens_of(other.url, max(sizes) * (args.first + 2))
         sides: dict[str, tuple[str, dict[str, Any]]] = {
             "llama-server": (other.url, {}),
             "ratio 0": (mine.url, {"id_slot": 0, "kv_compress": False}),
@@ -157,26 +158,31 @@ def rate(args: argparse.Namespace) -> dict[str, Any]:
         }
         for n in sizes:
             rates: dict[str, list[float]] = {name: [] for name in sides}
-            first: dict[str, float] = {}
+            first: dict[str, list[float]] = {name: [] for name in sides}
+            for repeat in range(args.first + 1):
+                prompt = prose[(repeat + 1) * n : (repeat + 2) * n]
+                for name, (url, more) in sides.items():
+                    seconds = ask(client, url, prompt=prompt, n_predict=2, **more).times[0]
+                    first[name] += [seconds] if repeat else []
             for repeat in range(args.repeats + 1):
                 for name, (url, more) in sides.items():
                     answer = ask(client, url, prompt=prose[:n], n_predict=args.n_predict, seed=repeat, **more)
-                    if repeat == 0:
-                        first[name] = answer.times[0]  # the prompt has been read now, and stays in the cache
-                    else:
-                        rates[name].append(answer.rate)
+                    rates[name] += [answer.rate] if repeat else []  # the prompt is in the cache from the second on
             result[str(n)] = {
                 name: {
                     "tokens_per_second": statistics.median(samples), "range": (min(samples), max(samples)),
-                    "first_token_seconds": first[name],
-                    "over_llama_server": statistics.median(
-                        a / b for a, b in zip(samples, rates["llama-server"], strict=True)
-                    ),
+                    "over_llama_server": _ratio(samples, rates["llama-server"]),
+                    "first_token_seconds": statistics.median(first[name]),
+                    "first_token_over_llama_server": _ratio(first[name], first["llama-server"]),
                 }
                 for name, samples in rates.items()
             }  # fmt: skip
             print(n, json.dumps(result[str(n)]), flush=True)
     return result
+
+
+def _ratio(samples: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(samples, others, strict=True))
 
 
 #
@@ -265,6 +271,7 @@ def main() -> None:
     parser.add_argument("--n-tokens", default="512,8000", help="rate: prompt lengths")
     parser.add_argument("--n-predict", type=int, default=128, help="rate: answer length")
     parser.add_argument("--repeats", type=int, default=5, help="rate")
+    parser.add_argument("--first", type=int, default=3, help="rate: prompts for the time to the first token")
     parser.add_argument("--clients", type=int, default=8, help="load")
     parser.add_argument("--parallel", type=int, default=4, help="load: number of slots, 4,096 tokens each")
     parser.add_argument("--minutes", type=float, default=10, help="load")

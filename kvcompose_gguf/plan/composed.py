@@ -23,8 +23,8 @@ class Composed:
             choice is read again.
         rows: the tokens that every KV head keeps, with their scores; also tokens behind the context that were planned
             together with it.
-        partial: state of the layers that cannot go back (sliding windows, recurrent) at the end of the context; None: the
-            model has no such layers.
+        partial: state of the layers that cannot go back (sliding windows, recurrent) at the end of the context; None:
+            the model has no such layers.
     """
 
     tokens: npt.NDArray[np.int32]

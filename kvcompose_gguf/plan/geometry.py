@@ -71,7 +71,7 @@ class CacheState:
 
     @property
     def can_go_back(self) -> bool:
-        """Returns whether the newest tokens can be removed without more; windows and recurrent layers have forgotten."""
+        """Returns whether the newest tokens can simply be removed; windows and recurrent layers have forgotten."""
         return not self.n_cells_swa and not self.recurrent
 
     @property

@@ -9,19 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 from support import any_arch, tiny
-from support.any_arch import COMPRESSED, N_HEAD_KV, AnyArch
+from support.any_arch import AnyArch
+from support.arch_list import COMPRESSED, NOT_TRIED, REFUSED, SPECIAL
 from support.llamas import F32, Q8_0, decode_one_by_one, last_logits
 from support.plans import random_plan
 from support.watching import watched
 
-from kvcompose_gguf import CompositionPlan, KVCompose, Llama
+from kvcompose_gguf import CompositionPlan, KVCompose, Llama, StateError, UnsupportedError
 from kvcompose_gguf.methods.streaming_llm import StreamingLLM
+from kvcompose_gguf.native.rows import ContextRows
+from kvcompose_gguf.native.session import KVSession
 
 N = 200
 CONTEXT, AFTER = tiny.tokens(tiny.GQA, N), tiny.tokens(tiny.GQA, 16, seed=1)
+#: positions are added to the tokens' vectors
+KNOWS_POSITION = {"gpt2", "starcoder"}
+#: a norm with weights follows the rotation
+WEIGHTED = {"hunyuan-moe", "hunyuan-dense", "hunyuan_vl", "maincoder"}
 QUESTIONS = tuple(tiny.tokens(tiny.GQA, n, seed) for seed, n in ((2, 90), (3, 12)))
 
 every_arch = pytest.mark.parametrize("arch", COMPRESSED.values(), ids=COMPRESSED)
+special = pytest.mark.parametrize("arch", SPECIAL.values(), ids=SPECIAL)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,7 @@ def make(model_of: Callable[[AnyArch], Path]) -> Iterator[Callable[..., Llama]]:
         options: dict[str, Any] = {
             "n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1, "type_k": F32,
             "type_v": F32, "verbose": False, "flash_attn": False,
+            "swa_full": False,
         }  # fmt: skip
         made.append(Llama(str(model_of(arch)), kv_compressor=method, **(options | kwargs)))
         return made[-1]
@@ -60,8 +69,8 @@ def close(got: np.ndarray, want: np.ndarray) -> float:
 
 def some_plan(llama: Llama) -> CompositionPlan:
     """Keeps everything in the first layer that has a cache, and less than a half in the others."""
-    n_kept = np.random.default_rng(3).integers(N // 10, N // 2, len(llama.kv_layers))
-    return random_plan(N, [N, *n_kept[1:]], N_HEAD_KV)
+    n_kept = np.random.default_rng(3).integers(N // 10, N // 2, len(llama.kv_layers)).tolist()
+    return random_plan(N, [N, *n_kept[1:]] if len(n_kept) > 1 else n_kept, llama.kv_layers[0].n_head_kv)
 
 
 @every_arch
@@ -71,11 +80,11 @@ def test_scores_are_the_attention_of_the_same_decodes(make, arch):
         llama.context.prefill(CONTEXT)
         watcher.on = True
         got = llama.observe(CONTEXT, KVCompose(n_kept=50, scoring_chunk=128)).attention
-    assert [layer.il for layer in llama.kv_layers] == sorted(watcher.seen)
-    for ikv, seen in enumerate(watcher.seen[il] for il in sorted(watcher.seen)):
-        want = np.max([each[:, :, :N].max(axis=1) for each in seen], axis=0)
-        assert np.abs(got[ikv] - want).max() <= 1e-4
-        assert want.max() > 0.05
+    for scores, layer in zip(got, llama.kv_layers, strict=True):
+        readers = [il for il, owner in arch.owners.items() if owner == layer.il] + [layer.il]
+        seen = [each[:, :, :N].max(axis=1) for il in readers for each in watcher.seen[il]]
+        assert np.abs(scores - np.max(seen, axis=0)).max() <= 1e-4
+        assert scores.max() > 2 * scores.min()
 
 
 @every_arch
@@ -88,7 +97,7 @@ def test_a_masked_model_equals_a_compacted_one(make, arch):
     llama.session.compose(plan)
     assert llama.context.partial_state() == before  # what is recurrent stays as it is, bit for bit
     assert [llama.kv_cells(i).n_rows_used for i in range(len(plan.rows))] == plan.n_kept.tolist()
-    biases = [np.full((N_HEAD_KV, N), -np.inf, np.float32) for _ in plan.rows]
+    biases = [np.full((len(rows), N), -np.inf, np.float32) for rows in plan.rows]
     for bias, kept in zip(biases, plan.rows, strict=True):
         np.put_along_axis(bias, kept, 0, axis=1)
     got, unmasked = decode_one_by_one(llama, AFTER), decode_one_by_one(full, AFTER)
@@ -99,21 +108,35 @@ def test_a_masked_model_equals_a_compacted_one(make, arch):
     assert effect > 10 * error, "the test could not fail"
 
 
-@pytest.mark.parametrize(("type_kv", "flash_attn"), [(F32, False), (Q8_0, True)], ids=["f32", "q8_0"])
 @every_arch
+def test_keys_are_rotated_back_to_where_they_do_not_know_their_position(make, arch):
+    """All tokens are the same, so attention returns the same value everywhere, and keys differ by their rotation alone."""
+    llama = make(arch)
+    llama.context.prefill([CONTEXT[0]] * 48)
+    rows = ContextRows(llama.session, 48)
+    layer, places = llama.kv_layers[0].il, np.arange(48, dtype=np.int32)
+    keys = rows.keys(0)[0]
+    plain = rows.unrotate(0, keys, places)
+    np.testing.assert_allclose(rows.rotate(0, plain, places), keys, atol=1e-4)
+    if layer == 0 and arch.name not in KNOWS_POSITION | WEIGHTED:
+        np.testing.assert_allclose(plain, np.broadcast_to(plain[0], plain.shape), atol=2e-3)
+
+
+@pytest.mark.parametrize(("type_kv", "flash_attn"), [(F32, False), (Q8_0, True)], ids=["f32", "q8_0"])
+@special
 def test_keeping_everything_changes_nothing(make, arch, type_kv, flash_attn):
     logits = []
     for compose in (False, True):
         llama = make(arch, type_k=type_kv, type_v=type_kv, flash_attn=flash_attn)
         llama.context.prefill(CONTEXT)
         if compose:
-            llama.session.compose(CompositionPlan.keep_all(N, [N_HEAD_KV] * len(llama.kv_layers)))
+            llama.session.compose(CompositionPlan.keep_all(N, [layer.n_head_kv for layer in llama.kv_layers]))
         logits.append(decode_one_by_one(llama, AFTER))
     assert close(logits[1], logits[0]) <= 1e-3
 
 
 @pytest.mark.parametrize("scoring", ["repeat", "window", "prefill"])
-@every_arch
+@special
 def test_questions_in_any_order_are_answered_as_if_each_were_the_first(make, arch, scoring):
     method = KVCompose(n_kept=60, min_tokens=100, keep_last=0, scoring=scoring)
     llama = make(arch, method)
@@ -132,7 +155,7 @@ def test_questions_in_any_order_are_answered_as_if_each_were_the_first(make, arc
     assert close(want[0], want[1]) > 0.01
 
 
-@every_arch
+@special
 def test_a_saved_session_goes_on_where_it_was(make, arch, tmp_path):
     method = KVCompose(n_kept=60, min_tokens=100, keep_last=0)
     llama = make(arch, method)
@@ -142,10 +165,10 @@ def test_a_saved_session_goes_on_where_it_was(make, arch, tmp_path):
     other = make(arch, method)
     other.load_session(tmp_path / "one.kvc")
     next(other.generate(CONTEXT + QUESTIONS[0], temp=0.0))
-    np.testing.assert_array_equal(last_logits(other), last_logits(llama))
+    assert close(last_logits(other), last_logits(llama)) <= 1e-3  # a window's rows may come in another order
 
 
-@every_arch
+@special
 def test_a_long_prompt_is_read_below_a_ceiling(make, arch):
     method = StreamingLLM(n_kept=64, min_tokens=100, keep_last=0)
     llama, again = make(arch, method), make(arch, method)
@@ -160,10 +183,36 @@ def test_a_long_prompt_is_read_below_a_ceiling(make, arch):
     assert np.isfinite(last_logits(again)).all()
 
 
-@every_arch
+@special
 def test_a_model_learns_from_what_it_reads(make, arch, folder, monkeypatch):
     monkeypatch.setenv("KVCOMPOSE_LEARN", "on")
     llama = make(arch, KVCompose(compression_ratio=0.5, min_tokens=100, keep_last=0, scoring="learned"), n_ctx=2048)
     for seed in range(4):
         llama.compress(tiny.tokens(tiny.GQA, 600, seed=20 + seed))
     assert llama.kv_report.scoring.startswith("predicted")
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["full", "compressed"])
+def test_recurrent_layers_that_were_interrupted_are_not_read_on_from_a_wrong_state(make, compressed):
+    """Ctrl-C may come between a decode and the note of its tokens. Recurrent layers cannot take them back."""
+    llama = make(COMPRESSED["lfm2"], KVCompose(n_kept=60, min_tokens=100, keep_last=0) if compressed else None)
+    llama.compress(CONTEXT) if compressed else llama.eval(CONTEXT)
+    llama.context.decoder.decode(AFTER, N, "none")
+    with pytest.raises(StateError, match="read all again"):
+        llama.eval(AFTER)
+    assert llama.n_tokens == 0
+    llama.eval(CONTEXT)
+    fresh = make(COMPRESSED["lfm2"])
+    fresh.eval(CONTEXT)
+    np.testing.assert_array_equal(last_logits(llama), last_logits(fresh))
+
+
+@pytest.mark.parametrize(("arch", "word"), REFUSED.values(), ids=REFUSED)
+def test_others_are_refused_with_a_sentence(make, arch, word):
+    with pytest.raises(UnsupportedError, match=word):
+        KVSession(make(arch).ctx)
+
+
+def test_the_documentation_has_every_architecture():
+    table = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text("utf-8")
+    assert [name for name in (*COMPRESSED, *REFUSED, *NOT_TRIED) if f"`{name}`" not in table] == []

@@ -136,6 +136,9 @@ def test_rotating_is_its_own_inverse_with_yarn_and_with_quantized_keys(make_llam
     yarn = make_llama(tiny.GQA, rope_scaling_type=2, rope_freq_scale=0.25, yarn_ext_factor=1.0)
     rows = rng.standard_normal((50, 32)).astype(np.float32)
     pos = np.arange(50) * 7
+    with pytest.raises(UnsupportedError, match="not computed anything yet"):  # the graph tells how keys are rotated
+        yarn.session.rope(0, rows, pos)
+    yarn.eval(CONTEXT[:1])
     assert np.abs(yarn.session.rope(0, yarn.session.rope(0, rows, pos), pos, inverse=True) - rows).max() < 1e-5
 
     quantized = make_llama(tiny.WIDE, flash_attn=True, type_k=8, type_v=8)

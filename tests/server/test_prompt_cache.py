@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from support import tiny
+from support import any_arch, tiny
+from support.arch_list import COMPRESSED
 from support.serving import CONFIG, METHOD, in_process, post, tiny_options
 
 from kvcompose_gguf import StateError
@@ -21,6 +23,13 @@ MIB = 1 << 20
 def options() -> dict[str, Any]:
     """One slot, so that whatever comes takes it from the one before."""
     return {"n_ctx": 1024, "n_parallel": 1, "cache_ram": 1}
+
+
+@pytest.fixture(params=["windows", "recurrent"])
+def layers_forget(request, tiny_model, tmp_path) -> Path:
+    if request.param == "windows":
+        return tiny_model(tiny.ARCHITECTURES["gemma3"])
+    return any_arch.write(COMPRESSED["lfm2"], tmp_path / "lfm2.gguf")
 
 
 def ask(client: Any, prompt: list[int], **more: Any) -> dict[str, Any]:
@@ -67,12 +76,21 @@ def test_a_slot_that_has_more_of_the_prompt_keeps_it(start, options):
     assert n_cached(client, longer, [*longer, 7]) == [100, 120]
 
 
-def test_windows_cannot_go_back_within_a_copy(options, tiny_model):
-    """Their layers have the newest tokens alone. So a copy is worth something only to a prompt that begins with all of it."""
-    with in_process(tiny_options(tiny_model(tiny.ARCHITECTURES["gemma3"]), **options | {"cache_ram": 9})) as client:
+def test_layers_that_forget_cannot_go_back_within_a_copy(options, layers_forget):
+    """Windows have the newest tokens alone. So a copy is worth something only to a prompt that begins with all of it."""
+    with in_process(tiny_options(layers_forget, **options | {"cache_ram": 9})) as client:
         ask(client, A, n_predict=1)
         ask(client, B, n_predict=1)
         assert n_cached(client, [*A[:200], 5], [*A, 5, 6]) == [0, 308]
+
+
+def test_a_compressed_context_of_layers_that_forget_is_gone_back_to(options, layers_forget):
+    with in_process(tiny_options(layers_forget, **options | {"cache_ram": 9}, method=METHOD)) as client:
+        told = [ask(client, [*A, *question]) for question in ([5], [6, 7], [5])]
+        ask(client, B)
+        told.append(ask(client, [*A, 5]))
+    assert [body["timings"]["cache_n"] for body in told] == [0, 301, 301, 301]
+    assert told[0]["content"] == told[2]["content"] == told[3]["content"] != told[1]["content"]
 
 
 def test_a_copy_that_goes_on_replaces_its_beginning(start, options):

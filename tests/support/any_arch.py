@@ -28,11 +28,13 @@ class AnyArch:
 
     Attributes:
         name: what llama.cpp calls it.
-        more: keys without the architecture's name, and their values.
+        more: keys, mostly without the architecture's name, and their values.
+        owners: layers that read another layer's rows, and that layer.
     """
 
     name: str
     more: dict[str, Any] = field(default_factory=dict)
+    owners: dict[int, int] = field(default_factory=dict)
     seed: int = 5
 
 
@@ -60,39 +62,21 @@ _METADATA: dict[str, Any] = {
     "expert_gating_func": 2,
     "leading_dense_block_count": 1,
     "full_attention_interval": 2,
+    "expert_group_scale": 1.0,
+    "experts_per_group": 1,
+    "interleave_moe_layer_step": 2,
+    "use_parallel_residual": False,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "wkv.head_size": N_EMBD_HEAD,
+    "time_mix_extra_dim": 16,
+    "time_decay_extra_dim": 16,
     "ssm.conv_kernel": 4,
     "ssm.inner_size": 2 * N_HEAD * N_EMBD_HEAD,
     "ssm.state_size": 32,
     "ssm.time_step_rank": 4,
     "ssm.group_count": 2,
     "shortconv.l_cache": 3,
-}
-
-
-_MIXED_HEADS = {
-    "attention.head_count": [N_HEAD, 0, N_HEAD, 0],
-    "attention.head_count_kv": [N_HEAD_KV, 0, N_HEAD_KV, 0],
-}
-
-#: architectures that can be compressed and have no numpy twin
-COMPRESSED: dict[str, AnyArch] = {
-    arch.name: arch
-    for arch in (
-        AnyArch("qwen3next", {"ssm.inner_size": 128}),
-        AnyArch("qwen35", {"ssm.inner_size": 128}),
-        AnyArch("qwen35moe", {"ssm.inner_size": 128}),
-        AnyArch("granitehybrid", _MIXED_HEADS),
-        AnyArch("lfm2", _MIXED_HEADS),
-        AnyArch("lfm2moe", _MIXED_HEADS),
-        AnyArch("nemotron_h", {**_MIXED_HEADS, "feed_forward_length": [0, 0, 0, 96]}),
-        AnyArch("nemotron_h_moe", {**_MIXED_HEADS, "feed_forward_length": [0, 0, 0, 96]}),
-        AnyArch("falcon-h1"),
-        AnyArch("jamba", _MIXED_HEADS),
-        AnyArch("plamo2", {**_MIXED_HEADS, "ssm.group_count": 0}),
-        AnyArch("qwen2vl"),
-        AnyArch("qwen3vl"),
-        AnyArch("qwen3vlmoe"),
-    )
 }
 
 
@@ -111,7 +95,7 @@ def write(arch: AnyArch, path: Path) -> Path:
 def _write(path: Path, name: str, metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     writer = gguf.GGUFWriter(path, name)
     for key, value in metadata.items():
-        _add(writer, f"{name}.{key}", value)
+        _add(writer, key if key.startswith("xielu.") else f"{name}.{key}", value)
     kinds = gguf.TokenType
     writer.add_tokenizer_model("llama")
     writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
@@ -181,7 +165,8 @@ def _tensors(path: Path, seed: int) -> dict[str, np.ndarray]:
     if not model:
         raise ValueError(f"llama.cpp makes no model of {path}")
     llama_cpp.llama_model_free(model)
-    return {name: data for name, data in found.items() if not name.endswith("scale")}  # scales of quantized weights
+    # without the scales of quantized weights
+    return {name: data for name, data in found.items() if not (name.endswith("scale") and data.size == 1)}
 
 
 @contextlib.contextmanager
@@ -201,7 +186,7 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     noise = np.random.default_rng([seed, *name.encode()]).standard_normal(shape)
     if name.endswith(("ssm_a", "ssm_a.weight")):
         values = -np.abs(noise)  # a state that decays
-    elif ("norm" in name and not name.endswith("bias")) or "rope_freqs" in name:
+    elif ("norm" in name and not name.endswith("bias")) or "rope_freqs" in name or name.endswith("scale"):
         values = 1 + 0.1 * noise
     elif len(shape) == 1:
         values = 0.1 * noise

@@ -81,7 +81,7 @@ class Cache:
 
     def state(self) -> CacheState:
         n_composed = len(self.held) if self.is_composed else 0
-        return CacheState(self.n_cells, self.n_cells, len(self.held), n_composed, self.is_scoring, 0, 0)
+        return CacheState(self.n_cells, self.n_cells, len(self.held), n_composed, self.is_scoring, 0, False, 0)
 
     def reserve(self, n_cells: int) -> None:
         assert n_cells <= self.n_cells, "the native library refuses more cells than the context has"

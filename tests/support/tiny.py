@@ -103,9 +103,7 @@ ARCHITECTURES: dict[str, TinyConfig] = {
 REFUSED: dict[str, TinyConfig] = {
     "bloom": TinyConfig("bloom", n_head_kv=4),  # ALiBi
     "mamba": TinyConfig("mamba"),  # recurrent
-    "lfm2": TinyConfig("lfm2"),  # hybrid: attention and short convolutions
     "deepseek2": TinyConfig("deepseek2"),  # MLA
-    "qwen2vl": TinyConfig("qwen2vl", neox=True, bias="qkv"),  # M-RoPE
 }
 
 

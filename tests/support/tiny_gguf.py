@@ -72,8 +72,6 @@ def _metadata(config: TinyConfig) -> Metadata:
         out["rope.freq_base_swa"] = c.rope_base_swa
     if c.attn_temp_scale:
         out |= {"attention.temperature_scale": c.attn_temp_scale, "rope.scaling.original_context_length": c.n_ctx_orig}
-    if c.arch == "qwen2vl":
-        out["rope.dimension_sections"] = [8, 4, 4, 0]
     return out
 
 
@@ -152,28 +150,6 @@ def _mamba(config: TinyConfig) -> tuple[Metadata, Shapes]:
     return metadata, _model(config, [layer] * config.n_layer)
 
 
-def _lfm2(config: TinyConfig) -> tuple[Metadata, Shapes]:
-    n, n_head_kv, n_cache = config.n_embd, [0, config.n_head_kv, 0], 3
-    n_kv = config.n_head_kv * config.n_embd_head
-    attention: Shapes = {
-        "attn_q.weight": (n, n),
-        "attn_k.weight": (n_kv, n),
-        "attn_v.weight": (n_kv, n),
-        "attn_output.weight": (n, n),
-        "attn_q_norm.weight": (config.n_embd_head,),
-        "attn_k_norm.weight": (config.n_embd_head,),
-    }
-    convolution: Shapes = {
-        "shortconv.conv.weight": (n, n_cache),
-        "shortconv.in_proj.weight": (3 * n, n),
-        "shortconv.out_proj.weight": (n, n),
-    }
-    both: Shapes = _feed_forward(config) | {"attn_norm.weight": (n,)}
-    layers = [both | (attention if heads else convolution) for heads in n_head_kv]
-    metadata: Metadata = {"attention.head_count_kv": n_head_kv, "shortconv.l_cache": n_cache}
-    return metadata, _model(config, layers, norm="token_embd_norm")
-
-
 def _deepseek2(config: TinyConfig) -> tuple[Metadata, Shapes]:
     n, n_head, n_q, n_kv, n_rot = config.n_embd, config.n_head, 48, 32, 16
     n_nope = config.n_embd_head - n_rot
@@ -207,6 +183,5 @@ def _deepseek2(config: TinyConfig) -> tuple[Metadata, Shapes]:
 _ONLY_LOADED: dict[str, Callable[[TinyConfig], tuple[Metadata, Shapes]]] = {
     "bloom": _bloom,
     "mamba": _mamba,
-    "lfm2": _lfm2,
     "deepseek2": _deepseek2,
 }

@@ -25,7 +25,12 @@ class Watcher:
     def __init__(self, name: str) -> None:
         self.on, self.seen = False, defaultdict[int, list[np.ndarray]](list)
         self._prefix, self._base = f"{name}-", ggml_base()
-        self._base.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        self._base.ggml_backend_tensor_get.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_size_t,
+        ]
         self.callback = library.load().ggml_backend_sched_eval_callback(self._evaluated)
 
     def _evaluated(self, address: int, ask: bool, _: int | None) -> bool:

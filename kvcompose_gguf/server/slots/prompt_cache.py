@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
 
 from ...errors import StateError
 from .shelf import Asked
 from .slot_llama import Copy, Held, SlotLlama
+
+log = logging.getLogger(__name__)
 
 
 class PromptCache:
@@ -32,7 +35,11 @@ class PromptCache:
         """Copy what a slot holds, unless a copy has all of it, or it is too large."""
         if not llama.n_tokens or self._touch(llama.held):
             return
-        copy = llama.copy(self._max_bytes)
+        try:
+            copy = llama.copy(self._max_bytes)
+        except MemoryError:
+            log.warning("no memory for a copy of %d tokens", llama.n_tokens)
+            return
         if copy is None:
             return
         with self._lock:

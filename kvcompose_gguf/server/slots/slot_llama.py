@@ -77,9 +77,11 @@ class Copy:
     @property
     def n_bytes(self) -> int:
         """Bytes of the copy."""
-        composed = self.contents.composed
-        rows = () if composed is None else (*composed.rows.positions, *composed.rows.scores)
-        return len(self.contents.state) + sum(each.nbytes for each in (self.contents.tokens, *rows))
+        composed, n_bytes = self.contents.composed, len(self.contents.state) + self.contents.tokens.nbytes
+        if composed is None:
+            return n_bytes
+        rows = sum(each.nbytes for each in (*composed.rows.positions, *composed.rows.scores))
+        return n_bytes + rows + len(composed.partial or b"")
 
 
 class SlotLlama(Llama):
@@ -96,6 +98,7 @@ class SlotLlama(Llama):
         super().__init__(model_path, **kwargs)
         self.context.through = decode_through
         self._document: Composed | None = None
+        self._goes_back = self.can_truncate  # asked once: the engine may not wait for the slot's thread
 
     @property
     def held(self) -> Held:
@@ -174,7 +177,7 @@ class SlotLlama(Llama):
         n_same = min(seam.common_prefix(held.tokens, tokens), max(0, len(tokens) - 1))
         if n_same < n_context:
             return 0
-        return n_same if n_same == n_held or self.can_truncate else n_context
+        return n_same if n_same == n_held or self._goes_back else n_context
 
     def read(self, what: Continuation, method: Method | None) -> int:
         """Read a prompt into the cache, compressed by ``method``, up to the logits of its last token.

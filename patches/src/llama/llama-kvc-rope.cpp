@@ -22,8 +22,8 @@ static bool has_sections(int32_t mode) {
     return mode & GGML_ROPE_TYPE_MROPE;
 }
 
-// Returns the rotation of the queries of an attention, nullptr if there is none. Throws if it cannot be told, or if what
-// follows it does more than scale a vector: then the keys in the cache cannot be rotated back.
+// Returns the rotation of the queries of an attention, nullptr if there is none. Throws if it cannot be told. In some models
+// (Hunyuan) a norm with weights follows it; rows are rotated back as they are, with these weights.
 static const ggml_tensor * find_rope(const ggml_tensor * q) {
     for (const ggml_tensor * t = q; t; t = t->src[0]) {
         switch (t->op) {
@@ -34,14 +34,7 @@ static const ggml_tensor * find_rope(const ggml_tensor * q) {
                 return nullptr;
             case GGML_OP_MUL_MAT: // the projection, or the Hadamard matrix of quantized caches
                 return strcmp(t->src[0]->name, "attn_inp_k_rot") == 0 ? find_rope(t->src[1]) : nullptr;
-            case GGML_OP_MUL:
-                if (t->src[1]->ne[0] == 1) {
-                    break; // one factor for a whole query, e.g. a temperature
-                }
-                if (find_rope(t->src[0])) { // the weights of a norm
-                    throw std::runtime_error("the keys are weighted after they were rotated");
-                }
-                return nullptr;
+            case GGML_OP_MUL: // a temperature, or the weights of a norm
             case GGML_OP_VIEW:
             case GGML_OP_RESHAPE:
             case GGML_OP_PERMUTE:
