@@ -85,11 +85,17 @@ app.command(cls=_Serve)(serve)
 
 
 @app.command()
-def doctor() -> None:
-    """Show the native library, the devices and the fetched models. The exit code is 1 if something is wrong."""
-    from .doctor import doctor
+def doctor(
+    model: Annotated[str, typer.Argument(help="A model's name or .gguf file, to see what its cache will take.")] = "",
+) -> None:
+    """Show the native library, the devices and the fetched models, or what the cache of a model will take.
 
-    raise typer.Exit(0 if doctor() else 1)
+    No weights are read. The exit code is 1 if something is wrong, or if the model cannot be compressed.
+    """
+    from ..models.resolve import resolve_model
+    from .doctor import doctor, doctor_of
+
+    raise typer.Exit(0 if (doctor_of(resolve_model(model)) if model else doctor()) else 1)
 
 
 @app.command()

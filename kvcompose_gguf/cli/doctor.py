@@ -1,4 +1,4 @@
-"""What ``kvcompose doctor`` reports: the native library, its devices, the fetched models, and what was learnt."""
+"""What ``kvcompose doctor`` reports: library, devices, fetched models, what was learnt; or one model's caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from ..models import known
 from ..native import library
 from ..native.about import library_info
 from ..native.devices import Device
+from ..native.preview import Preview, preview
 from ..support.printing import megabytes
+
+#: numbers of tokens for which the report tells the memory
+LENGTHS = (8_192, 32_768, 131_072)
 
 _KIND_NAMES = {"IGPU": "integrated GPU", "ACCEL": "accelerator"}
 
@@ -43,6 +47,61 @@ def doctor(console: Console | None = None) -> bool:
         table.add_row(finding.name, Text(finding.value, style="default" if finding.ok else "red"))
     (console or Console()).print(table)
     return all(finding.ok for finding in findings)
+
+
+def doctor_of(path: Path, console: Console | None = None) -> bool:
+    """Print what the caches of a model will take; returns whether it can be compressed.
+
+    Raises:
+        ConfigError: llama.cpp cannot load the file.
+    """
+    out, found = console or Console(), preview(path)
+    facts = Table.grid(padding=(0, 2))
+    for finding in model_findings(path, found):
+        facts.add_row(finding.name, Text(finding.value, style="default" if finding.ok else "red"))
+    out.print(facts)
+    if found.refused:
+        return False
+    memory = Table(box=None, padding=(0, 2))
+    for name in ("tokens", "full cache, f16", "75 % removed"):
+        memory.add_column(name, justify="right")
+    for n in LENGTHS:
+        n_bytes = n * found.n_bytes_token
+        beyond = " (longer than it was trained for)" if n > found.n_ctx_train else ""
+        memory.add_row(f"{n:,}{beyond}", megabytes(n_bytes), megabytes(n_bytes // 4))
+    out.print(memory)
+    return True
+
+
+def model_findings(path: Path, found: Preview) -> list[Finding]:
+    """A model's architecture, and which of its layers are compressed."""
+    findings = [
+        Finding("model", str(path)),
+        Finding(
+            "architecture", f"{found.architecture}, {found.n_layer} layers, trained for {found.n_ctx_train:,} tokens"
+        ),
+    ]
+    if found.refused:
+        return [*findings, Finding("refused", found.refused, ok=False)]
+    kinds = {"sliding windows": found.windows, "a recurrent state": found.recurrent}
+    others = " and ".join(name for name, is_there in kinds.items() if is_there)
+    more = f"; there are also layers with {others}, which do not grow" if others else ""
+    return [
+        *findings,
+        Finding("compressed", f"{len(found.layers)} layers: {_ranges([layer.il for layer in found.layers])}{more}"),
+        Finding("a token", f"{found.n_bytes_token:,} bytes in these layers"),
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with their runs shortened, e.g. ``"0-3, 7"``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def examine() -> list[Finding]:

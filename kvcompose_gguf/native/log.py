@@ -7,7 +7,9 @@ that ``verbose=False`` hides errors and shows warnings (llama_cpp/_logger.py).
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from types import ModuleType
 
 from . import bindings
@@ -32,6 +34,18 @@ def print_natively(llama_cpp: ModuleType) -> None:
     logger = logging.getLogger("llama-cpp-python")
     logger.__class__ = _Logger
     logger.setLevel(logger.level)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Prints nothing of llama.cpp's log in the ``with`` block."""
+    logger = logging.getLogger("llama-cpp-python")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def native_level(level: int) -> int:

@@ -6,12 +6,17 @@ import ctypes
 import io
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from support import any_arch, tiny
+from support.arch_list import COMPRESSED
+from support.llamas import F16
 from support.processes import free_port, wait_for
 
+from kvcompose_gguf import ConfigError
 from kvcompose_gguf.cli import doctor
 from kvcompose_gguf.native import about, bindings, library
 from kvcompose_gguf.native.devices import Device, find_devices
@@ -101,3 +106,41 @@ def test_devices_are_read_through_the_c_interface():
     ]  # fmt: skip
     assert lib.ggml_backend_dev_get.restype is ctypes.c_void_p  # 64 bits, not the int that ctypes guesses
     assert set(bindings._DEVICE_FUNCTIONS) == set(functions)
+
+
+def told_of(path: Path) -> tuple[bool, str]:
+    out = io.StringIO()
+    return doctor.doctor_of(path, Console(file=out, width=200)), out.getvalue()
+
+
+def test_the_memory_of_a_model_is_known_before_it_is_loaded(make_llama, tiny_model):
+    config = tiny.ARCHITECTURES["gemma3"]
+    llama = make_llama(config, type_k=F16, type_v=F16)
+    n_bytes = sum(layer.n_bytes_row for layer in llama.kv_layers)
+    is_fine, text = told_of(tiny_model(config))
+    assert is_fine
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "compressed 2 layers: 2, 5; there are also layers with sliding windows, which do not grow" in lines
+    assert "architecture gemma3, 6 layers, trained for 4,096 tokens" in lines
+    assert f"a token {n_bytes:,} bytes in these layers" in lines
+    full, less = n_bytes * 8192 / 1e6, n_bytes * 2048 / 1e6
+    assert f"8,192 (longer than it was trained for) {full:.1f} MB {less:.1f} MB" in lines
+
+
+def test_recurrent_layers_are_told_of(tmp_path):
+    _, text = told_of(any_arch.write(COMPRESSED["lfm2"], tmp_path / "lfm2.gguf"))
+    assert "2 layers: 0, 2; there are also layers with a recurrent state, which do not grow" in " ".join(text.split())
+
+
+def test_a_model_that_is_refused_is_told_why(tiny_model):
+    is_fine, text = told_of(tiny_model(tiny.REFUSED["bloom"]))
+    assert not is_fine
+    assert "ALiBi" in text
+    assert "MB" not in text
+
+
+def test_what_is_no_model_is_an_error_in_a_line(tmp_path, capfd):
+    (tmp_path / "no.gguf").write_text("no")
+    with pytest.raises(ConfigError, match="no model that this llama"):
+        told_of(tmp_path / "no.gguf")
+    assert capfd.readouterr().err == ""
