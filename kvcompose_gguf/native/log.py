@@ -7,9 +7,7 @@ that ``verbose=False`` hides errors and shows warnings (llama_cpp/_logger.py).
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from types import ModuleType
 
 from . import bindings
@@ -17,6 +15,9 @@ from . import bindings
 # the enum ggml_log_level of each level of `logging`
 _NATIVE_LEVELS = {logging.DEBUG: 1, logging.INFO: 2, logging.WARNING: 3, logging.ERROR: 4}
 _SILENT = 5
+
+#: the bindings' logger
+LOGGER = "llama-cpp-python"
 
 
 def print_natively(llama_cpp: ModuleType) -> None:
@@ -31,21 +32,9 @@ def print_natively(llama_cpp: ModuleType) -> None:
             super().setLevel(level)
             lib.llama_kvc_log(native_level(self.level))
 
-    logger = logging.getLogger("llama-cpp-python")
+    logger = logging.getLogger(LOGGER)
     logger.__class__ = _Logger
     logger.setLevel(logger.level)
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Prints nothing of llama.cpp's log in the ``with`` block."""
-    logger = logging.getLogger("llama-cpp-python")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def native_level(level: int) -> int:

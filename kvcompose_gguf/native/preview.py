@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import ConfigError, UnsupportedError
 from ..plan.geometry import LayerGeometry
+from ..support.loggers import silenced
 from . import library
-from .log import silent
+from .log import LOGGER
 from .session import KVSession
 
 #: ``LLAMA_LOAD_MODE_NONE``: a file that is mapped cannot be loaded without its weights
@@ -54,7 +55,7 @@ def preview(path: Path) -> Preview:
         ConfigError: llama.cpp cannot load the file.
     """
     llama_cpp = library.load()
-    with silent(), _model(llama_cpp, path) as model, _context(llama_cpp, model, path) as context:
+    with silenced(LOGGER), _model(llama_cpp, path) as model, _context(llama_cpp, model, path) as context:
         bare = Preview(
             _metadata(llama_cpp, model, "general.architecture"), llama_cpp.llama_model_n_layer(model),
             llama_cpp.llama_model_n_ctx_train(model),

@@ -68,8 +68,8 @@ class ServeOptions:
     )
     cache_ram: int | None = option(
         None, "--cache-ram", "-cram", panel=COMPRESSION, min=-1, kind=int,
-        help="Keep what a slot held before another prompt took it in memory, up to this number of MiB in all. 0 keeps "
-        "nothing, -1 any amount. By default 1024, or 0 with --kv-budget.",
+        help="Keep in memory what a slot held before another prompt took it, up to this number of MiB for all. 0 keeps "
+        "nothing, -1 sets no limit. By default 1024, or 0 with --kv-budget.",
     )
     documents_bytes: int = option(
         4 << 30, "--kv-documents", panel=COMPRESSION, metavar="SIZE", option_default="4GiB",

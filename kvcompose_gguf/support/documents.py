@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import io
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from ..errors import ConfigError
+from .loggers import silenced
 
 if TYPE_CHECKING:
     import pypdf
@@ -199,7 +198,7 @@ def _pdf_text(name: str, data: bytes) -> str:
     import pypdf
 
     try:
-        with _quiet("pypdf"):
+        with silenced("pypdf"):
             reader = pypdf.PdfReader(io.BytesIO(data))
             _decrypt(name, reader)
             pages = [page.extract_text() for page in reader.pages]
@@ -229,15 +228,3 @@ def _decrypt(name: str, reader: pypdf.PdfReader) -> None:
         raise ConfigError(f"{name} is encrypted: {advice}, or `pip install 'pypdf[crypto]'`") from error
     if not opened:
         raise ConfigError(f"{name} is encrypted with a password: {advice}")
-
-
-@contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
-    """Without a logger's warnings, which are about the file's insides and mean nothing to a reader."""
-    found = logging.getLogger(logger)
-    before = found.level
-    found.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        found.setLevel(before)

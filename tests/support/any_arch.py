@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 from kvcompose_gguf.native import library
+from support.gguf_file import N_VOCAB, write_file
 
-#: <unk>, <s>, </s> and a token for every byte
-N_VOCAB = 3 + 256
 N_HEAD, N_HEAD_KV, N_EMBD_HEAD = 4, 2, 32
 
 
@@ -87,38 +85,8 @@ def write(arch: AnyArch, path: Path) -> Path:
         ValueError: llama.cpp does not take the metadata.
     """
     metadata = {**_METADATA, **arch.more}
-    _write(path, arch.name, metadata, {})
-    _write(path, arch.name, metadata, _tensors(path, arch.seed))
-    return path
-
-
-def _write(path: Path, name: str, metadata: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    writer = gguf.GGUFWriter(path, name)
-    for key, value in metadata.items():
-        _add(writer, key if key.startswith("xielu.") else f"{name}.{key}", value)
-    kinds = gguf.TokenType
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])
-    writer.add_token_scores([0.0] * N_VOCAB)
-    writer.add_token_types([kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * 256])
-    writer.add_add_space_prefix(False)
-    for tensor, data in tensors.items():
-        writer.add_tensor(tensor, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, list):
-        writer.add_array(key, value)
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    else:
-        writer.add_uint32(key, value)
+    write_file(path, arch.name, metadata, {})
+    return write_file(path, arch.name, metadata, _tensors(path, arch.seed))
 
 
 class GgmlTensor(ctypes.Structure):

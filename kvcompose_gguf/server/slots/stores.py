@@ -11,7 +11,7 @@ from .documents import Documents
 from .idle import IdleCaches
 from .prompt_cache import PromptCache
 from .saved import restore
-from .shelf import Asked
+from .shelf import Asked, Shelf
 from .slot_llama import SlotLlama
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Stores:
         if options.idle_path is not None and options.idle_bytes:
             self.idle = IdleCaches(options.idle_path, options.idle_bytes, llama)
         self.documents = Documents(options.documents_path, options.documents_bytes, llama)
-        self._shelves = [self.documents] if self.idle is None else [self.documents, self.idle]
+        self._shelves: list[Shelf] = [self.documents] if self.idle is None else [self.documents, self.idle]
 
     def close(self) -> None:
         """Delete what was only for the life of the engine."""
@@ -57,9 +57,7 @@ class Stores:
 
     def n_kept(self, llama: SlotLlama, asked: Asked) -> int:
         """Returns how many tokens of a prompt a slot would have if it were filled from here."""
-        found = (shelf.find(llama, asked) for shelf in self._shelves)
-        n_saved = max((len(pair[1].context) for pair in found if pair is not None), default=0)
-        return max(n_saved, self.memory.find(llama, asked, llama.n_ctx() - 1)[1])
+        return max(self._saved(llama, asked, None)[1], self.memory.find(llama, asked, llama.n_ctx() - 1)[1])
 
     def keep(self, llama: SlotLlama) -> None:
         """Keep what a slot holds, because it will be lost."""
@@ -74,19 +72,25 @@ class Stores:
             n_most: maximum tokens to restore. None: as many as fit into the slot.
         """
         n_live = llama.continuation(asked.tokens, asked.method, asked.reuse).n_cached
-        found = [(shelf, pair) for shelf in self._shelves if (pair := shelf.find(llama, asked, n_most)) is not None]
-        best = max(found, key=lambda each: len(each[1][1].context), default=None)
-        n_saved = 0 if best is None else len(best[1][1].context)
+        saved, n_saved = self._saved(llama, asked, n_most)
         copy, n_copied = self.memory.find(llama, asked, llama.n_ctx() - 1 if n_most is None else n_most)
         # of what a slot holds, the tokens behind a prompt's beginning are an answer, and mostly few
         if max(n_saved, n_copied) > n_live or n_live < max(llama.n_context, llama.n_tokens // 2):
             self.keep(llama)
         if copy is not None and n_copied > n_live and n_copied >= n_saved and self.memory.restore(llama, copy):
             return
-        if best is not None and n_saved > n_live:
-            shelf, (file, _) = best
+        if saved is not None and n_saved > n_live:
+            shelf, file = saved
             try:
                 restore(llama, file)
             except StateError as error:
                 log.warning("%s: %s", file, error)
                 shelf.drop(file)
+
+    def _saved(self, llama: SlotLlama, asked: Asked, n_most: int | None) -> tuple[tuple[Shelf, Path] | None, int]:
+        """Returns the file with the longest context that a prompt begins with, its shelf, and the context's length."""
+        found = [(shelf, pair) for shelf in self._shelves if (pair := shelf.find(llama, asked, n_most)) is not None]
+        if not found:
+            return None, 0
+        shelf, (file, entry) = max(found, key=lambda each: len(each[1][1].context))
+        return (shelf, file), len(entry.context)
