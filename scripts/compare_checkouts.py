@@ -51,7 +51,7 @@ CACHES: dict[str, dict[str, Any]] = {
 #: architectures of tests/support/tiny.py, and the caches that each is run with; REFUSED ones show their errors
 TINY = {
     "llama": tuple(CACHES), "qwen3": ("f16 flash", "q8_0 flash"), "gemma3": ("f32", "f16 flash", "q8_0 flash"),
-    "gpt-oss": ("f16", "f16 flash"), "phi3": ("f16",), "mamba": ("f16",), "deepseek2": ("f16",),
+    "gpt-oss": ("f16", "f16 flash"), "phi3": ("f16",), "mamba": ("f16",),
 }  # fmt: skip
 
 

@@ -144,7 +144,7 @@ def _position_features(places: Positions, n_tokens: int) -> FloatArray:
 def plain_values(values: FloatArray, layer: LayerGeometry) -> FloatArray:
     """Returns ``values`` ``(n_head_kv, N, n_embd_head_v)`` without the Hadamard rotation of quantized values."""
     disabled = os.environ.get("LLAMA_ATTN_ROT_DISABLE", "0") not in ("", "0")
-    if not layer.v_quantized or layer.n_embd_head_v % N_HADAMARD_V or disabled:
+    if not layer.v_quantized or layer.v_in_k or layer.n_embd_head_v % N_HADAMARD_V or disabled:
         return values
     matrix: FloatArray = np.ones((1, 1), dtype=np.float32)
     while len(matrix) < N_HADAMARD_V:  # ggml_gen_hadamard: orthonormal, symmetric

@@ -50,6 +50,7 @@ class LayerInfo(ctypes.Structure):
         ("type_k", ctypes.c_int32),
         ("type_v", ctypes.c_int32),
         ("v_trans", ctypes.c_int32),
+        ("v_in_k", ctypes.c_int32),
         ("n_rows", ctypes.c_uint32),
         ("n_rows_used", ctypes.c_uint32),
         ("n_bytes", ctypes.c_uint64),

@@ -79,6 +79,8 @@ def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: in
     from gguf.quants import dequantize
 
     layer = session.layers[ikv]
+    if layer.v_in_k and which == "v":
+        return read_rows(session, ikv, "k", n_rows, first)[:, :, : layer.n_embd_head_v]
     stored = session.stored(ikv, which)
     is_v = which == "v"
     kind = GGMLQuantizationType(layer.type_v if is_v else layer.type_k)
@@ -112,12 +114,14 @@ def write_layer_values(session: KVSession, ikv: int, values: FloatArray) -> None
     """Replaces the values of layer ``ikv``'s first rows by float32 ``(n_head_kv, n_rows, n_embd_head_v)``.
 
     Raises:
-        UnsupportedError: values are quantized, so they are Hadamard-rotated.
+        UnsupportedError: values are quantized, so they are Hadamard-rotated, or they are parts of keys.
         ConfigError: the shape is wrong, or the layer uses fewer rows.
     """
     layer = session.layers[ikv]
     if layer.v_quantized:
         raise UnsupportedError("values of a quantized cache cannot be replaced")
+    if layer.v_in_k:
+        raise UnsupportedError("latent attention stores no values that could be replaced")
     n_used, shape = session.cells(ikv).n_rows_used, (layer.n_head_kv, layer.n_embd_head_v)
     if values.ndim != 3 or values.shape[::2] != shape or values.shape[1] > n_used:
         needed = f"({shape[0]}, at most {n_used}, {shape[1]})"

@@ -92,6 +92,7 @@ class KVSession:
             type_v=info.type_v,
             v_trans=bool(info.v_trans),
             n_bytes_row=info.n_bytes_row,
+            v_in_k=bool(info.v_in_k),
         )
 
     def state(self) -> CacheState:

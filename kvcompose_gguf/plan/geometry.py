@@ -16,6 +16,8 @@ class LayerGeometry:
         type_k, type_v: ggml types of the stored rows.
         v_trans: True if V is stored transposed, as llama.cpp does without flash attention.
         n_bytes_row: bytes of one token's key and value in all KV heads.
+        v_in_k: True if no values are stored: a value is the first ``n_embd_head_v`` elements of its key, as in latent
+            attention (MLA).
     """
 
     il: int
@@ -27,10 +29,11 @@ class LayerGeometry:
     type_v: int
     v_trans: bool
     n_bytes_row: int
+    v_in_k: bool = False
 
     @property
     def v_quantized(self) -> bool:
-        """Returns whether values are quantized, and so Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v)."""
+        """Returns whether values are quantized."""
         from gguf import GGMLQuantizationType as GGML
 
         return self.type_v not in (GGML.F32, GGML.F16, GGML.BF16)

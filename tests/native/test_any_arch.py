@@ -17,7 +17,7 @@ from support.watching import watched
 
 from kvcompose_gguf import CompositionPlan, KVCompose, Llama, StateError, UnsupportedError
 from kvcompose_gguf.methods.streaming_llm import StreamingLLM
-from kvcompose_gguf.native.rows import ContextRows
+from kvcompose_gguf.native.rows import ContextRows, write_layer_values
 from kvcompose_gguf.native.session import KVSession
 
 N = 200
@@ -120,6 +120,28 @@ def test_keys_are_rotated_back_to_where_they_do_not_know_their_position(make, ar
     np.testing.assert_allclose(rows.rotate(0, plain, places), keys, atol=1e-4)
     if layer == 0 and arch.name not in KNOWS_POSITION | WEIGHTED:
         np.testing.assert_allclose(plain, np.broadcast_to(plain[0], plain.shape), atol=2e-3)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_the_values_of_latent_attention_are_the_first_elements_of_its_keys(make, flash_attn):
+    arch = COMPRESSED["deepseek2"]
+    llama, tapped = make(arch, flash_attn=flash_attn), {}
+    for what in ("queries", "outputs"):
+        llama.context.prefill(CONTEXT[:-1])
+        with llama.session.taps(what, 1):
+            llama.context.prefill(CONTEXT)
+            tapped[what] = [llama.session.tapped(what, l, 1)[0] for l in range(len(llama.kv_layers))]
+    rows = ContextRows(llama.session, N)
+    for l, layer in enumerate(llama.kv_layers):
+        keys, values = rows.keys(l)[0], rows.values(l)[0]
+        np.testing.assert_array_equal(values, keys[:, : layer.n_embd_head_v])
+        assert layer.n_bytes_row == layer.n_embd_head_k * 4
+        logits = tapped["queries"][l] @ keys.T
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+        want = p @ values / p.sum(axis=1, keepdims=True)
+        assert close(tapped["outputs"][l], want) <= (5e-3 if flash_attn else 1e-4)
+    with pytest.raises(UnsupportedError, match="latent"):
+        write_layer_values(llama.session, 0, rows.values(0))
 
 
 @pytest.mark.parametrize(("type_kv", "flash_attn"), [(F32, False), (Q8_0, True)], ids=["f32", "q8_0"])

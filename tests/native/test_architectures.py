@@ -149,7 +149,7 @@ def test_a_loaded_state_brings_the_windows_with_it(make_llama, method):
     assert np.abs(last_logits(llama) - want).max() <= 1e-3
 
 
-MESSAGES = {"bloom": "ALiBi", "mamba": "recurrent", "deepseek2": "MLA"}
+MESSAGES = {"bloom": "ALiBi", "mamba": "recurrent"}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -23,13 +23,25 @@ _WINDOWS_LISTED: Metadata = {
 _LATENT: Metadata = {
     "attention.q_lora_rank": 32,
     "attention.kv_lora_rank": 64,
-    "attention.key_length": 80,
+    "attention.key_length": 96,
     "attention.value_length": 64,
     "attention.head_count_kv": 1,
-    "rope.dimension_count": 16,
-    "attention.key_length_mla": 48,
+    "rope.dimension_count": 32,
+    "attention.key_length_mla": 64,
     "attention.value_length_mla": 32,
     "expert_weights_scale": 1.0,
+}
+_KIMI: Metadata = {**_LATENT, **_HEADS, "attention.head_count_kv": [1, 0, 1, 0], "kda.head_dim": 32}
+_HYPER: Metadata = {
+    "hyper_connection.count": 4,
+    "hyper_connection.epsilon": 1e-6,
+    "hyper_connection.magnitude": 1.0,
+    "hyper_connection.sinkhorn_iterations": 2,
+}
+_INDEXED: Metadata = {
+    "attention.indexer.head_count": 4,
+    "attention.indexer.key_length": 64,
+    "attention.indexer.top_k": 64,
 }
 #: latent projections, but keys and values of every head in the cache
 _UNFOLDED: Metadata = {
@@ -44,8 +56,18 @@ def _list(*archs: AnyArch) -> dict[str, AnyArch]:
     return {arch.name: arch for arch in archs}
 
 
-#: recurrent layers beside those with attention, positions of several dimensions, layers that read another's rows
+#: recurrent layers beside those with attention, positions of several dimensions, layers that read another's rows, latent
+#: attention, whose rows have no values
 SPECIAL = _list(
+    AnyArch("deepseek2", _LATENT),
+    AnyArch("mistral4", _LATENT),
+    AnyArch("hy_v4", {**_LATENT, **_HYPER}),  # a file of it with an index is refused, as those below
+    AnyArch("kimi-linear", _KIMI),
+    AnyArch(
+        "kimi-k3",
+        {**_KIMI, "attn_res.block_size": 2, "activation.situ_beta": 1.0, "activation.situ_linear_beta": 1.0},
+    ),
+    AnyArch("bailingmoe3", {**_KIMI, "kda.gate_lower_bound": -5.0}),
     AnyArch("qwen3next", _DELTA_NET),
     AnyArch("qwen35", _DELTA_NET),
     AnyArch("qwen35moe", _DELTA_NET),
@@ -100,7 +122,7 @@ PLAIN = _list(
         AnyArch(name, _WINDOWS_LISTED)
         for name in ("cohere2moe", "muse-glimmer", "granite_swa", "mimo2", "step35", "spark2_5")
     ),
-    *(AnyArch(name, _ALL_HEADS) for name in ("olmoe", "dots1")),
+    *(AnyArch(name, _ALL_HEADS) for name in ("olmoe", "dots1", "deepseek2-ocr")),
     AnyArch("minicpm3", _UNFOLDED),
     AnyArch("plm", {**_LATENT, **_ALL_HEADS}),
     AnyArch("maple", {**_WINDOWS_LISTED, "swiglu_clamp_exp": 7.0}),
@@ -122,27 +144,62 @@ REFUSED: dict[str, tuple[AnyArch, str]] = {
     "grok": (AnyArch("grok"), "grok"),
     "mamba": (AnyArch("mamba"), "recurrent"),
     "mamba2": (AnyArch("mamba2"), "recurrent"),
-    "deepseek2": (AnyArch("deepseek2", _LATENT), "MLA"),
-    "mistral4": (AnyArch("mistral4", _LATENT), "MLA"),
-    "kimi-linear": (
-        AnyArch("kimi-linear", {**_LATENT, **_HEADS, "attention.head_count_kv": [1, 0, 1, 0], "kda.head_dim": 32}),
-        "MLA",
-    ),
+    **{
+        name: (AnyArch(name, {**_INDEXED, **more}), "index")
+        for name, more in {
+            "deepseek32": _LATENT,
+            "glm-dsa": _LATENT,
+            "dots3note": {
+                **_LATENT,
+                **_WINDOWS_LISTED,
+                "attention.kv_lora_rank_swa": 64,
+                "attention.key_length_mla_swa": 64,
+                "attention.value_length_mla_swa": 32,
+                "rope.freq_base_swa": 10000.0,
+                "attention.indexer.types": [True] * 4,
+            },
+            "minimax-m3": {"attention.indexer.block_size": 32, "attention.indexer.local_blocks": 1},
+            "qwen4exp": {
+                **_DELTA_NET,
+                **_HYPER,
+                "hyper_connection.low_rank": 16,
+                "rope.dimension_sections": [8, 4, 4, 0],
+            },
+            "glm5-next": {
+                **_KIMI,
+                **_HYPER,
+                "kda.gate_lower_bound": -5.0,
+                "attention.indexer.kpool": 2,
+                "rope.dimension_count": 0,
+                "attention.key_length": 64,
+                "attention.key_length_mla": 32,
+            },
+            "deepseek4": {
+                **_HYPER,
+                "attention.sliding_window": 32,
+                "attention.q_lora_rank": 32,
+                "attention.head_count_kv": 1,
+                "expert_weights_scale": 1.0,
+                "expert_weights_norm": True,
+                "expert_gating_func": 4,
+                "swiglu_clamp_exp": 7.0,
+                "attention.output_group_count": 2,
+                "attention.output_lora_rank": 32,
+                "attention.compress_rope_freq_base": 10000.0,
+                "hash_layer_count": 0,
+                "attention.compress_ratios": [0, 4, 0, 4],
+            },
+        }.items()
+    },
     **{name: (AnyArch(name), "no KV cache") for name in ("dream", "llada", "llada-moe", "rnd1")},
 }
 
 _RECURRENT = "recurrent, as mamba is"
-_LATENT_TOO = "latent attention, as deepseek2 has"
-_INDEX = "its cache has an index beside it (sparse attention), a kind of memory that is refused"
 _NO_TEXT = "no generation of text: an encoder, a part of another model, or a voice"
 
 #: not tried with a model, and why
 NOT_TRIED: dict[str, str] = {
     **dict.fromkeys(("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"), _RECURRENT),
-    **dict.fromkeys(("deepseek2-ocr", "kimi-k3", "bailingmoe3"), _LATENT_TOO),
-    **dict.fromkeys(
-        ("deepseek32", "deepseek4", "glm-dsa", "glm5-next", "dots3note", "hy_v4", "minimax-m3", "qwen4exp"), _INDEX
-    ),
     **dict.fromkeys(
         (
             "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3",

@@ -103,7 +103,6 @@ ARCHITECTURES: dict[str, TinyConfig] = {
 REFUSED: dict[str, TinyConfig] = {
     "bloom": TinyConfig("bloom", n_head_kv=4),  # ALiBi
     "mamba": TinyConfig("mamba"),  # recurrent
-    "deepseek2": TinyConfig("deepseek2"),  # MLA
 }
 
 

@@ -38,9 +38,6 @@ int32_t llama_kvc_scores_begin(llama_context * ctx, int32_t agg, uint32_t n_cell
 
         c.update(); // a composed cache may have been cleared since
 
-        if (c.kvc().composed()) {
-            fail(LLAMA_KVC_ERR_STATE, "the cache is composed, its cells are no single tokens");
-        }
         if (c.kvc().scoring()) {
             fail(LLAMA_KVC_ERR_STATE, "scoring is on already");
         }
@@ -148,7 +145,7 @@ int32_t llama_kvc_set_bias(llama_context * ctx, uint32_t ikv, const float * bias
         if (n_rows == 0 || n_rows > l.kv.get_size()) {
             fail(LLAMA_KVC_ERR_ARGUMENT, format("n_rows = %u, a layer can have %u", n_rows, l.kv.get_size()));
         }
-        if (ggml_is_quantized(l.v->type)) {
+        if (ggml_is_quantized(l.v ? l.v->type : l.k->type)) {
             fail(LLAMA_KVC_ERR_UNSUPPORTED, "quantized values need fused attention, which takes no bias");
         }
 

@@ -88,20 +88,17 @@ std::string llama_kv_cache::kvc_unsupported() const {
         return "no layer has a cache";
     }
     for (const auto & layer : layers) {
-        if (!layer.v) {
-            return "the cache stores no values";
-        }
-        if (v_trans && hparams.n_embd_v_gqa(layer.il) != hparams.n_embd_v_gqa_max()) {
+        if (layer.v && v_trans && hparams.n_embd_v_gqa(layer.il) != hparams.n_embd_v_gqa_max()) {
             return "layers have values of different sizes, which needs flash attention";
         }
         if (hparams.n_head_kv(layer.il) == 0) {
             return format("layer %u has no attention heads", layer.il);
         }
-        if (!hparams.no_alloc && layer.k->buffer != layer.v->buffer) {
+        if (layer.v && !hparams.no_alloc && layer.k->buffer != layer.v->buffer) {
             return "a layer is larger than one buffer of its device";
         }
         if (hparams.n_embd_head_k(layer.il) % ggml_blck_size(layer.k->type) != 0 ||
-            hparams.n_embd_head_v(layer.il) % ggml_blck_size(layer.v->type) != 0) {
+            hparams.n_embd_head_v(layer.il) % ggml_blck_size(layer.v ? layer.v->type : layer.k->type) != 0) {
             return format("a head of layer %u is no whole number of quantization blocks", layer.il);
         }
     }

@@ -291,6 +291,8 @@ private:
         std::string             why;              // why it is not known; empty: no graph was built yet
         std::array<int32_t, 16> params = {};      // op_params of GGML_OP_ROPE, all 0: no rotation
         const ggml_tensor *     factors = nullptr;
+        int64_t                 first   = 0;      // the rotated part of a head's key: its first element, and their number
+        int64_t                 n_embd  = 0;
     };
     mutable std::vector<rotation> ropes; // [n_layer], noted while graphs are built
 };

@@ -72,7 +72,7 @@ size_t llama_kvc::n_stage_bytes() const {
     size_t res = 0;
     for (const auto & layer : kv.layers) {
         if (!ggml_backend_buffer_is_host(layer.k->buffer)) {
-            res = std::max({ res, ggml_nbytes(layer.k), ggml_nbytes(layer.v) });
+            res = std::max({ res, ggml_nbytes(layer.k), layer.v ? ggml_nbytes(layer.v) : 0 });
         }
     }
 

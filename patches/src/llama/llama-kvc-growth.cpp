@@ -19,7 +19,7 @@ void llama_kvc_set_start_cells(uint32_t n_cells) {
 
 uint32_t llama_kvc_start_rows(const llama_model & model, uint32_t kv_size) {
     // in these memories other parts have the cells of this one, and one cannot grow without the others
-    const bool is_part = model.hparams.is_mla() || model.hparams.indexer_head_size > 0;
+    const bool is_part = model.arch == LLM_ARCH_DEEPSEEK4 || model.hparams.indexer_head_size > 0;
 
     return g_start_cells == 0 || is_part ? kv_size : std::min<uint32_t>(kv_size, GGML_PAD(g_start_cells, n_pad));
 }

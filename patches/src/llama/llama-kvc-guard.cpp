@@ -39,9 +39,6 @@ static void check_model(const llama_model & model) {
     if (llama_model_is_recurrent(&model)) {
         unsupported("recurrent models have no KV cache");
     }
-    if (model.hparams.is_mla()) {
-        unsupported("multi-head latent attention (MLA) stores no per-head keys");
-    }
 }
 
 static void check_attention(const llama_model & model) {

@@ -161,15 +161,16 @@ bool llama_kvc::make_tensors(uint32_t ikv, uint32_t n_rows_new, layer_tensors & 
     }
 
     res.k = ggml_new_tensor_3d(res.ctx.get(), layer.k->type, layer.k->ne[0], n_rows_new, 1);
-    res.v = ggml_new_tensor_3d(res.ctx.get(), layer.v->type, layer.v->ne[0], n_rows_new, 1);
     ggml_set_name(res.k, layer.k->name);
-    ggml_set_name(res.v, layer.v->name);
-
     res.k_stream = ggml_view_2d(res.ctx.get(), res.k, res.k->ne[0], n_rows_new, res.k->nb[1], 0);
-    res.v_stream = ggml_view_2d(res.ctx.get(), res.v, res.v->ne[0], n_rows_new, res.v->nb[1], 0);
+    if (layer.v) {
+        res.v = ggml_new_tensor_3d(res.ctx.get(), layer.v->type, layer.v->ne[0], n_rows_new, 1);
+        ggml_set_name(res.v, layer.v->name);
+        res.v_stream = ggml_view_2d(res.ctx.get(), res.v, res.v->ne[0], n_rows_new, res.v->nb[1], 0);
+    }
 
     res.buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(res.ctx.get(), ggml_backend_buffer_get_type(layer.k->buffer)));
-    if (!res.buf || res.k->buffer != res.buf.get() || res.v->buffer != res.buf.get()) {
+    if (!res.buf || res.k->buffer != res.buf.get() || (res.v && res.v->buffer != res.buf.get())) {
         return false; // no memory, or the device needs more than one buffer
     }
 
@@ -221,7 +222,9 @@ void llama_kvc::move_tensors(uint32_t ikv, const layer_tensors & dst, const kept
     };
 
     move(layer.k, dst.k, false,      kv.hparams.n_embd_head_k(layer.il));
-    move(layer.v, dst.v, kv.v_trans, kv.hparams.n_embd_head_v(layer.il));
+    if (layer.v) {
+        move(layer.v, dst.v, kv.v_trans, kv.hparams.n_embd_head_v(layer.il));
+    }
 }
 
 void llama_kvc::set_tensors(uint32_t ikv, layer_tensors & tensors) {
@@ -278,5 +281,7 @@ void llama_kvc::gather_in_place(uint32_t ikv, const kept_rows & rows, std::vecto
     };
 
     move(layer.k, false,      kv.hparams.n_embd_head_k(layer.il));
-    move(layer.v, kv.v_trans, kv.hparams.n_embd_head_v(layer.il));
+    if (layer.v) {
+        move(layer.v, kv.v_trans, kv.hparams.n_embd_head_v(layer.il));
+    }
 }

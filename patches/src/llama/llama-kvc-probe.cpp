@@ -52,13 +52,27 @@ static void copy_rows(const llm_graph_context & g, ggml_tensor * src, ggml_tenso
     ggml_build_forward_expand(g.gf, res);
 }
 
+// Returns the sums of values [n_embd_head_v, n_head, n_tokens] that cur was made from: latent attention multiplies them by
+// another matrix.
+static ggml_tensor * find_output(ggml_context * ctx, ggml_tensor * cur, int64_t n_head) {
+    for (ggml_tensor * t = cur; t; t = t->src[t->op == GGML_OP_MUL_MAT ? 1 : 0]) {
+        if (t->op == GGML_OP_FLASH_ATTN_EXT) {
+            return t;
+        }
+        if (t->op == GGML_OP_MUL_MAT && t->src[1]->op == GGML_OP_SOFT_MAX) {
+            return ggml_permute(ctx, t, 0, 2, 1, 3);
+        }
+    }
+
+    return ggml_reshape_3d(ctx, cur, cur->ne[0]/n_head, n_head, cur->ne[1]);
+}
+
 void llama_kvc::copy_taps(const llm_graph_context & g, ggml_tensor * q, ggml_tensor * cur, float kq_scale, uint32_t ikv) const {
     if (!tap_queries.empty()) {
         copy_rows(g, q, tap_queries[ikv].t, kq_scale);
     }
     if (!tap_outputs.empty()) {
-        const int64_t n_head = q->ne[1];
-        copy_rows(g, ggml_reshape_3d(g.ctx0, cur, cur->ne[0]/n_head, n_head, cur->ne[1]), tap_outputs[ikv].t, 1.0f);
+        copy_rows(g, find_output(g.ctx0, cur, q->ne[1]), tap_outputs[ikv].t, 1.0f);
     }
 }
 

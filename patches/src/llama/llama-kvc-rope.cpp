@@ -24,16 +24,26 @@ static bool has_sections(int32_t mode) {
 
 // Returns the rotation of the queries of an attention, nullptr if there is none. Throws if it cannot be told. In some models
 // (Hunyuan) a norm with weights follows it; rows are rotated back as they are, with these weights.
-static const ggml_tensor * find_rope(const ggml_tensor * q) {
+//   first  receives the first element of a head that belongs to the rotated part
+static const ggml_tensor * find_rope(const ggml_tensor * q, int64_t & first) {
     for (const ggml_tensor * t = q; t; t = t->src[0]) {
         switch (t->op) {
             case GGML_OP_ROPE:
                 return t;
+            case GGML_OP_CONCAT: { // one of both parts is rotated; no model here joins other dimensions than the first
+                const ggml_tensor * node = find_rope(t->src[0], first);
+                if (!node) {
+                    first = 0;
+                    node  = find_rope(t->src[1], first);
+                    first += t->src[0]->ne[0];
+                }
+                return node;
+            }
             case GGML_OP_NONE: // an input
             case GGML_OP_ADD:  // a bias
                 return nullptr;
             case GGML_OP_MUL_MAT: // the projection, or the Hadamard matrix of quantized caches
-                return strcmp(t->src[0]->name, "attn_inp_k_rot") == 0 ? find_rope(t->src[1]) : nullptr;
+                return strcmp(t->src[0]->name, "attn_inp_k_rot") == 0 ? find_rope(t->src[1], first) : nullptr;
             case GGML_OP_MUL: // a temperature, or the weights of a norm
             case GGML_OP_VIEW:
             case GGML_OP_RESHAPE:
@@ -58,13 +68,14 @@ void llama_kvc::note_rope(const ggml_tensor * q, uint32_t ikv) const {
 
     res = {};
     try {
-        const ggml_tensor * node = find_rope(q);
+        const ggml_tensor * node = find_rope(q, res.first);
         if (node && node->src[2] && node->src[2]->op != GGML_OP_NONE) {
             throw std::runtime_error("the factors of the rotation are computed");
         }
         if (node) {
             std::copy_n(node->op_params, res.params.size(), res.params.begin());
             res.factors = node->src[2];
+            res.n_embd  = node->ne[0];
         }
         res.is_known = true;
     } catch (const std::runtime_error & e) {
@@ -194,7 +205,7 @@ void llama_kvc::rope_rows(uint32_t ikv, float * rows, uint32_t n_rows, const int
         n_rot *= 2;
     }
     const auto rotate = [&] {
-        if (kv.attn_rot_k) {
+        if (kv.attn_rot_k && kv.layers[ikv].v) { // latent keys are stored as they are
             hadamard(kv.attn_rot_hadamard.at(n_rot), n_rot, rows, n_embd*n_rows);
         }
     };
@@ -206,7 +217,16 @@ void llama_kvc::rope_rows(uint32_t ikv, float * rows, uint32_t n_rows, const int
         rotate();
     }
     if (of_layer.params[PARAM_N_DIMS] > 0) {
-        rope(of_layer.params.data(), of_layer.factors, n_embd, rows, n_rows, pos, inverse);
+        const int64_t n = of_layer.n_embd;
+
+        std::vector<float> part(n*n_rows);
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            std::copy_n(rows + i*n_embd + of_layer.first, n, part.data() + i*n);
+        }
+        rope(of_layer.params.data(), of_layer.factors, n, part.data(), n_rows, pos, inverse);
+        for (uint32_t i = 0; i < n_rows; ++i) {
+            std::copy_n(part.data() + i*n, n, rows + i*n_embd + of_layer.first);
+        }
     }
     if (!inverse) {
         rotate();

@@ -89,14 +89,15 @@ int32_t llama_kvc_get_layer(llama_context * ctx, uint32_t ikv, llama_kvc_layer_i
         info->n_embd_head_k = hparams.n_embd_head_k(l.il);
         info->n_embd_head_v = hparams.n_embd_head_v(l.il);
         info->type_k        = l.k->type;
-        info->type_v        = l.v->type;
-        info->v_trans       = l.kv.is_v_trans();
+        info->type_v        = l.v ? l.v->type : l.k->type;
+        info->v_trans       = l.v && l.kv.is_v_trans();
+        info->v_in_k        = !l.v;
         info->n_rows        = l.k->ne[1];
         info->n_rows_used   = kvc.n_rows_used(ikv);
         info->n_bytes       = kvc.n_bytes(ikv);
-        info->n_bytes_row   = ggml_row_size(l.k->type, l.k->ne[0]) + ggml_row_size(l.v->type, l.v->ne[0]);
+        info->n_bytes_row   = ggml_row_size(l.k->type, l.k->ne[0]) + (l.v ? ggml_row_size(l.v->type, l.v->ne[0]) : 0);
         info->k             = is_host ? l.k->data : nullptr;
-        info->v             = is_host ? l.v->data : nullptr;
+        info->v             = is_host && l.v ? l.v->data : nullptr;
         info->buffer        = ggml_backend_buffer_name(l.k->buffer);
     });
 }
@@ -104,6 +105,9 @@ int32_t llama_kvc_get_layer(llama_context * ctx, uint32_t ikv, llama_kvc_layer_i
 // returns the layer's tensor; fails if it has no such bytes or the caller's pointer is NULL
 static ggml_tensor * check_bytes(const layer & l, int32_t is_v, const void * bytes, size_t offset, size_t size) {
     ggml_tensor * t = is_v ? l.v : l.k;
+    if (!t) {
+        fail(LLAMA_KVC_ERR_ARGUMENT, "the values of this layer are the beginnings of its keys");
+    }
 
     const size_t n_bytes = ggml_nbytes(t);
     if (!bytes || offset > n_bytes || size > n_bytes - offset) {

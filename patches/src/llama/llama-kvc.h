@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 7
+#define LLAMA_KVC_ABI 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -70,6 +70,7 @@ struct llama_kvc_layer_info {
     int32_t  type_k;        // ggml_type
     int32_t  type_v;        // ggml_type
     int32_t  v_trans;       // 1: V is stored as [n_embd_v][row], as it is without flash attention
+    int32_t  v_in_k;        // 1: there is no V; a value is the first n_embd_head_v elements of its key (latent attention)
     uint32_t n_rows;        // rows allocated
     uint32_t n_rows_used;   // rows that hold a composite or a token
     uint64_t n_bytes;       // bytes of the layer's buffer
@@ -155,11 +156,12 @@ LLAMA_API int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32
 LLAMA_API int32_t llama_kvc_skip_to(struct llama_context * ctx, llama_pos pos);
 
 // Starts scoring. Until llama_kvc_scores_end() all decodes collect, for every layer and query head, the attention
-// probabilities of the cells [0, n_cells), reduced over all query tokens.
+// probabilities of the layer's rows [0, n_cells), reduced over all query tokens. In a composed cache these are the
+// composites and the tokens behind them; a layer that has fewer rows gets zeros for the others.
 //   agg        llama_kvc_agg: how to reduce
 //   max_bytes  limit of the working memory, not counting the scores themselves (float32, n_layer*n_head*n_cells)
 //   ERR_ARGUMENT  agg is unknown, n_cells is 0 or larger than the cache
-//   ERR_STATE     the cache is composed, or scoring is on
+//   ERR_STATE     scoring is on
 LLAMA_API int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
 
 // Copies the scores so far of layer ikv.
