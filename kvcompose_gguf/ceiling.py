@@ -14,7 +14,9 @@ from .reading import Reading, most_cells, most_tokens
 def ceiling_bytes(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
     """Returns the largest number of bytes that a cache of a method that ``has_ceiling`` may have for ``n_tokens``."""
     n_bytes_row = [layer.n_bytes_row for layer in layers]
-    return method.n_composites(layers, n_tokens) * max(n_bytes_row) + method.chunk * sum(n_bytes_row)
+    return method.n_composites(layers, n_tokens) * max(n_bytes_row) + method.chunk_for(layers, n_tokens) * sum(
+        n_bytes_row
+    )
 
 
 class Ceiling:
@@ -30,13 +32,14 @@ class Ceiling:
     def __init__(self, context: Context, method: Method) -> None:
         self._context, self._method = context, method
         self._layers = context.session.layers
+        self._chunk = method.chunk_for(self._layers, context.n_ctx)
         self._of: Composed | None = None  # the compressed context that the limit is of
         self._limit, self._n_alloc, self._n_before = self.n_cells_full, 0, 0
 
     @property
     def chunk(self) -> int:
         """Returns the largest number of tokens that there is room for at once, in an empty cache as well."""
-        return min(self._method.chunk, self.n_cells_full)
+        return min(self._chunk, self.n_cells_full)
 
     @property
     def n_bytes(self) -> int:
@@ -77,9 +80,8 @@ class Ceiling:
         if composed is None:
             return self.n_cells_full
         n_layer, n_rows = len(self._layers), int(composed.rows.n_rows.sum())
-        chunk = self._method.chunk
-        n_most = self._method.n_composites(self._layers, self._context.n_ctx) + chunk * n_layer
-        return composed.rows.end + min(chunk, (n_most - n_rows) // n_layer)  # the room that it was composed with
+        n_most = self._method.n_composites(self._layers, self._context.n_ctx) + self._chunk * n_layer
+        return composed.rows.end + min(self._chunk, (n_most - n_rows) // n_layer)  # the room that it was composed with
 
     def _compose(self) -> None:
         context, method, n_tokens = self._context, self._method, self._context.n_tokens
@@ -89,6 +91,6 @@ class Ceiling:
                 return
             reading.begin(context.tokens)
         n_tail = min(method.n_answer, n_tokens - max(1, context.n_context))
-        reading.compose(self._method.chunk, n_tail=n_tail)
+        reading.compose(self._chunk, n_tail=n_tail)
         report = reading.report()
         context.report = report if context.report is None else report.after(context.report)

@@ -56,7 +56,7 @@ def compress(context: Context, tokens: Sequence[int], method: Method, suffix: Se
             n_first = first_part(reading.method, context.session.layers, n_tokens)
             reading.begin(tokens[:n_first], tokens[n_first:] or suffix)
         reading.go_on(tokens)
-        reading.compose(method.chunk if method.has_ceiling else method.n_room)
+        reading.compose(method.chunk_for(context.session.layers, n_tokens) if method.has_ceiling else method.n_room)
     context.report = reading.report()
     return context.report
 

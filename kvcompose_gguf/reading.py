@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,11 +14,13 @@ from .methods.base import Method
 from .methods.continuing import choice_of
 from .native.rows import ContextRows, NewRows
 from .plan import seam
+from .plan.budget import PART
 from .plan.geometry import LayerGeometry
 from .plan.report import KVReport
 from .plan.rows import Rows
 from .scoring.collect import Attention
 from .scoring.evidence import Evidence
+from .scoring.newest import attention_to_newest
 from .scoring.requests import AttentionRequest, StateRequest
 from .support.printing import megabytes
 from .support.timing import Stopwatch, timed
@@ -31,33 +32,41 @@ def attend(
     request: AttentionRequest | None,
     suffix: Sequence[int] = (),
     max_bytes: int = 64 << 20,
+    length: int = 0,
 ) -> Attention:
     """Prefills ``tokens`` and returns the attention that ``request`` asks for, if any (``AttentionRequest.collect``).
 
     Args:
         suffix: tokens that follow the context in its prompt.
         max_bytes: limit of the working memory, not counting the scores.
+        length: length of the whole context, if ``tokens`` are only its beginning.
     """
     if request is None:
         n_prefilled, seconds = timed(lambda: context.prefill(tokens))
         return Attention([], n_prefilled, seconds, 0.0, 0)
     try:
-        return request.collect(context, tokens, suffix, context.vocabulary.tokens, max_bytes)
+        return request.collect(context, tokens, suffix, context.vocabulary.tokens, max_bytes, length)
     finally:
         context.forget_logits()  # the last logits belong to another decode
 
 
-def evidence_of(context: Context, tokens: Sequence[int], attention: Attention, states: StateRequest | None) -> Evidence:
-    """Returns the evidence of a full cache that holds ``tokens``."""
+def evidence_of(
+    context: Context, tokens: Sequence[int], attention: Attention, states: StateRequest | None, length: int = 0
+) -> Evidence:
+    """Returns the evidence of a full cache that holds ``tokens``.
+
+    Args:
+        length: as for ``attend``.
+    """
     queries = [] if states is None else states.collect(context, tokens)
-    rows, layers = ContextRows(context.session, len(tokens)), context.session.layers
-    return Evidence(len(tokens), layers, attention.layers, attention.n_window, rows, queries, attention.repeated)
+    rows, layers, n = ContextRows(context.session, len(tokens)), context.session.layers, len(tokens)
+    return Evidence(n, layers, attention.layers, attention.n_window, rows, queries, attention.repeated, length=length)
 
 
 def check_ceiling(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> None:
     """Raises ContextLengthError if a context has to be read as a whole, and then takes more than ``max_kv_bytes``."""
     n_rows = method.n_composites(layers, n_tokens) // len(layers)
-    if method.max_kv_bytes is None or method.streams or n_tokens <= n_rows + method.chunk:
+    if method.max_kv_bytes is None or method.streams or n_tokens <= n_rows + method.chunk_for(layers, n_tokens):
         return
     n_bytes = n_tokens * sum(layer.n_bytes_row for layer in layers)
     name = type(method).__name__
@@ -71,7 +80,7 @@ def check_ceiling(method: Method, layers: Sequence[LayerGeometry], n_tokens: int
 def first_part(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
     """Returns how many tokens of a context are read before any is evicted: all, unless it is read in parts."""
     n_rows = method.n_composites(layers, n_tokens) // len(layers)
-    if not method.reads_in_parts or n_tokens + START_CELLS <= n_rows + method.chunk:
+    if not method.reads_in_parts or n_tokens + START_CELLS <= n_rows + method.chunk_for(layers, n_tokens):
         return n_tokens
     return min(n_tokens, most_tokens(method, layers, n_tokens))
 
@@ -85,16 +94,16 @@ def most_tokens(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) 
 def most_cells(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
     """Returns how many cells a full cache may have: those of the budget and a chunk, in llama.cpp's steps."""
     n_rows = method.n_composites(layers, n_tokens) // len(layers)
-    return max(2, (n_rows + method.chunk) // START_CELLS) * START_CELLS
+    return max(2, (n_rows + method.chunk_for(layers, n_tokens)) // START_CELLS) * START_CELLS
 
 
 def part_size(chunk: int, n_rows: int) -> int:
-    """Returns how many tokens are read between two compositions: a chunk, or fewer if less than a chunk is kept.
+    """Returns how many tokens are read between two compositions: at most a chunk, and as many as are kept.
 
     A part sees what is left of the parts before it. Budget and chunk are the ceiling in any case, so the shorter the
     part, the more is left. That matters where little is kept: SmolLM2, 2,048 tokens, 87.5 % removed.
     """
-    return max(1, min(chunk, n_rows), chunk // 4)
+    return max(1, min(chunk, PART, max(n_rows, chunk // 4)))
 
 
 class Reading:
@@ -126,16 +135,14 @@ class Reading:
 
     def begin(self, tokens: Sequence[int], suffix: Sequence[int] = ()) -> None:
         """Reads the first tokens into a full cache, and scores them with all evidence that the method asks for."""
-        method, time = self.method, self._clock.time
-        self._attention = attend(self._context, tokens, method.attention_request, suffix, method.max_score_bytes)
-        is_part = len(tokens) < self._n_tokens
-        if is_part:
-            self._context.session.reserve(most_cells(method, self._layers, self._n_tokens))
+        method, context, time, length = self.method, self._context, self._clock.time, self._n_tokens
+        request, states = method.attention_request, method.state_request
+        self._attention = attend(context, tokens, request, suffix, method.max_score_bytes, length)
+        if len(tokens) < length:
+            context.session.reserve(most_cells(method, self._layers, length))
         self._look()
-        evidence = time("scores", lambda: evidence_of(self._context, tokens, self._attention, method.state_request))
+        evidence = time("scores", lambda: evidence_of(context, tokens, self._attention, states, length))
         self.method = time("scores", partial(method.taught_by, evidence))
-        if is_part:  # scored as the parts that follow are
-            evidence = replace(evidence, length=self._n_tokens)
         self.rows = self._scored(evidence)
 
     def resume(self, tokens: Sequence[int], unscored: bool = False) -> bool:
@@ -165,24 +172,31 @@ class Reading:
     def go_on(self, tokens: Sequence[int]) -> None:
         """Reads the rest of ``tokens``, part by part; composes the cache before a part that does not fit."""
         n_first, n_layer = self._context.n_tokens, len(self._layers)
-        n_most = self._n_total + self.method.chunk * n_layer
-        n_part = part_size(self.method.chunk, self._n_total // n_layer)
+        chunk = self.method.chunk_for(self._layers, self._n_tokens)
+        n_most = self._n_total + chunk * n_layer
+        n_part = part_size(chunk, self._n_total // n_layer)
         if n_first < len(tokens):
             self._context.meter.begin("reading", len(tokens), n_first)
         for first in range(n_first, len(tokens), n_part):
             part = tokens[first : first + n_part]
-            n_left = n_most - len(part) * n_layer
+            n_again = 0 if self._is_blind else self.method.n_again(len(part))
+            n_left = n_most - (len(part) + n_again) * n_layer
             if self.rows.n_rows.sum() > n_left:
                 # nobody continues a context that is interrupted here: its budget is another. No method has this name
-                self.compose(len(part), choice="unfinished", n_fresh=self.method.n_fresh, n_total=n_left)
+                room, n_fresh = len(part) + n_again, self.method.n_fresh
+                self.compose(room, choice="unfinished", n_fresh=n_fresh, n_total=n_left)
             self._clock.time("prefill", partial(self._context.extend, part))
             self._n_read += len(part)
-            self.score()
+            self.score(n_again)
         if n_first < len(tokens):
             self._context.forget_logits()
 
-    def score(self) -> None:
-        """Scores the tokens of the cache that have no scores."""
+    def score(self, n_again: int = 0) -> None:
+        """Scores the tokens of the cache that have no scores.
+
+        Args:
+            n_again: so many of them are evaluated a second time: what they pay to the others is seen, not predicted.
+        """
         self._look()
         first = self.rows.end
         if first < self._context.n_tokens:
@@ -191,7 +205,7 @@ class Reading:
                 scores = [np.zeros((layer.n_head_kv, n_new), np.float32) for layer in self._layers]
                 new = Rows.of_tokens(scores, first)
             else:
-                new = self._scored(self._evidence(first, n_new))
+                new = self._scored(self._clock.time("scores", partial(self._evidence, first, n_new, n_again)))
             self.rows = self.rows.followed_by(new)
 
     def compose(
@@ -251,9 +265,14 @@ class Reading:
         self._context.taught = self.method
         return Rows.of_tokens(scores, evidence.first)
 
-    def _evidence(self, first: int, n: int) -> Evidence:
+    def _evidence(self, first: int, n: int, n_again: int = 0) -> Evidence:
         """Returns the evidence of the newest ``n`` tokens of the cache, from position ``first`` on."""
-        return Evidence(n, self._layers, rows=NewRows(self._context.session, n), first=first, length=self._n_tokens)
+        context, length, attention = self._context, self._n_tokens, list[FloatArray]()
+        if n_again:
+            max_bytes = self.method.max_score_bytes
+            attention = attention_to_newest(context, context.tokens, n, n_again, length, max_bytes)
+            self._look()
+        return Evidence(n, self._layers, attention, rows=NewRows(context.session, n), first=first, length=length)
 
     def _look(self) -> None:
         self._peak = max(self._peak, self._context.session.state().n_bytes)

@@ -69,9 +69,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     llama.context.through = lambda decode, n_tokens: decode()
     found = found_keys(llama, KEYS)
     report, layers = llama.kv_report, llama.kv_layers
-    row = sum(layer.n_bytes_row for layer in layers)
-    n_rows = 0 if method is None else method.n_composites(layers, args.n_tokens) / len(layers)
-    chunk = 0 if method is None else method.chunk
+    row, n_tokens = sum(layer.n_bytes_row for layer in layers), args.n_tokens
+    n_rows = 0 if method is None else method.n_composites(layers, n_tokens) / len(layers)
+    chunk = 0 if method is None else method.chunk_for(layers, n_tokens)
     return {
         "ttft": ttft, "decode": len(answer) / seconds, "kv": peaks["kv"], "process": peaks["process"] - loaded,
         "ceiling": (n_rows + chunk) * row, "full": args.n_tokens * row,

@@ -150,9 +150,11 @@ def test_the_ceiling_holds_although_nothing_is_kept_of_what_was_learnt(
         seen.llama.load_session(tmp_path / "a.kvc")
     said = greedy(seen.llama, TOKENS[:640], 300)
     assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
-    n_context, last = seen.composed[-1][0], seen.composed[-1][1].positions[0][0]
+    n_context, rows = seen.composed[-1]
     assert n_context > 800
-    assert (np.diff(last[last > 640]) > 1).any() == is_known  # else the tokens between are the oldest of the answer
+    answers = [head[head > 640] for of_layer in rows.positions for head in of_layer]
+    has_gaps = any((np.diff(answer) > 1).any() for answer in answers)
+    assert has_gaps == is_known  # else the tokens that are missing are the oldest of the answer
     assert seen.n_evaluated - n_before == 40 + len(said) - 1
 
 
@@ -320,6 +322,29 @@ def test_predicted_scores_keep_a_ceiling_too(watched: Any, kept: Any) -> None:
     greedy(seen.llama, [*TOKENS, 5, 6, 7], 300)
     assert sum(seen.llama.session.n_rows_used()) <= 3 * (300 + 64)
     assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
+
+
+def test_a_share_of_every_part_is_read_again_where_it_would_stand_behind_the_whole_prompt(
+    make_llama: Any, monkeypatch: pytest.MonkeyPatch, kept: Any
+) -> None:
+    method = KVCompose(**{**RATIO, "allocation": None, "chunk": 128, "spot_check": 0.25})
+    llama = make_llama(CONFIG, method, n_ctx=4096)
+    for _ in range(2):  # these prompts teach
+        llama.compress(TOKENS)
+        llama.reset()
+    pieces, decode = [], llama.context.decode
+
+    def noted(tokens: Any, pos: int) -> None:
+        pieces.append((len(tokens), pos, list(tokens) == TOKENS[pos - 900 : pos - 900 + len(tokens)]))
+        decode(tokens, pos)
+
+    monkeypatch.setattr(llama.context, "decode", noted)
+    llama.compress(TOKENS)
+    assert all(is_same for _, _, is_same in pieces)
+    assert [pos for _, pos, _ in pieces] == sorted(pos for _, pos, _ in pieces)
+    assert pieces[-1][1] > 900 + 800
+    assert all(n == 32 for n, _, _ in pieces[1:-1])
+    assert sum(n for n, _, _ in pieces) >= 0.2 * 900
 
 
 def test_the_cpu_computes_fewer_tokens_at_once_for_a_method(make_llama: Any) -> None:

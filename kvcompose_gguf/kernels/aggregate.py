@@ -201,3 +201,13 @@ def pool_tokens(scores: FloatArray, kernel: int, kind: str) -> FloatArray:
     """
     check_odd("kernel", kernel)
     return _pool_tokens(as_c(scores, "scores", np.float32, 2), kernel, _use_max(kind))
+
+
+def with_forced(scores: FloatArray, positions: IntArray, n_sink: int, end: int) -> FloatArray:
+    """Returns ``scores`` ``(n_head_kv, n)``, infinite only for tokens before ``n_sink`` and from ``end`` on."""
+    forced = (positions < n_sink) | (positions >= end)
+    if not forced.any():
+        return scores
+    out: FloatArray = np.minimum(scores, np.finfo(np.float32).max)
+    out[forced] = np.inf
+    return out

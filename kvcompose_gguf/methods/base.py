@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.threads import map_layers
-from ..kernels.types import FloatArray, IntArray
+from ..kernels.types import FloatArray
 from ..measurements.learned import Learned
 from ..plan import budget
 from ..plan.composition import CompositionPlan
@@ -50,8 +50,9 @@ class Method:
             layers x query heads x tokens).
         n_room: free cells to leave after the composites; the cache grows beyond them when needed.
         chunk: room above the budget, in tokens, while a prompt is read that does not fit both. The cache is composed
-            before each part of as many tokens, or fewer if the budget is less. More room gives better keys and values.
-            Only methods that score tokens alone do so (``scores_alone``); others need all of the prompt first.
+            before each part of 512 tokens, or fewer if budget or chunk are less. More room gives better keys and
+            values. None: 512; for ``compression_ratio`` at least as many as are kept, so that reading takes twice as
+            much as its result. Only methods that score tokens alone do so (``scores_alone``); others need all first.
         n_fresh: so many of the newest tokens stay in every head until the next chunk is read.
         n_answer: the same when an answer or a conversation makes the cache a chunk larger than the budget. Both are at
             most a quarter of the budget. Methods that score tokens alone keep ``max_kv_bytes`` and ``n_kept`` at all
@@ -73,7 +74,7 @@ class Method:
     min_tokens: int = 256
     max_score_bytes: int = 64 << 20
     n_room: int = 256
-    chunk: int = 512
+    chunk: int | None = None
     n_fresh: int = 128
     n_answer: int = 1024
     allocation: Allocation | str | None = None
@@ -83,12 +84,11 @@ class Method:
         check_number("n_kept", self.n_kept, optional=True)
         if isinstance(self.max_kv_bytes, str):
             object.__setattr__(self, "max_kv_bytes", parse_bytes("max_kv_bytes", self.max_kv_bytes))
-        check_integer("max_kv_bytes", self.max_kv_bytes, optional=True)
-        for name in (
-            "n_sink", "n_recent", "protect_first", "n_fresh", "n_answer", "keep_last", "min_tokens",
-            "max_score_bytes", "n_room", "chunk",
-        ):  # fmt: skip
+        counts = ("n_sink", "n_recent", "protect_first", "keep_last", "n_fresh", "n_answer")
+        for name in (*counts, "min_tokens", "max_score_bytes", "n_room"):
             check_integer(name, getattr(self, name))
+        for name in ("max_kv_bytes", "chunk"):
+            check_integer(name, getattr(self, name), optional=True)
         budgets = {name: getattr(self, name) for name in ("compression_ratio", "max_kv_bytes", "n_kept")}
         given = {name: value for name, value in budgets.items() if value is not None}
         if len(given) != 1:
@@ -99,7 +99,7 @@ class Method:
             check_positive(name, getattr(self, name))
         if self.n_room >= 1 << 31:
             raise ConfigError(f"n_room={self.n_room} is not below 2^31")
-        for name in ("n_sink", "n_recent", "protect_first", "keep_last", "n_fresh", "n_answer"):
+        for name in counts:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is negative")
         if isinstance(self.allocation, str):
@@ -141,6 +141,10 @@ class Method:
     @property
     def n_on_top(self) -> int:
         """Returns how many tokens are evaluated on top of a part that is read; call ``informed`` before."""
+        return 0
+
+    def n_again(self, n_tokens: int) -> int:
+        """Returns how many of a later part's ``n_tokens`` are evaluated twice to score it; call ``informed`` before."""
         return 0
 
     @property
@@ -244,6 +248,12 @@ class Method:
         assert isinstance(self.max_kv_bytes, int)
         return budget.composites_for_bytes(self.max_kv_bytes, layers, n_tokens)
 
+    def chunk_for(self, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
+        """Returns the room above the budget, in tokens, while a context of ``n_tokens`` is read."""
+        if self.chunk is not None or self.compression_ratio is None:
+            return self.chunk or budget.PART
+        return max(budget.PART, self.n_composites(layers, n_tokens) // len(layers))
+
     def plan(self, evidence: Evidence, scores: Sequence[FloatArray] | None = None) -> CompositionPlan:
         """Returns which tokens every head keeps (KVCompose steps 6 to 9, with any allocation of the budget).
 
@@ -272,7 +282,7 @@ class Method:
         """
 
         def rank(l: int) -> tuple[FloatArray, np.ndarray]:
-            forced = with_forced(rows.scores[l], rows.positions[l], n_sink, n_tokens - n_recent)
+            forced = aggregate.with_forced(rows.scores[l], rows.positions[l], n_sink, n_tokens - n_recent)
             return forced, aggregate.rank_tokens(forced)
 
         ranked = map_layers(rank, len(rows.scores))
@@ -288,13 +298,3 @@ class Method:
             scores: as for ``plan``.
         """
         return Trial(self.plan(evidence, scores))
-
-
-def with_forced(scores: FloatArray, positions: IntArray, n_sink: int, end: int) -> FloatArray:
-    """Returns ``scores`` ``(n_head_kv, n)``, infinite only for tokens before ``n_sink`` and from ``end`` on."""
-    forced = (positions < n_sink) | (positions >= end)
-    if not forced.any():
-        return scores
-    out: FloatArray = np.minimum(scores, np.finfo(np.float32).max)
-    out[forced] = np.inf
-    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,42 +18,17 @@ from ..models.hashes import remembered
 from ..native.family import family_of
 from ..plan.geometry import LayerGeometry
 from ..scoring.evidence import Evidence
-from ..scoring.requests import CHUNK, AttentionRequest, Prefill, Prompts, Queries, Repeat, SpotCheck, Window
+from ..scoring.requests import CHUNK, AttentionRequest, Repeat, SpotCheck
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
 from .allocation import Allocation, GlobalRanking
 from .base import Method
+from .modes import MODES
 from .predictor import Predictor
 
 K = TypeVar("K", bound="KVCompose")
 
 #: the agg_task and agg_group that are learnt
 PREDICTED = ("max", "mean")
-
-
-@dataclass(frozen=True)
-class Mode:
-    """One value of the option ``scoring``.
-
-    Attributes:
-        takes: the options that only some values of ``scoring`` allow, of those that this one allows.
-        queries: returns the tokens whose attention it collects; None: it collects no attention.
-    """
-
-    takes: tuple[str, ...]
-    queries: Callable[[KVCompose], Queries | None]
-
-
-_REPEATED = ("scoring_fraction", "instruction")
-
-#: the values of the option ``scoring``
-MODES = {
-    "auto": Mode(_REPEATED, lambda method: method.repeat()),  # until ``for_model`` decides
-    "learned": Mode((), lambda method: method.check()),
-    "repeat": Mode(_REPEATED, lambda method: method.repeat()),
-    "prompts": Mode(("prompts",), lambda method: Prompts(tuple(method.prompts), method.scoring_chunk)),
-    "window": Mode((), lambda method: Window(method.window)),
-    "prefill": Mode((), lambda method: Prefill()),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +68,8 @@ class KVCompose(Method):
             they then have nearly; False: each directly after the context (``scoring.requests.Repeat``).
         spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a fifth of a model's
             first prompt, 256 to 1,024 tokens; all of the second, at most 2,048 tokens; later an eighth or, if the
-            prediction is good, a sixteenth, at most 256 tokens. 0: nothing, once two prompts are known.
+            prediction is good, a sixteenth, at most 256 tokens. 0: nothing, once two prompts are known. Of each later
+            part of a prompt that is read in parts the same share is repeated, at most 128 tokens.
         learn: keep what is learnt of the model for later prompts and processes. ``scoring="repeat"`` teaches as well,
             if it is ``in_place`` or whole (``scoring_chunk=None``). With ``KVCOMPOSE_LEARN=off`` in the environment
             nothing is kept or used: every prompt is scored as if it were the model's first.
@@ -191,8 +167,8 @@ class KVCompose(Method):
         return Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction, in_place=self.in_place)
 
     def check(self) -> SpotCheck | None:
-        """Returns the pieces of the context that ``scoring="learned"`` repeats; None: it only predicts."""
-        return self.predictor.check(self.spot_check)
+        """Returns the pieces of the context that ``scoring="learned"`` repeats; None: none."""
+        return self.predictor.check(self.spot_check) if self.scoring == "learned" else None
 
     @property
     def can_be_predicted(self) -> bool:
@@ -211,9 +187,13 @@ class KVCompose(Method):
     @property
     def n_on_top(self) -> int:
         check = self.check()
-        if self.scoring != "learned" or check is None:
+        if check is None:
             return 0
         return check.piece if self.predictor.is_trusted else CHUNK  # a whole repeat goes in chunks
+
+    def n_again(self, n_tokens: int) -> int:
+        check = self.check()
+        return 0 if check is None else check.n_of_part(n_tokens)
 
     def can_score_alone(self, layers: Sequence[LayerGeometry]) -> bool:
         return self.streams and self.known is not None and self.known.fits(layers)

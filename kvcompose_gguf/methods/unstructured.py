@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UnsupportedError
+from ..kernels import aggregate
 from ..kernels.types import FloatArray
 from ..plan.rows import Rows
 from ..plan.trial import Trial
 from ..scoring.evidence import Evidence
-from .base import with_forced
 from .kvcompose import KVCompose
 
 
@@ -40,7 +40,9 @@ class Unstructured(KVCompose):
         n_head_kv = evidence.layers[0].n_head_kv  # a composite is a row of this many heads
         n_sink, n_recent = self.forced(evidence.layers, n_tokens)
         positions = Rows.of_tokens(scores).positions
-        forced = [with_forced(s, p, n_sink, n_tokens - n_recent) for s, p in zip(scores, positions, strict=True)]
+        forced = [
+            aggregate.with_forced(s, p, n_sink, n_tokens - n_recent) for s, p in zip(scores, positions, strict=True)
+        ]
         everything = np.concatenate([s.ravel() for s in forced])
         visible = np.zeros(everything.size, dtype=bool)
         visible[np.argsort(-everything, kind="stable")[: n_rows * n_head_kv]] = True

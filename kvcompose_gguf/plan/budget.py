@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from ..errors import ConfigError
 from .geometry import LayerGeometry
 
+#: largest number of tokens that are read between two compositions
+PART = 512
+
 
 def composites_for_ratio(compression_ratio: float, n_layer: int, n_tokens: int) -> int:
     """Returns ``int(n_layer * n_tokens * (1 - compression_ratio))``, the reference's rounding (kvcompose_press.py)."""

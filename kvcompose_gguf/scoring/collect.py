@@ -169,12 +169,14 @@ class Scorer:
         use_max: aggregate over the queries by the maximum; False: by the mean over those that can see the token.
         max_bytes: limit of the working memory, not counting the scores.
         tokenize: returns the tokens of a text that follows another text.
+        length: length of the whole context, if only its beginning is in the cache; 0: all of it is.
     """
 
     reader: Reader
     use_max: bool
     max_bytes: int
     tokenize: Callable[[str], Sequence[int]] | None = None
+    length: int = 0
 
     def tokens_of(self, text: str) -> list[int]:
         """Returns the tokens of a text."""
@@ -204,13 +206,14 @@ class Scorer:
         Args:
             introduction: returns the tokens to put before the chunk that starts at a given token; they are queries too.
             own: score a token only by the chunk that repeats it; the query must be the context.
-            in_place: put each chunk at its place after position N, or as near to it as the positions that the model was
-                trained for allow; False: all at N.
+            in_place: put each chunk at its place after the end of the whole context, or as near to it as the positions
+                that the model was trained for allow; False: all directly after what is in the cache.
         """
         n_tokens = len(tokens)
         n_query = max((len(query.tokens) for query in queries), default=0)
         if n_query == 0:
             raise ConfigError("there is no query token to score with: give a context and prompts that are not empty")
+        n_unread = max(0, self.length - n_tokens)
         n_words = max(len(introduction(0)), len(introduction(n_query)))
         chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.reader.session.state().n_cells)
         chunks = [
@@ -229,7 +232,7 @@ class Scorer:
             with self._scoring(n_tokens):
                 for query in judges:
                     n_after = max(0, self.reader.n_ctx_train - n_tokens - len(query.tokens))
-                    gap = min(query.place, n_after) if in_place else 0
+                    gap = min(n_unread + query.place, n_after) if in_place else 0
                     with self.reader.on_top(gap):
                         self._decode(query.tokens, n_tokens + gap)
                 new = self.reader.session.scores(n_tokens)

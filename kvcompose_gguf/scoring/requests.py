@@ -137,10 +137,16 @@ class SpotCheck(Queries):
         for name in ("most", "piece", "least"):
             check_positive(name, getattr(self, name))
 
+    def n_of_part(self, n_tokens: int) -> int:
+        """Returns how many tokens of a later part of the context are evaluated again: the share, at most a piece."""
+        return min(self.piece, round(self.share * n_tokens))
+
     def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
         """Evaluates the pieces again on top of the context's cache."""
-        share = min(1.0, max(self.share, self.least / len(tokens)))
-        share = share if self.most is None else min(share, self.most / len(tokens))
+        # as many as of the whole context, although these may be only its beginning
+        n_check = max(self.share * max(scorer.length, len(tokens)), self.least)
+        n_check = n_check if self.most is None else min(n_check, self.most)
+        share = min(1.0, n_check / len(tokens))
         places = spread(len(tokens), share, min(self.piece, self.most or self.piece), self.to_end)
         attention = scorer.on_top(pieces_at(places, tokens), max(CHUNK, self.piece), tokens, in_place=True)
         return replace(attention, repeated=_positions(places))
@@ -220,6 +226,7 @@ class AttentionRequest:
         suffix: Sequence[int] = (),
         tokenize: Callable[[str], Sequence[int]] | None = None,
         max_bytes: int = 64 << 20,
+        length: int = 0,
     ) -> Attention:
         """Prefills ``tokens`` and returns the attention that this request asks for.
 
@@ -227,11 +234,13 @@ class AttentionRequest:
             suffix: tokens that follow the context in its prompt; the last of them are the queries of ``Window``.
             tokenize: returns the tokens of a text, for ``Prompts`` and instructions.
             max_bytes: limit of the working memory, not counting the scores.
+            length: length of the whole context, if ``tokens`` are only its beginning.
         Raises:
             ContextLengthError: the context leaves no cell for queries on top of it.
             ConfigError: there are no queries.
         """
-        return self.queries.collect(Scorer(reader, self.aggregation == "max", max_bytes, tokenize), tokens, suffix)
+        scorer = Scorer(reader, self.aggregation == "max", max_bytes, tokenize, length)
+        return self.queries.collect(scorer, tokens, suffix)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -44,6 +45,15 @@ class Meter:
             n_done = min(self._progress.n_done + n_tokens, self._progress.n_total)
             self._progress = replace(self._progress, n_done=n_done)
             self._tell()
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Does not count what is evaluated in the ``with`` block."""
+        progress, self._progress = self._progress, None
+        try:
+            yield
+        finally:
+            self._progress = progress
 
     def _tell(self) -> None:
         if self._report is not None and self._progress is not None:

@@ -87,6 +87,25 @@ def test_scores_are_the_attention_of_the_same_decodes(make, arch):
         assert scores.max() > 2 * scores.min()
 
 
+@special
+def test_scores_of_a_composed_cache_are_the_attention_to_its_rows(make, arch):
+    with watched("kq_soft_max") as watcher:
+        llama = make(arch)
+        llama.context.prefill(CONTEXT)
+        llama.session.compose(some_plan(llama))
+        llama.context.extend(AFTER)
+        n_rows = llama.session.n_rows_used()
+        watcher.on = True
+        with llama.session.scoring("max", max(n_rows), 1 << 20):
+            decode_one_by_one(llama, AFTER[:3])
+            got = llama.session.scores(max(n_rows))
+    for scores, n, layer in zip(got, n_rows, llama.kv_layers, strict=True):
+        readers = [il for il, owner in arch.owners.items() if owner == layer.il] + [layer.il]
+        seen = [each[:, :, :n].max(axis=1) for il in readers for each in watcher.seen[il]]
+        assert np.abs(scores[:, :n] - np.max(seen, axis=0)).max() <= 1e-4
+        assert scores[:, n - len(AFTER) : n].max() > 0
+
+
 @every_arch
 def test_a_masked_model_equals_a_compacted_one(make, arch):
     llama, masked, full = (make(arch) for _ in range(3))

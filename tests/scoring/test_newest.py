@@ -1,0 +1,46 @@
+"""The attention that a piece of the newest tokens pays to them, behind older tokens that may be composites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from support import tiny
+
+from kvcompose_gguf import CompositionPlan
+from kvcompose_gguf.scoring.newest import attention_to_newest
+
+CONFIG = tiny.GQA
+TOKENS = tiny.tokens(CONFIG, 400, seed=5)
+
+
+@pytest.mark.parametrize("flash_attn", [False, True])
+def test_new_tokens_behind_a_composed_cache_are_scored_as_behind_a_full_one(make_llama: Any, flash_attn: bool) -> None:
+    llama = make_llama(CONFIG, None, n_ctx=4096, flash_attn=flash_attn)
+    llama.context.prefill(TOKENS[:300])
+    llama.compose(CompositionPlan.keep_all(300, [2, 2, 2]))
+    llama.context.extend(TOKENS[300:])
+    got = attention_to_newest(llama.context, TOKENS, 100, 20, 900, 1 << 20)
+    assert llama.context.tokens == TOKENS
+    llama.context.reset()
+    llama.context.prefill(TOKENS)
+    with llama.session.scoring("max", 400, 1 << 20):
+        with llama.context.on_top(900 + 340 - 400):  # the middle of the new tokens, behind all 900
+            llama.context.decode(TOKENS[340:360], 900 + 340)
+        want = [scores[:, 300:] for scores in llama.session.scores(400)]
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == (CONFIG.n_head, 100)
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert b.max() > 1e-3
+
+
+def test_a_piece_beyond_what_the_model_was_trained_for_comes_as_near_as_it_may(make_llama: Any) -> None:
+    llama = make_llama(CONFIG, None, n_ctx=4096)
+    llama.context.prefill(TOKENS)
+    decoded: list[int] = []
+    decode = llama.context.decode
+    llama.context.decode = lambda tokens, pos: (decoded.append(pos), decode(tokens, pos))
+    most = llama.context.n_ctx_train
+    attention_to_newest(llama.context, TOKENS, 100, 20, most, 1 << 20)
+    assert decoded == [most - 20]
