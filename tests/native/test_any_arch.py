@@ -230,6 +230,10 @@ def test_a_model_learns_from_what_it_reads(make, arch, folder, monkeypatch):
     for seed in range(4):
         llama.compress(tiny.tokens(tiny.GQA, 600, seed=20 + seed))
     assert llama.kv_report.scoring.startswith("predicted")
+    llama.kv_compressor = KVCompose(n_kept=150, chunk=64, min_tokens=100, keep_last=0, scoring="learned")
+    report = llama.compress(tiny.tokens(tiny.GQA, 600, seed=30))  # part by part, each with a check of its own
+    assert report.n_composed > 1
+    assert report.n_kept.sum() == 150 * len(llama.kv_layers)
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["full", "compressed"])
