@@ -14,9 +14,8 @@ from .reading import Reading, most_cells, most_tokens
 def ceiling_bytes(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -> int:
     """Returns the largest number of bytes that a cache of a method that ``has_ceiling`` may have for ``n_tokens``."""
     n_bytes_row = [layer.n_bytes_row for layer in layers]
-    return method.n_composites(layers, n_tokens) * max(n_bytes_row) + method.chunk_for(layers, n_tokens) * sum(
-        n_bytes_row
-    )
+    n_composites, chunk = method.n_composites(layers, n_tokens), method.chunk_for(layers, n_tokens)
+    return n_composites * max(n_bytes_row) + chunk * sum(n_bytes_row)
 
 
 class Ceiling:

@@ -180,6 +180,7 @@ class Reading:
         for first in range(n_first, len(tokens), n_part):
             part = tokens[first : first + n_part]
             n_again = 0 if self._is_blind else self.method.n_again(len(part))
+            n_again = min(n_again, self._context.n_ctx - first - len(part))  # a layer may have kept every token
             n_left = n_most - (len(part) + n_again) * n_layer
             if self.rows.n_rows.sum() > n_left:
                 # nobody continues a context that is interrupted here: its budget is another. No method has this name

@@ -347,6 +347,21 @@ def test_a_share_of_every_part_is_read_again_where_it_would_stand_behind_the_who
     assert sum(n for n, _, _ in pieces) >= 0.2 * 900
 
 
+@pytest.mark.parametrize("ratio", [0.1, 0.6])
+def test_parts_are_checked_with_as_many_tokens_as_the_context_has_room_for(
+    make_llama: Any, kept: Any, ratio: float
+) -> None:
+    options = RATIO | {"allocation": None, "chunk": 128, "spot_check": 0.25, "keep_last": 1}
+    method = KVCompose(**options | {"compression_ratio": ratio})
+    teacher = make_llama(CONFIG, method, n_ctx=4096)
+    for _ in range(2):
+        teacher.compress(TOKENS)
+        teacher.reset()
+    report = make_llama(CONFIG, method, n_ctx=768).compress(TOKENS[:767])
+    assert report.n_kept.sum() == int(3 * 767 * (1 - ratio))
+    assert report.scoring.startswith("predicted")
+
+
 def test_the_cpu_computes_fewer_tokens_at_once_for_a_method(make_llama: Any) -> None:
     method = KVCompose(n_kept=300)
     n_ubatch = [
