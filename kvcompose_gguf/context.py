@@ -252,7 +252,7 @@ class Context(Holdings):
 
         Raises:
             ConfigError: an array does not fit.
-            UnsupportedError: the values are quantized.
+            UnsupportedError: the values are quantized or latent.
         """
         write_values(self.session, values)
 

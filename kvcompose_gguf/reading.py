@@ -175,12 +175,12 @@ class Reading:
         chunk = self.method.chunk_for(self._layers, self._n_tokens)
         n_most = self._n_total + chunk * n_layer
         n_part = part_size(chunk, self._n_total // n_layer)
+        n_part -= min(n_part // 2, max(0, n_part + self._n_again(n_part) - chunk))  # both fit into the chunk
         if n_first < len(tokens):
             self._context.meter.begin("reading", len(tokens), n_first)
         for first in range(n_first, len(tokens), n_part):
             part = tokens[first : first + n_part]
-            n_again = 0 if self._is_blind else self.method.n_again(len(part))
-            n_again = min(n_again, self._context.n_ctx - first - len(part))  # a layer may have kept every token
+            n_again = min(self._n_again(len(part)), self._context.n_ctx - first - len(part))  # a layer may keep all
             n_left = n_most - (len(part) + n_again) * n_layer
             if self.rows.n_rows.sum() > n_left:
                 # nobody continues a context that is interrupted here: its budget is another. No method has this name
@@ -191,6 +191,9 @@ class Reading:
             self.score(n_again)
         if n_first < len(tokens):
             self._context.forget_logits()
+
+    def _n_again(self, n_tokens: int) -> int:
+        return 0 if self._is_blind else self.method.n_again(n_tokens)
 
     def score(self, n_again: int = 0) -> None:
         """Scores the tokens of the cache that have no scores.

@@ -51,8 +51,8 @@ class Method:
         n_room: free cells to leave after the composites; the cache grows beyond them when needed.
         chunk: room above the budget, in tokens, while a prompt is read that does not fit both. The cache is composed
             before each part of 512 tokens, or fewer if budget or chunk are less. More room gives better keys and
-            values. None: 512; for ``compression_ratio`` at least as many as are kept, so that reading takes twice as
-            much as its result. Only methods that score tokens alone do so (``scores_alone``); others need all first.
+            values. None: 512; for ``compression_ratio`` as many as are kept, but at least 512. Only methods that score
+            tokens alone do so (``scores_alone``); others read the whole prompt first.
         n_fresh: so many of the newest tokens stay in every head until the next chunk is read.
         n_answer: the same when an answer or a conversation makes the cache a chunk larger than the budget. Both are at
             most a quarter of the budget. Methods that score tokens alone keep ``max_kv_bytes`` and ``n_kept`` at all

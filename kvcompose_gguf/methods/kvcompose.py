@@ -69,7 +69,7 @@ class KVCompose(Method):
         spot_check: share of the context that ``scoring="learned"`` repeats, in [0, 1]. None: a fifth of a model's
             first prompt, 256 to 1,024 tokens; all of the second, at most 2,048 tokens; later an eighth or, if the
             prediction is good, a sixteenth, at most 256 tokens. 0: nothing, once two prompts are known. Of each later
-            part of a prompt that is read in parts the same share is repeated, at most 128 tokens.
+            part of a prompt that is read in parts this share (None: an eighth) is repeated, at most 128 tokens.
         learn: keep what is learnt of the model for later prompts and processes. ``scoring="repeat"`` teaches as well,
             if it is ``in_place`` or whole (``scoring_chunk=None``). With ``KVCOMPOSE_LEARN=off`` in the environment
             nothing is kept or used: every prompt is scored as if it were the model's first.
@@ -189,11 +189,10 @@ class KVCompose(Method):
         check = self.check()
         if check is None:
             return 0
-        return check.piece if self.predictor.is_trusted else CHUNK  # a whole repeat goes in chunks
+        return CHUNK if check.share == 1 else check.piece  # a whole repeat goes in chunks
 
     def n_again(self, n_tokens: int) -> int:
-        check = self.check()
-        return 0 if check is None else check.n_of_part(n_tokens)
+        return self.predictor.n_again(self.spot_check, n_tokens) if self.scoring == "learned" else 0
 
     def can_score_alone(self, layers: Sequence[LayerGeometry]) -> bool:
         return self.streams and self.known is not None and self.known.fits(layers)

@@ -25,6 +25,9 @@ N_PROMPTS, N_TOKENS = 2, 512
 #: the same for prompts from then on; these pieces check the prediction, correct it, and teach more
 CHECK_SHARE, CHECK_MOST = 0.125, 256
 
+#: largest number of tokens of a later part that are repeated
+PART_MOST = 128
+
 #: share of a prompt if the agreement of the latest ones has at least this mean
 SURE_SHARE, SURE = 0.0625, 0.7
 
@@ -70,6 +73,14 @@ class Predictor:
             is_sure = np.mean(self.known.agreements) >= SURE
             return SpotCheck(SURE_SHARE if is_sure else CHECK_SHARE, CHECK_MOST, to_end=False)
         return SpotCheck(share) if share else None
+
+    def n_again(self, share: float | None, n_tokens: int) -> int:
+        """Returns how many of a later part's ``n_tokens`` are repeated: they show which of its tokens are important.
+
+        Args:
+            share: the share that the user wants; None: as if the prediction were not sure.
+        """
+        return min(PART_MOST, round((CHECK_SHARE if share is None else share) * n_tokens))
 
     def taught_by(self, evidence: Evidence, seen: Sequence[FloatArray], keep: bool) -> Predictor:
         """Returns this with what the repeated pieces of a context taught.

@@ -82,6 +82,8 @@ class Variant(KVCompose):
         layer = evidence.layers[l]
         if layer.v_quantized:
             raise UnsupportedError("output_norm=True: quantized values are Hadamard-rotated and cannot be weighed")
+        if layer.v_in_k:
+            raise UnsupportedError("output_norm=True: latent attention has another output matrix behind its values")
         values = np.repeat(evidence.values(l), layer.n_head // layer.n_head_kv, axis=0)
         squared = np.einsum("hid,hde,hie->hi", values, self.grams[layer.il], values, optimize=True)
         weighed: FloatArray = (evidence.attention[l] * np.sqrt(np.maximum(squared, 0))).astype(np.float32)

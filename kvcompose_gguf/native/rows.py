@@ -73,7 +73,8 @@ def read_rows(session: KVSession, ikv: int, which: Literal["k", "v"], n_rows: in
     """Returns ``n_rows`` rows of cached layer ``ikv`` from ``first`` on, float32 ``(n_head_kv, n_rows, n_embd_head)``.
 
     Rows are returned as stored: keys with their rotation, and both Hadamard-rotated if they are quantized
-    (llama-kv-cache.cpp, attn_rot_k and attn_rot_v), which keeps norms and products. Their contents are not checked.
+    (llama-kv-cache.cpp, attn_rot_k and attn_rot_v), which keeps norms and products; latent rows never are. Their
+    contents are not checked.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize

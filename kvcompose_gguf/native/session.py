@@ -168,7 +168,7 @@ class KVSession:
 
     @contextmanager
     def scoring(self, agg: str, n_cells: int, max_bytes: int) -> Iterator[None]:
-        """Makes decodes in the ``with`` block collect attention on the cells ``[0, n_cells)``; any exit ends it.
+        """Makes decodes in the ``with`` block collect attention on a layer's first ``n_cells`` rows; any exit ends it.
 
         Args:
             agg: ``"max"`` or ``"sum"`` over the query tokens of all decodes.

@@ -279,7 +279,7 @@ class Scorer:
     def of_prefill(self, tokens: Sequence[int]) -> Attention:
         """Scores with the context's own tokens during the prefill, so all of them are evaluated again."""
         start = time.perf_counter()
-        self.reader.prefill([], False)  # empties the cache: a compressed one cannot be scored
+        self.reader.prefill([], False)  # empties the cache: all of the context is needed
         with self._scoring(len(tokens)):
             n_prefilled = self.reader.prefill(tokens, False)
             prefilled = time.perf_counter()

@@ -55,8 +55,8 @@ class QueryStates:
 class Evidence:
     """The data a method reads: a context in a full cache, and the attention that the method requested.
 
-    While a prompt is read below a ceiling, the evidence is of its newest tokens alone, and has no attention. Then N is
-    their number.
+    While a prompt is read below a ceiling, the evidence is of its newest tokens alone, and its attention, if there is
+    any, is what a piece of them pays to all of them. Then N is their number.
 
     Attributes:
         n_tokens: context tokens N.

@@ -31,6 +31,7 @@ def attention_to_newest(
     n_used = session.n_rows_used()
     with session.scoring("max", max(n_used), max_bytes):
         with reader.on_top(place - n_tokens), reader.meter.ignored():
-            reader.decode(tokens[first : first + n_piece], place)
+            for i in range(0, n_piece, reader.n_batch):
+                reader.decode(tokens[first + i : first + min(i + reader.n_batch, n_piece)], place + i)
         scores = session.scores(max(n_used))
     return [np.ascontiguousarray(of_layer[:, n - n_new : n]) for of_layer, n in zip(scores, n_used, strict=True)]

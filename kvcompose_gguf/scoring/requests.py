@@ -137,10 +137,6 @@ class SpotCheck(Queries):
         for name in ("most", "piece", "least"):
             check_positive(name, getattr(self, name))
 
-    def n_of_part(self, n_tokens: int) -> int:
-        """Returns how many tokens of a later part of the context are evaluated again: the share, at most a piece."""
-        return min(self.piece, round(self.share * n_tokens))
-
     def collect(self, scorer: Scorer, tokens: Sequence[int], suffix: Sequence[int]) -> Attention:
         """Evaluates the pieces again on top of the context's cache."""
         # as many as of the whole context, although these may be only its beginning
@@ -148,7 +144,8 @@ class SpotCheck(Queries):
         n_check = n_check if self.most is None else min(n_check, self.most)
         share = min(1.0, n_check / len(tokens))
         places = spread(len(tokens), share, min(self.piece, self.most or self.piece), self.to_end)
-        attention = scorer.on_top(pieces_at(places, tokens), max(CHUNK, self.piece), tokens, in_place=True)
+        size = max(CHUNK, self.piece) if self.share == 1 else self.piece  # also if a piece is all of a short part
+        attention = scorer.on_top(pieces_at(places, tokens), size, tokens, in_place=True)
         return replace(attention, repeated=_positions(places))
 
 

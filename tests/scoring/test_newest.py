@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import tiny
+from support.plans import random_plan
 
 from kvcompose_gguf import CompositionPlan
 from kvcompose_gguf.scoring.newest import attention_to_newest
@@ -33,6 +34,21 @@ def test_new_tokens_behind_a_composed_cache_are_scored_as_behind_a_full_one(make
         assert a.shape == (CONFIG.n_head, 100)
         np.testing.assert_allclose(a, b, atol=1e-5)
         assert b.max() > 1e-3
+
+
+def test_layers_of_different_lengths_and_small_batches_give_the_same_scores(make_llama: Any) -> None:
+    plan = random_plan(300, [300, 40, 150], CONFIG.n_head_kv)
+    got = []
+    for options in ({"flash_attn": False}, {"flash_attn": True}, {"flash_attn": True, "n_batch": 8, "n_ubatch": 8}):
+        llama = make_llama(CONFIG, None, n_ctx=4096, **options)
+        llama.context.prefill(TOKENS[:300])
+        llama.compose(plan)
+        llama.context.extend(TOKENS[300:])
+        got.append(attention_to_newest(llama.context, TOKENS, 100, 20, 900, 1 << 20))
+    for plain, flash, in_batches in zip(*got, strict=True):
+        np.testing.assert_allclose(flash, plain, atol=5e-3)
+        np.testing.assert_allclose(in_batches, plain, atol=5e-3)
+        assert plain.max() > 5e-2
 
 
 def test_a_piece_beyond_what_the_model_was_trained_for_comes_as_near_as_it_may(make_llama: Any) -> None:

@@ -30,7 +30,10 @@ static const ggml_tensor * find_rope(const ggml_tensor * q, int64_t & first) {
         switch (t->op) {
             case GGML_OP_ROPE:
                 return t;
-            case GGML_OP_CONCAT: { // one of both parts is rotated; no model here joins other dimensions than the first
+            case GGML_OP_CONCAT: { // one of both parts is rotated
+                if (t->op_params[0] != 0) {
+                    throw std::runtime_error("the keys are joined in an unknown way");
+                }
                 const ggml_tensor * node = find_rope(t->src[0], first);
                 if (!node) {
                     first = 0;

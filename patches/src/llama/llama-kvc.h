@@ -76,7 +76,7 @@ struct llama_kvc_layer_info {
     uint64_t n_bytes;       // bytes of the layer's buffer
     uint64_t n_bytes_row;   // bytes of one row, K and V together
     void   * k;             // address of the K tensor; NULL: it is in device memory
-    void   * v;             // address of the V tensor; NULL: it is in device memory
+    void   * v;             // address of the V tensor; NULL: it is in device memory, or v_in_k
     const char * buffer;    // name of the layer's buffer
 };
 
