@@ -144,7 +144,8 @@ class SpotCheck(Queries):
         n_check = n_check if self.most is None else min(n_check, self.most)
         share = min(1.0, n_check / len(tokens))
         places = spread(len(tokens), share, min(self.piece, self.most or self.piece), self.to_end)
-        size = max(CHUNK, self.piece) if self.share == 1 else self.piece  # also if a piece is all of a short part
+        is_part = len(tokens) < scorer.length
+        size = self.piece if is_part and self.share < 1 else max(CHUNK, self.piece)  # a ceiling has room for a piece
         attention = scorer.on_top(pieces_at(places, tokens), size, tokens, in_place=True)
         return replace(attention, repeated=_positions(places))
 

@@ -30,6 +30,7 @@ OPS = {
     "cpy": ["GGML_OP_CPY"],
     "cont": ["GGML_OP_CONT"],
     "reshape_3d": ["GGML_OP_RESHAPE"],
+    "permute": ["GGML_OP_PERMUTE"],
     "view_1d": ["GGML_OP_VIEW"],
     "view_2d": ["GGML_OP_VIEW"],
     "view_3d": ["GGML_OP_VIEW"],
