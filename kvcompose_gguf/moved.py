@@ -83,7 +83,7 @@ FOLDERS: dict[str, dict[str, str]] = {
     "scoring": {
         "Attention": "scoring.collect",
         "chunk_size": "scoring.collect",
-        "spread": "scoring.collect",
+        "spread": "scoring.pieces",
     },
 }
 

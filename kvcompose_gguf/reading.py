@@ -98,7 +98,7 @@ def most_cells(method: Method, layers: Sequence[LayerGeometry], n_tokens: int) -
 
 
 def part_size(chunk: int, n_rows: int) -> int:
-    """Returns how many tokens are read between two compositions: at most a chunk, and as many as are kept.
+    """Returns how many tokens are read between two compositions: 512, or fewer if chunk or budget are smaller.
 
     A part sees what is left of the parts before it. Budget and chunk are the ceiling in any case, so the shorter the
     part, the more is left. That matters where little is kept: SmolLM2, 2,048 tokens, 87.5 % removed.

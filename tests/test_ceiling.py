@@ -324,54 +324,6 @@ def test_predicted_scores_keep_a_ceiling_too(watched: Any, kept: Any) -> None:
     assert np.abs(last_logits(seen.llama) - seen.logits()).max() <= 1e-3
 
 
-def test_a_share_of_every_part_is_read_again_where_it_would_stand_behind_the_whole_prompt(
-    make_llama: Any, monkeypatch: pytest.MonkeyPatch, kept: Any
-) -> None:
-    method = KVCompose(**{**RATIO, "allocation": None, "chunk": 128, "spot_check": 0.25})
-    llama = make_llama(CONFIG, method, n_ctx=4096)
-    for _ in range(2):  # these prompts teach
-        llama.compress(TOKENS)
-        llama.reset()
-    pieces, decode = [], llama.context.decode
-
-    def noted(tokens: Any, pos: int) -> None:
-        pieces.append((len(tokens), pos, list(tokens) == TOKENS[pos - 900 : pos - 900 + len(tokens)]))
-        decode(tokens, pos)
-
-    monkeypatch.setattr(llama.context, "decode", noted)
-    llama.compress(TOKENS)
-    assert all(is_same for _, _, is_same in pieces)
-    assert [pos for _, pos, _ in pieces] == sorted(pos for _, pos, _ in pieces)
-    assert pieces[-1][1] > 900 + 800
-    assert [n for n, _, _ in pieces[1:-1]].count(24) >= 3  # of 96 tokens: a part and its piece fit into the chunk
-    assert sum(n for n, _, _ in pieces) >= 0.2 * 900
-
-
-@pytest.mark.parametrize("spot_check", [0.25, 1.0])
-def test_a_check_of_parts_stays_below_the_ceiling(watched: Any, kept: Any, spot_check: float) -> None:
-    method = KVCompose(**{**OPTIONS, "n_kept": 128, "chunk": 128, "allocation": None, "spot_check": spot_check})
-    seen = watched(method, n_ctx=4096)
-    for _ in range(4):  # until the model is known, more is repeated
-        assert seen.llama.compress(TOKENS).n_kept.sum() == 3 * 128
-        seen.llama.reset()
-    assert seen.n_rows_most <= 512 * 1.02  # llama.cpp's steps of 256 cells
-
-
-@pytest.mark.parametrize("ratio", [0.1, 0.6])
-def test_parts_are_checked_with_as_many_tokens_as_the_context_has_room_for(
-    make_llama: Any, kept: Any, ratio: float
-) -> None:
-    options = RATIO | {"allocation": None, "chunk": 128, "spot_check": 0.25, "keep_last": 1}
-    method = KVCompose(**options | {"compression_ratio": ratio})
-    teacher = make_llama(CONFIG, method, n_ctx=4096)
-    for _ in range(2):
-        teacher.compress(TOKENS)
-        teacher.reset()
-    report = make_llama(CONFIG, method, n_ctx=768).compress(TOKENS[:767])
-    assert report.n_kept.sum() == int(3 * 767 * (1 - ratio))
-    assert report.scoring.startswith("predicted")
-
-
 def test_the_cpu_computes_fewer_tokens_at_once_for_a_method(make_llama: Any) -> None:
     method = KVCompose(n_kept=300)
     n_ubatch = [

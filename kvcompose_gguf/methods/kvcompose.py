@@ -167,7 +167,7 @@ class KVCompose(Method):
         return Repeat(self.scoring_chunk, self.scoring_fraction, self.instruction, in_place=self.in_place)
 
     def check(self) -> SpotCheck | None:
-        """Returns the pieces of the context that ``scoring="learned"`` repeats; None: none."""
+        """Returns the pieces of the context that ``scoring="learned"`` repeats; None: it repeats nothing."""
         return self.predictor.check(self.spot_check) if self.scoring == "learned" else None
 
     @property

@@ -6,56 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
 from ..errors import ConfigError, ContextLengthError
 from ..kernels.types import FloatArray
-from ..native.session import KVSession
-from ..support.progress import Meter
 from .evidence import Positions
-
-
-class Reader(Protocol):
-    """What scoring needs of a live cache; ``context.Context`` is one."""
-
-    @property
-    def session(self) -> KVSession:
-        """Scores, taps and rows of the cache."""
-
-    @property
-    def n_batch(self) -> int:
-        """Largest number of tokens of a ``decode``."""
-
-    @property
-    def n_ubatch(self) -> int:
-        """Largest number of tokens that are computed at once."""
-
-    @property
-    def n_ctx_train(self) -> int:
-        """Number of positions that the model was trained for."""
-
-    @property
-    def meter(self) -> Meter:
-        """Counts the tokens of ``decode``."""
-
-    def prefill(self, tokens: Sequence[int], keep_prefix: bool = True) -> int:
-        """Makes the cache hold exactly ``tokens``; returns how many were evaluated.
-
-        Args:
-            keep_prefix: reuse the leading tokens that the cache holds already; False: evaluate all of them.
-        """
-
-    def decode(self, tokens: Sequence[int], pos: int) -> None:
-        """Evaluates at most ``n_batch`` tokens at positions ``pos, pos + 1, …`` without output."""
-
-    def on_top(self, gap: int = 0) -> AbstractContextManager[None]:
-        """Removes at the end of the ``with`` block the tokens that it has decoded after those of the cache.
-
-        Args:
-            gap: number of positions to skip before them.
-        """
+from .pieces import Piece, gap_before
+from .reader import Reader, decode_all
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,38 +68,6 @@ def collect_queries(reader: Reader, n_queries: int, tokens: Sequence[int]) -> li
         plain = session.rope(l, rows.reshape(n_queries * n_head, -1), pos, inverse=True)
         queries.append(np.ascontiguousarray(plain.reshape(rows.shape).transpose(1, 0, 2)))
     return queries
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Query tokens that are evaluated on top of the context.
-
-    Attributes:
-        place: number of positions between the end of the context and the first of these tokens.
-        tokens: the tokens.
-    """
-
-    place: int
-    tokens: Sequence[int]
-
-
-def spread(n_tokens: int, fraction: float, size: int, to_end: bool = True) -> list[range]:
-    """Returns the places of a share of a context: pieces of ``size`` neighbours, evenly from the first token on.
-
-    Args:
-        to_end: whether the last of several pieces is the end of the context.
-    """
-    n_pieces = max(1, round(fraction * n_tokens / size))
-    if fraction == 1 or n_pieces * size >= n_tokens:
-        return [range(n_tokens)]
-    last = n_tokens - size if to_end else n_tokens
-    starts = np.linspace(0, last, n_pieces, endpoint=to_end).round().astype(int).tolist()
-    return [range(start, start + size) for start in starts]
-
-
-def pieces_at(places: Sequence[range], tokens: Sequence[int]) -> list[Piece]:
-    """Returns the tokens of a context at ``places``."""
-    return [Piece(place.start, tokens[place.start : place.stop]) for place in places]
 
 
 def chunk_size(scoring_chunk: int | None, n_query: int, n_tokens: int, n_cells: int) -> int:
@@ -213,7 +139,6 @@ class Scorer:
         n_query = max((len(query.tokens) for query in queries), default=0)
         if n_query == 0:
             raise ConfigError("there is no query token to score with: give a context and prompts that are not empty")
-        n_unread = max(0, self.length - n_tokens)
         n_words = max(len(introduction(0)), len(introduction(n_query)))
         chunk = chunk_size(scoring_chunk, n_query, n_tokens + n_words, self.reader.session.state().n_cells)
         chunks = [
@@ -231,10 +156,9 @@ class Scorer:
         for judges in [[query] for query in chunks] if own else [chunks]:
             with self._scoring(n_tokens):
                 for query in judges:
-                    n_after = max(0, self.reader.n_ctx_train - n_tokens - len(query.tokens))
-                    gap = min(n_unread + query.place, n_after) if in_place else 0
+                    gap = gap_before(query, n_tokens, self.length, self.reader.n_ctx_train) if in_place else 0
                     with self.reader.on_top(gap):
-                        self._decode(query.tokens, n_tokens + gap)
+                        decode_all(self.reader, query.tokens, n_tokens + gap)
                 new = self.reader.session.scores(n_tokens)
             if not self.use_max:
                 n_judges = sum(len(query.tokens) for query in judges)
@@ -262,13 +186,13 @@ class Scorer:
             with self._scoring(n_tokens):
                 n_prefilled += self.reader.prefill(tokens, True)
                 with self.reader.on_top():
-                    self._decode(suffix, n_tokens)
+                    decode_all(self.reader, suffix, n_tokens)
                 scores = self.reader.session.scores(n_tokens)
         else:
             with self.reader.on_top():
-                self._decode(suffix[: first - n_tokens], n_tokens)
+                decode_all(self.reader, suffix[: first - n_tokens], n_tokens)
                 with self._scoring(n_tokens):
-                    self._decode(suffix[first - n_tokens :], first)
+                    decode_all(self.reader, suffix[first - n_tokens :], first)
                     scores = self.reader.session.scores(n_tokens)
         self._divide_by_queries(scores, first, n_prompt)
         elapsed = time.perf_counter() - prefilled
@@ -293,7 +217,3 @@ class Scorer:
             n_queries = end - np.maximum(first, np.arange(scores[0].shape[1]))
             for score in scores:
                 score /= n_queries.astype(np.float32)
-
-    def _decode(self, tokens: Sequence[int], pos: int) -> None:
-        for first in range(0, len(tokens), self.reader.n_batch):
-            self.reader.decode(tokens[first : first + self.reader.n_batch], pos + first)

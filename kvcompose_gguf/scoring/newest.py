@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..kernels.types import FloatArray
-from .collect import Reader
+from .pieces import Piece, gap_before
+from .reader import Reader, decode_all
 
 
 def attention_to_newest(
@@ -27,11 +28,10 @@ def attention_to_newest(
     """
     session, n_tokens = reader.session, len(tokens)
     first = n_tokens - n_new + (n_new - n_piece) // 2
-    place = min(length + first, max(n_tokens, reader.n_ctx_train - n_piece))  # as Scorer.on_top
-    n_used = session.n_rows_used()
+    piece = Piece(first, tokens[first : first + n_piece])
+    gap, n_used = gap_before(piece, n_tokens, length, reader.n_ctx_train), session.n_rows_used()
     with session.scoring("max", max(n_used), max_bytes):
-        with reader.on_top(place - n_tokens), reader.meter.ignored():
-            for i in range(0, n_piece, reader.n_batch):
-                reader.decode(tokens[first + i : first + min(i + reader.n_batch, n_piece)], place + i)
+        with reader.on_top(gap), reader.meter.ignored():
+            decode_all(reader, piece.tokens, n_tokens + gap)
         scores = session.scores(max(n_used))
     return [np.ascontiguousarray(of_layer[:, n - n_new : n]) for of_layer, n in zip(scores, n_used, strict=True)]

@@ -12,8 +12,10 @@ import numpy as np
 from ..errors import ConfigError
 from ..kernels.types import FloatArray
 from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
-from .collect import Attention, Piece, Reader, Scorer, collect_queries, pieces_at, spread
+from .collect import Attention, Scorer, collect_queries
 from .evidence import Positions
+from .pieces import Piece, pieces_at, spread
+from .reader import Reader
 
 #: number of tokens before a chunk that its continuation quotes, as in KVzip (kvpress, kvzip_press.py)
 N_TAIL = 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,14 @@ def test_the_output_norm_of_quantized_values_is_refused_since_they_are_rotated(m
     llama = make_llama(tiny.WIDE, flash_attn=True, type_k=Q8_0, type_v=Q8_0)
     with pytest.raises(UnsupportedError, match="quantized"):
         method.scores(llama.observe(CONTEXT, method))
+
+
+def test_the_output_norm_of_latent_values_is_refused_since_another_matrix_follows(make_llama, tiny_model):
+    method = Variant(compression_ratio=0.5, output_norm=True).for_model(tiny_model(tiny.WIDE))
+    evidence = make_llama(tiny.WIDE).observe(CONTEXT, method)
+    latent = [replace(layer, v_in_k=True) for layer in evidence.layers]
+    with pytest.raises(UnsupportedError, match="latent"):
+        method.scores(replace(evidence, layers=latent))
 
 
 @pytest.mark.parametrize(("pool", "pooling"), [(1, "max"), (3, "mean"), (5, "max"), (7, "mean"), (61, "mean"), (99, "max")])  # fmt: skip

@@ -231,8 +231,11 @@ def test_a_model_learns_from_what_it_reads(make, arch, folder, monkeypatch):
         llama.compress(tiny.tokens(tiny.GQA, 600, seed=20 + seed))
     assert llama.kv_report.scoring.startswith("predicted")
     llama.kv_compressor = KVCompose(n_kept=150, chunk=64, min_tokens=100, keep_last=0, scoring="learned")
-    report = llama.compress(tiny.tokens(tiny.GQA, 600, seed=30))  # part by part, each with a check of its own
+    checked, decode = [], llama.context.decode
+    monkeypatch.setattr(llama.context, "decode", lambda tokens, pos: (checked.append(pos), decode(tokens, pos)))
+    report = llama.compress(tiny.tokens(tiny.GQA, 600, seed=30))
     assert report.n_composed > 1
+    assert sum(pos > 600 + 256 for pos in checked) >= report.n_composed - 1  # of each later part a piece
     assert report.n_kept.sum() == 150 * len(llama.kv_layers)
 
 

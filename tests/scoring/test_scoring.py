@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.caches import Cache, ask, assert_scores, collect, context
 
 from kvcompose_gguf.errors import ConfigError, ContextLengthError
-from kvcompose_gguf.scoring.collect import spread
+from kvcompose_gguf.scoring.pieces import spread
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompose_gguf.errors import ContextLengthError
-from kvcompose_gguf.scoring.collect import chunk_size, spread
+from kvcompose_gguf.scoring.collect import chunk_size
+from kvcompose_gguf.scoring.pieces import spread
 
 thorough = settings(deadline=None, derandomize=True, max_examples=100)
 
