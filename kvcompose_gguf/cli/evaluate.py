@@ -33,7 +33,9 @@ def evaluate(
     ] = None,
     compression_ratio: Annotated[str | None, shared.ratios_option(RATIOS)] = None,
     ratios: Annotated[str | None, Option(hidden=True)] = None,
-    kv_types: shared.KvTypes = "f16",
+    kv_types: Annotated[
+        str, Option(help="Comma-separated types of the cache, e.g. f16,q8_0/q4_0 (keys q8_0, values q4_0).")
+    ] = "f16",
     question_seen: Annotated[
         bool, Option(help="Show the question to methods that look at the last tokens of the prompt.")
     ] = False,

@@ -128,10 +128,6 @@ CtxSize = Annotated[
 
 Threads = typer_type(THREADS)
 
-KvTypes = Annotated[
-    str, typer.Option("--kv-types", help="Comma-separated types of the cached keys and values, e.g. f16,q8_0.")
-]
-
 
 def model_name(model: str | None, hf_repo: str | None, default: str | None = None) -> str:
     """The name of the model that MODEL or -hf means, as ``resolve_model`` takes it.

@@ -45,6 +45,22 @@ def exact_match(answer: str, references: Sequence[str], *, any_of: bool = False)
     return float(re.fullmatch(r"(?:[\s\0.,;:!?\"'()\[\]*•&-]|\band\b|\b\d{1,3}[.)])*", rest) is not None)
 
 
+def look_alike(answer: str, references: Sequence[str]) -> float:
+    """Share of references that the answer lacks, but in whose place it has something of the same form.
+
+    Such an answer looks right and is wrong: another number of as many digits, another UUID. Only references with digits
+    have a form; letters and digits count as the same, because both are digits of a UUID.
+    """
+    right = {reference.lower() for reference in _checked(references)}
+    forms = {_form(word) for word in re.findall(r"[\w-]+", answer.lower()) if _form(word) and word not in right}
+    pairs = zip(_matches(answer, references), references, strict=True)
+    return sum(not found and _form(reference) in forms for found, reference in pairs) / len(references)
+
+
+def _form(text: str) -> str:
+    return re.sub(r"[^\W_]", "x", text) if any(map(str.isdigit, text)) else ""
+
+
 def _matches(answer: str, references: Sequence[str]) -> list[bool]:
     text = re.sub(r"[\x00-\x1f]", "\n", answer.strip()).lower()
     return [reference.lower() in text for reference in _checked(references)]

@@ -24,7 +24,7 @@ class EvalOptions:
         n_samples: samples per task.
         methods: texts for ``make_method``.
         ratios: fractions removed.
-        types_kv: names of ggml types, for keys and values.
+        types_kv: names of ggml types for keys and values, or two with a stroke for keys and for values: ``q8_0/q4_0``.
         question_seen: append the question to the prompt that the methods read. By default it is hidden, as in the
             field's protocol. Only methods that read the last tokens of the prompt are affected.
         chat: use the model's chat format, if it has one.
@@ -62,8 +62,8 @@ class EvalOptions:
             raise ConfigError(f"compression_ratio={wrong}: give one or more in (0, 1); 0 is always included")
         if not self.types_kv:
             raise ConfigError("types_kv is empty")
-        for type_kv in self.types_kv:
-            kv_type(type_kv)
+        for types in self.types_kv:
+            kv_types(types)
         self.make_methods()
 
     def make_methods(self, model_path: Path | None = None, known: Learned | None = None) -> dict[str, list[Method]]:
@@ -76,7 +76,7 @@ class EvalOptions:
         for spec in self.methods:
             for_ratio = [make_method(spec, compression_ratio=ratio, min_tokens=1) for ratio in self.ratios]
             first = for_ratio[0]
-            quantized = [kv for kv in self.types_kv if kv.lower() not in PLAIN_TYPES]
+            quantized = [types for types in self.types_kv if not set(types.lower().split("/")) <= set(PLAIN_TYPES)]
             if quantized and first.simulated:
                 raise ConfigError(f"method={spec!r} is simulated, not for types_kv={','.join(quantized)}")
             if model_path is not None:
@@ -86,18 +86,19 @@ class EvalOptions:
         return made
 
 
-def kv_type(name: str) -> int:
-    """Returns the ggml type for a name such as ``"q8_0"``, in any case.
+def kv_types(names: str) -> tuple[int, int]:
+    """Returns the ggml types of keys and values for a name such as ``"q8_0"``, or two such as ``"q8_0/q4_0"``.
 
     Raises:
         ConfigError: there is no such type.
     """
     from gguf import GGMLQuantizationType
 
+    keys, _, values = names.partition("/")
     try:
-        return int(GGMLQuantizationType[name.upper()])
+        return int(GGMLQuantizationType[keys.upper()]), int(GGMLQuantizationType[(values or keys).upper()])
     except KeyError as error:
-        raise ConfigError(f"types_kv={name!r} is not a ggml type; use for example f16 or q8_0") from error
+        raise ConfigError(f"types_kv={names!r} is not a ggml type; use for example f16 or q8_0") from error
 
 
 def quick(options: EvalOptions) -> EvalOptions:

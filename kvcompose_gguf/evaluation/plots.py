@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..support.plots import COLORS, MARKERS, check_plot
 from .records import FULL
-from .results import Summary, TypeSummary
+from .results import Cell, Summary, TypeSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,7 @@ def draw(summary: Summary, folder: Path) -> list[str]:
     """Draws the pictures that the summary has numbers for into ``folder``; returns their file names.
 
     ``curves.svg``: score against ratio; with more than six methods only the first one's intervals are drawn.
+    ``bytes.svg``: score against the bytes of the kept rows, all methods and cache types together.
     ``budgets.svg``: share of the tokens that every layer keeps, at the middle ratio, with the first cache type.
     ``passkey.svg``: share of needles found, by depth and ratio.
 
@@ -39,6 +41,7 @@ def draw(summary: Summary, folder: Path) -> list[str]:
     drawn = []
     for name, function, parts in (
         ("curves.svg", _draw_curves, with_curves),
+        ("bytes.svg", _draw_bytes, with_curves),
         ("budgets.svg", _draw_budgets, with_budgets),
         ("passkey.svg", _draw_passkey, with_passkey),
     ):
@@ -66,6 +69,30 @@ def _draw_curves(figure: Figure, parts: Sequence[TypeSummary]) -> None:
         _clean(axes)
     panels[0].set(ylabel="score x 100, mean over tasks; bands: 95 % intervals", ylim=(0, None))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+
+
+def _draw_bytes(figure: Figure, parts: Sequence[TypeSummary]) -> None:
+    figure.set_size_inches(9, 5.5)
+    axes, styles = figure.subplots(), _styles(parts)
+    fillings = ("full", "none", "left")
+    for part, filling in zip(parts, itertools.cycle(fillings), strict=False):
+        for method in [curve.method for curve in part.curves]:
+            cells = [cell for cell in part.cells if cell.method in (FULL, method)]
+            label = f"{method}, {part.type_kv}" if len(parts) > 1 else method
+            axes.plot(*_bytes_and_scores(cells), label=label, markersize=6, fillstyle=filling, **styles[method])
+        axes.plot(*_bytes_and_scores(part.cells[:1]), label=f"full cache, {part.type_kv}", marker="*", markersize=14,
+                  fillstyle=filling, color="k", linestyle="none")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(
+        xlabel="megabytes of keys and values, mean over samples", ylabel="score x 100, mean over tasks", ylim=(0, None)
+    )
+    _clean(axes)
+    figure.legend(loc="outside right upper", frameon=False)
+
+
+def _bytes_and_scores(cells: Sequence[Cell]) -> tuple[list[float], list[float]]:
+    return [cell.kv_bytes / 1e6 for cell in cells], [100 * cell.score.value for cell in cells]
 
 
 def _draw_budgets(figure: Figure, parts: Sequence[TypeSummary]) -> None:

@@ -34,6 +34,8 @@ class Answer:
         kv_bytes: bytes of the kept rows.
         seconds: wall time. For the full cache: decoding the answer token by token. For others: restore, compose, and
             answer by checking against the full cache's answer. The two kinds do not compare.
+        alike: share of references in whose place the answer has something that looks like them
+            (``metrics.look_alike``); None: an older run.
     """
 
     task: str
@@ -51,6 +53,7 @@ class Answer:
     kv_bytes: int
     seconds: float
     answer: str
+    alike: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1 or (self.method == FULL) != (self.ratio == 0):

@@ -16,6 +16,7 @@ _COSTS = (
     "Median seconds. Rest per answer: restore, compose and answer, checked against the full cache's answer; over the"
     " compressed caches in the means."
 )
+_ALIKE = "Share of numbers and UUIDs that an answer lacks, while it has another of the same form: a digit changed."
 _NOTE = """\
 ±: half the width of the 95 % interval of a bootstrap that draws samples within their tasks, 2,000 times. It is 0 \
 where all samples agree, even if others would not. Ratios are the share of the KV entries removed. AUC: area under \
@@ -93,6 +94,12 @@ def _type_sections(part: TypeSummary, reference: str | None) -> list[str]:
             sections += [f"### Score x 100, difference from {reference}"]
             sections += ["Paired by sample, with 95 % intervals, without multiplicity correction.", _differences(part)]
         sections += ["### Exact match x 100", _by_ratio(part, lambda cell: _percent(cell.exact))]
+        if any(cell.alike for cell in part.cells):
+            sections += [
+                "### Looks right and is wrong x 100",
+                _ALIKE,
+                _by_ratio(part, lambda cell: _percent(cell.alike)),
+            ]
         sections += ["### KL divergence from the uncompressed run, nats", _by_ratio(part, lambda cell: _nats(cell.kl))]
         sections += ["### Same most probable token x 100", _by_ratio(part, lambda cell: _percent(cell.same_top))]
         sections += ["### Tokens kept, in the layers with the fewest and the most", _by_ratio(part, _layers)]

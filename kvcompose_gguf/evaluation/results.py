@@ -36,7 +36,7 @@ class Cell:
     """One method at one ratio.
 
     Attributes:
-        score, exact, kl, same_top: means of the tasks' means; None if a sample lacks the value.
+        score, exact, alike, kl, same_top: means of the tasks' means; None if a sample lacks the value.
         difference: score minus the reference's score at this ratio, paired by sample; None for the reference, for the
             full cache, and if the reference was not run at this ratio.
         tasks: score for each of :attr:`TypeSummary.tasks`.
@@ -49,6 +49,7 @@ class Cell:
     ratio: float
     score: Mean
     exact: Mean
+    alike: Mean | None
     kl: Mean | None
     same_top: Mean | None
     difference: Mean | None
@@ -202,6 +203,7 @@ def _cells(columns: Columns, tasks: Sequence[str], reference: str | None) -> tup
                 ratio,
                 score=_mean(scores, tasks),
                 exact=_mean([answer.exact for answer in answers], tasks),
+                alike=_mean_of_all([answer.alike for answer in answers], tasks),
                 kl=_mean_of_all([answer.kl for answer in answers], tasks),
                 same_top=_mean_of_all([answer.same_top for answer in answers], tasks),
                 difference=_mean(np.subtract(scores, [answer.score for answer in others]), tasks) if others else None,

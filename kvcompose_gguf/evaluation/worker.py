@@ -15,7 +15,7 @@ from ..tasks.prompts import chat_frame, prompt_tokens, sample_for
 from ..tasks.samples import Sample
 from ..tasks.texts import load_texts
 from .grading import Grader
-from .options import EvalOptions, kv_type
+from .options import EvalOptions, kv_types
 from .records import Answer, SampleCost
 from .trials import compressed, make_trials
 
@@ -84,9 +84,9 @@ class SampleWorker:
         if self._llama is None or self._type_kv != type_kv:
             self.close()
             n_ctx = 2 * self._options.n_tokens + N_SCORING  # the cache is elastic: unused cells take no memory
-            kind = kv_type(type_kv)
+            of_keys, of_values = kv_types(type_kv)
             self._llama = load_model(
-                self._model_path, n_ctx, fast_attention=True, threads=self._threads, type_k=kind, type_v=kind
+                self._model_path, n_ctx, fast_attention=True, threads=self._threads, type_k=of_keys, type_v=of_values
             )
             self._type_kv = type_kv
             self._frame = chat_frame(self._llama) if self._options.chat else ("", "")

@@ -180,7 +180,7 @@ def random_trial(llama: Llama, options: CalibrateOptions, number: int) -> dict[s
         for pos, token in zip(last, repeat, strict=True):
             cache.decode([token], pos)
             columns = [pos - k * n_random + i for k in range(1, N_REPEATS) for i in (0, 1)]
-            after = session.scores(last.stop)
+            after = session.scores()
             for l, scores in enumerate(after):
                 total[l] += (scores[:, columns] - before[l][:, columns]).sum(axis=1, dtype=np.float64)
             before = after
@@ -207,7 +207,7 @@ def attention_to(
             else:
                 with session.scoring("sum", n_before, MAX_SCORE_BYTES):
                     cache.decode(part, pos)
-                    for mass, scores in zip(total, session.scores(n_before), strict=True):
+                    for mass, scores in zip(total, session.scores(), strict=True):
                         mass += scores[:, place.start : place.stop].sum(axis=1, dtype=np.float64)
             pos += len(part)
     return [mass.tolist() for mass in total]

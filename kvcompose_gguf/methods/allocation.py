@@ -57,7 +57,9 @@ class Allocation(ABC):
 
     @abstractmethod
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
-        """Returns how many tokens each layer keeps: int64 ``(n_layer,)`` with sum ``n_total``, each in ``[floor, N]``.
+        """Returns how many tokens each layer keeps: int64 ``(n_layer,)``, each in ``[floor, N]``.
+
+        The sum is ``n_total``, or less if the rule evicts what is worth nothing although the budget has room.
 
         Raises:
             ConfigError: no such division exists.
@@ -82,11 +84,13 @@ class GlobalRanking(Allocation):
         agg_head: aggregation over the heads of a composite token, ``"mean"`` or ``"max"``.
         lower_bound: number of first composite ranks in every layer that are kept before all others.
         first_layer_rule: layer 0 gets the highest composite score of all layers at every rank, as in the reference.
+        threshold: smallest composite score that is kept beyond the floor; None: as many are kept as the budget buys.
     """
 
     agg_head: str = "mean"
     lower_bound: int = 0
     first_layer_rule: bool = False
+    threshold: float | None = None
 
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
         check_budget(ranked, n_total, floor)
@@ -94,7 +98,11 @@ class GlobalRanking(Allocation):
         if self.first_layer_rule:
             composites[0, : n_rows[0]] = composites.max(axis=0)[: n_rows[0]]
         bound = min(self.lower_bound, int(n_rows.min()), n_total // ranked.n_layer)  # at most what the budget buys
-        return aggregate.allocate_budget(composites, n_total, max(floor, bound))
+        floor = max(floor, bound)
+        if self.threshold is not None:
+            n_above = int(np.count_nonzero(composites[:, floor:] >= self.threshold))
+            n_total = min(n_total, max(1, floor * ranked.n_layer + n_above))
+        return aggregate.allocate_budget(composites, n_total, floor)
 
 
 def check_budget(ranked: Ranked, n_total: int, floor: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +62,9 @@ class KVCompose(Method):
         n_sink: as in ``Method``, but 4: the paper keeps no sinks, and loses most where little is kept.
         keep_token_lower_bound: number of first composite ranks in every layer that are kept before all others. Without
             it and ``n_sink`` a layer may keep nothing; there the newest reference keeps one token more than its budget.
+        threshold: smallest composite score that is kept, although the budget has room for more; a score is at most 2.
+            So texts of which little matters get a smaller cache. Given alone, the budget is the whole context, and what
+            is removed is a result (``KVReport``). Sinks and recent tokens stay in any case. None: no limit.
         first_layer_rule: layer 0 gets the highest composite score of all layers at every rank. The reference has this
             as a side effect (Hugging Face reads the cache length from layer 0). It costs budget; use it for parity
             checks.
@@ -91,6 +95,7 @@ class KVCompose(Method):
     add_v_norm: bool = False
     add_mean_across_heads: bool = True
     keep_token_lower_bound: int = 0
+    threshold: float | None = None
     first_layer_rule: bool = False
     in_place: bool = False
     spot_check: float | None = None
@@ -98,7 +103,14 @@ class KVCompose(Method):
     predictor: Predictor = field(default_factory=Predictor, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, optional=True)
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ConfigError(f"threshold={self.threshold} is not finite")
+        if self.threshold is not None and (self.compression_ratio, self.max_kv_bytes, self.n_kept) == (None,) * 3:
+            object.__setattr__(self, "compression_ratio", 0.0)
         super().__post_init__()
+        if self.threshold is not None and (self.simulated or not isinstance(self.rule(), GlobalRanking)):
+            raise ConfigError(f"threshold={self.threshold} needs the global ranking of composite tokens")
         check_number("scoring_fraction", self.scoring_fraction)
         check_integer("scoring_chunk", self.scoring_chunk, optional=True)
         check_integer("window", self.window)
@@ -243,11 +255,10 @@ class KVCompose(Method):
         return self.default_allocation() if self.allocation == "global" else super().rule()
 
     def default_allocation(self) -> Allocation:
-        return GlobalRanking(self.agg_head, self.keep_token_lower_bound, self.first_layer_rule)
+        return GlobalRanking(self.agg_head, self.keep_token_lower_bound, self.first_layer_rule, self.threshold)
 
     def scores(self, evidence: Evidence) -> list[FloatArray]:
         """Returns the scores of the method's steps 4 and 5."""
-
         layers = range(len(evidence.layers) if self.add_v_norm else 0)
         # quantized values are stored Hadamard-rotated (llama-kv-cache.cpp, attn_rot_v), which keeps norms
         norms = [np.linalg.norm(evidence.values(l), axis=2) for l in layers]  # one layer in memory at a time

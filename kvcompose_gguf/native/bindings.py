@@ -101,6 +101,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_kvc_skip_to": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32]),
     # int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
     "llama_kvc_scores_begin": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32, ctypes.c_uint32, ctypes.c_size_t]),
+    # int32_t llama_kvc_scores_n_rows(struct llama_context * ctx, uint32_t ikv, uint32_t * n_rows);
+    "llama_kvc_scores_n_rows": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32, c_uint32_p]),
     # int32_t llama_kvc_scores_get(struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
     "llama_kvc_scores_get": (ctypes.c_int32, [_CONTEXT, ctypes.c_uint32, c_float_p, ctypes.c_size_t]),
     # int32_t llama_kvc_scores_end(struct llama_context * ctx);
@@ -145,7 +147,19 @@ DEVICE_TYPE = {0: "CPU", 1: "GPU", 2: "IGPU", 3: "ACCEL"}
 _DEVICE = ctypes.c_void_p
 c_size_t_p = ctypes.POINTER(ctypes.c_size_t)
 
+_REGISTRY = ctypes.c_void_p
+
 _DEVICE_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    # void ggml_backend_load_all_from_path(const char * dir_path);
+    "ggml_backend_load_all_from_path": (None, [ctypes.c_char_p]),
+    # void ggml_backend_register(ggml_backend_reg_t reg);
+    "ggml_backend_register": (None, [_REGISTRY]),
+    # ggml_backend_reg_t ggml_backend_reg_by_name(const char * name);
+    "ggml_backend_reg_by_name": (_REGISTRY, [ctypes.c_char_p]),
+    # void * ggml_backend_reg_get_proc_address(ggml_backend_reg_t reg, const char * name);
+    "ggml_backend_reg_get_proc_address": (ctypes.c_void_p, [_REGISTRY, ctypes.c_char_p]),
+    # ggml_backend_dev_t ggml_backend_dev_by_type(enum ggml_backend_dev_type type);
+    "ggml_backend_dev_by_type": (_DEVICE, [ctypes.c_int]),
     # size_t ggml_backend_dev_count(void);
     "ggml_backend_dev_count": (ctypes.c_size_t, []),
     # ggml_backend_dev_t ggml_backend_dev_get(size_t index);

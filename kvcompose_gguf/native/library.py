@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import LibraryError
-from . import log
+from . import devices, log
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,7 @@ LIB_DIR = PACKAGE_DIR / "lib"
 BINDINGS_DIR = LIB_DIR / "bindings"
 
 BINDINGS_VERSION = "0.3.36"
-ABI = 8
+ABI = 9
 
 _LIB_PATH_VARIABLE = "LLAMA_CPP_LIB_PATH"
 
@@ -58,6 +58,7 @@ def load() -> ModuleType:
         raise LibraryError(f"llama_cpp could not be imported: {error}") from error
     check(llama_cpp)
     log.print_natively(llama_cpp)
+    devices.load_backends(llama_cpp.llama_cpp._lib, library_dir())
     return llama_cpp
 
 

@@ -83,17 +83,10 @@ class KVSession:
     @staticmethod
     def _geometry(info: bindings.LayerInfo) -> LayerGeometry:
         return LayerGeometry(
-            il=info.il,
-            n_head=info.n_head,
-            n_head_kv=info.n_head_kv,
-            n_embd_head_k=info.n_embd_head_k,
-            n_embd_head_v=info.n_embd_head_v,
-            type_k=info.type_k,
-            type_v=info.type_v,
-            v_trans=bool(info.v_trans),
-            n_bytes_row=info.n_bytes_row,
-            v_in_k=bool(info.v_in_k),
-        )
+            il=info.il, n_head=info.n_head, n_head_kv=info.n_head_kv, n_embd_head_k=info.n_embd_head_k,
+            n_embd_head_v=info.n_embd_head_v, type_k=info.type_k, type_v=info.type_v, v_trans=bool(info.v_trans),
+            n_bytes_row=info.n_bytes_row, v_in_k=bool(info.v_in_k),
+        )  # fmt: skip
 
     def state(self) -> CacheState:
         """Returns the current cells and bytes of the whole cache."""
@@ -168,11 +161,11 @@ class KVSession:
 
     @contextmanager
     def scoring(self, agg: str, n_cells: int, max_bytes: int) -> Iterator[None]:
-        """Makes decodes in the ``with`` block collect attention on a layer's first ``n_cells`` rows; any exit ends it.
+        """Makes decodes in the ``with`` block collect attention on the first ``n_cells`` cells; any exit ends it.
 
         Args:
             agg: ``"max"`` or ``"sum"`` over the query tokens of all decodes.
-            max_bytes: limit of the working memory, not counting the scores, float32 ``n_layer x n_head x n_cells``.
+            max_bytes: limit of the working memory, not counting the scores.
         """
         self._call("llama_kvc_scores_begin", bindings.AGG[agg], n_cells, max_bytes)
         try:
@@ -180,11 +173,16 @@ class KVSession:
         finally:
             self._call("llama_kvc_scores_end")
 
-    def scores(self, n_cells: int) -> list[npt.NDArray[np.float32]]:
-        """Returns the attention collected so far, for each layer float32 ``(n_head, n_cells)``; only while scoring."""
+    def scores(self) -> list[npt.NDArray[np.float32]]:
+        """Returns the attention collected so far, for each layer float32 ``(n_head, n_rows)``; only while scoring.
+
+        A layer's rows are all scored cells, or in a composed cache its composites and the tokens behind them.
+        """
         out = []
         for ikv, layer in enumerate(self.layers):
-            scores = np.empty((layer.n_head, n_cells), dtype=np.float32)
+            n_rows = ctypes.c_uint32()
+            self._call("llama_kvc_scores_n_rows", ikv, ctypes.byref(n_rows))
+            scores = np.empty((layer.n_head, n_rows.value), dtype=np.float32)
             self._call("llama_kvc_scores_get", ikv, scores.ctypes.data_as(bindings.c_float_p), scores.size)
             out.append(scores)
         return out

@@ -159,7 +159,7 @@ class Scorer:
                     gap = gap_before(query, n_tokens, self.length, self.reader.n_ctx_train) if in_place else 0
                     with self.reader.on_top(gap):
                         decode_all(self.reader, query.tokens, n_tokens + gap)
-                new = self.reader.session.scores(n_tokens)
+                new = self.reader.session.scores()
             if not self.use_max:
                 n_judges = sum(len(query.tokens) for query in judges)
                 new = [score / np.float32(n_judges) for score in new]
@@ -187,13 +187,13 @@ class Scorer:
                 n_prefilled += self.reader.prefill(tokens, True)
                 with self.reader.on_top():
                     decode_all(self.reader, suffix, n_tokens)
-                scores = self.reader.session.scores(n_tokens)
+                scores = self.reader.session.scores()
         else:
             with self.reader.on_top():
                 decode_all(self.reader, suffix[: first - n_tokens], n_tokens)
                 with self._scoring(n_tokens):
                     decode_all(self.reader, suffix[first - n_tokens :], first)
-                    scores = self.reader.session.scores(n_tokens)
+                    scores = self.reader.session.scores()
         self._divide_by_queries(scores, first, n_prompt)
         elapsed = time.perf_counter() - prefilled
         return Attention(
@@ -207,7 +207,7 @@ class Scorer:
         with self._scoring(len(tokens)):
             n_prefilled = self.reader.prefill(tokens, False)
             prefilled = time.perf_counter()
-            scores = self.reader.session.scores(len(tokens))
+            scores = self.reader.session.scores()
         self._divide_by_queries(scores, 0, len(tokens))
         return Attention(scores, n_prefilled, prefilled - start, time.perf_counter() - prefilled, 0)
 

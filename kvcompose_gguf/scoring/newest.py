@@ -29,9 +29,9 @@ def attention_to_newest(
     session, n_tokens = reader.session, len(tokens)
     first = n_tokens - n_new + (n_new - n_piece) // 2
     piece = Piece(first, tokens[first : first + n_piece])
-    gap, n_used = gap_before(piece, n_tokens, length, reader.n_ctx_train), session.n_rows_used()
-    with session.scoring("max", max(n_used), max_bytes):
+    gap = gap_before(piece, n_tokens, length, reader.n_ctx_train)
+    with session.scoring("max", session.state().n_cells_used, max_bytes):
         with reader.on_top(gap), reader.meter.ignored():
             decode_all(reader, piece.tokens, n_tokens + gap)
-        scores = session.scores(max(n_used))
-    return [np.ascontiguousarray(of_layer[:, n - n_new : n]) for of_layer, n in zip(scores, n_used, strict=True)]
+        scores = session.scores()
+    return [np.ascontiguousarray(of_layer[:, -n_new:]) for of_layer in scores]

@@ -222,6 +222,7 @@ def test_help_lists_the_options_without_loading_library_or_kernels() -> None:
         ({"compression_ratio": "nan"}, "compression_ratio=[nan]: give one or more in (0, 1)"),
         ({"compression_ratio": "half"}, "compression_ratio='half' is not a comma-separated list of numbers"),
         ({"kv_types": "f17"}, "types_kv='f17' is not a ggml type"),
+        ({"kv_types": "f16/f17"}, "types_kv='f16/f17' is not a ggml type"),
         ({"methods": ("kvcompos",)}, "method='kvcompos' is none of kvcompose, "),
         ({"methods": ("@best",)}, "method='@best' is not a suite: @none, "),
         ({"methods": ("snapkv,windw=3",)}, "method='snapkv,windw=3'"),

@@ -16,6 +16,7 @@ from kvcompose_gguf.evaluation.metrics import (
     exact_match,
     kl_divergence,
     largest_ratio_within,
+    look_alike,
     same_top,
     string_match_all,
     string_match_part,
@@ -95,7 +96,25 @@ def test_one_of_several_alternatives_is_exact_where_any_may_be() -> None:
     assert exact_match("near Denmark", ["Denmark", "in Denmark"], any_of=True) == 0
 
 
-@pytest.mark.parametrize("metric", [string_match_all, string_match_part, exact_match])
+@pytest.mark.parametrize(
+    ("answer", "references", "share"),
+    [
+        ("The number is 1234568.", ["1234567"], 1),
+        ("The number is 1234567.", ["1234567"], 0),
+        ("The number is 123456.", ["1234567"], 0),  # another form
+        ("It is 1234567, not 7654321.", ["1234567"], 0),
+        ("I do not know, sorry.", ["1234567"], 0),
+        ("letters", ["1234567"], 0),
+        ("1234567, 9999999", ["1234567", "7654321", "7777777"], 2 / 3),
+        ("D4E1BEB5-1F1B-49C7-8e2d-000000000000", ["d4e1beb5-1f1b-49c7-8e2d-b3a0a5f8f0c1"], 1),
+        ("London", ["Lisbon"], 0),  # words have no form
+    ],
+)
+def test_another_number_of_the_same_form_looks_right(answer: str, references: list[str], share: float) -> None:
+    assert look_alike(answer, references) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("metric", [string_match_all, string_match_part, exact_match, look_alike])
 def test_no_references_and_a_bare_string_are_refused(metric: Callable[..., float]) -> None:
     with pytest.raises(ConfigError, match=r"references=\[\]"):
         metric("a", [])

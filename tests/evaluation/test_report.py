@@ -47,7 +47,12 @@ def report_of(samples: Sequence[Sequence[Answer]], summary: Summary | None = Non
 
 
 def test_the_report_has_the_numbers() -> None:
-    text = report_of([[replace(one, exact=one.score, kl=0.125, same_top=0.5) for one in sample] for sample in SMALL])
+    text = report_of(
+        [
+            [replace(one, exact=one.score, alike=1 - one.score, kl=0.125, same_top=0.5) for one in sample]
+            for sample in SMALL
+        ]
+    )
     assert text.startswith("# Answers from a compressed cache: tiny.gguf, 2026-01-01\n")
     scores = table(text, "Score x 100")
     assert scores["method"] == [
@@ -59,6 +64,7 @@ def test_the_report_has_the_numbers() -> None:
     assert [cell.split(" ")[0] for cell in scores["SnapKV"]] == ["75.0", "25.0", "0.0", "37.5", "7.5", "15.0"]
     assert list(scores)[2:] == ["KVCompose", "SnapKV"]
     assert table(text, "Exact match x 100")["KVCompose"] == scores["KVCompose"][:3]
+    assert [cell[:4] for cell in table(text, "Looks right and is wrong x 100")["KVCompose"]] == ["25.0", "37.5", "75.0"]
     assert table(text, "KL divergence from the uncompressed run, nats")["SnapKV"] == ["0.125 ± 0.000"] * 3
     assert table(text, "Same most probable token x 100")["SnapKV"] == ["50.0 ± 0.0"] * 3
     by_task = table(text, "Score x 100 by task, 75 % removed")
@@ -72,6 +78,11 @@ def test_the_report_has_the_numbers() -> None:
     assert "![curves](curves.svg)" in text
     assert 'tasks: ["a", "b"]' in text
     assert "cpu: a CPU" in text
+
+
+def test_a_run_without_look_alikes_has_no_table_of_them() -> None:
+    assert SMALL[0][0].alike is None
+    assert "Looks right" not in report_of(SMALL)
 
 
 def test_the_report_says_what_a_sample_costs() -> None:
@@ -154,7 +165,7 @@ def test_pictures_are_drawn_and_named_in_the_report(folder: RunFolder) -> None:
         folder.add(cost_of(kept), kept)
     write_report(folder)
     text = (folder.path / "report.md").read_text("utf-8")
-    for name in ("curves", "budgets", "passkey"):
+    for name in ("curves", "bytes", "budgets", "passkey"):
         assert f"![{name}]({name}.svg)" in text
         picture = (folder.path / f"{name}.svg").read_text("utf-8")
         assert "KVCompose" in picture
@@ -165,7 +176,7 @@ def test_pictures_are_drawn_and_named_in_the_report(folder: RunFolder) -> None:
 def test_only_what_has_numbers_is_drawn(folder: RunFolder) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
     write_report(folder)
-    assert [file.name for file in folder.path.glob("*.svg")] == ["curves.svg"]
+    assert sorted((file.name for file in folder.path.glob("*.svg")), reverse=True) == ["curves.svg", "bytes.svg"]
 
 
 def test_more_methods_than_colours_can_be_drawn(tmp_path: Path) -> None:
@@ -176,7 +187,7 @@ def test_more_methods_than_colours_can_be_drawn(tmp_path: Path) -> None:
         sample = [answer(task, 0, "full", 0.0, 1.0, depth=depth), *methods]
         run.add(cost_of(sample), sample)
     write_report(run)
-    assert len(list(run.path.glob("*.svg"))) == 3
+    assert len(list(run.path.glob("*.svg"))) == 4
     assert "method 15" in (run.path / "curves.svg").read_text("utf-8")
 
 

@@ -9,7 +9,7 @@ from support import tiny
 from kvcompose_gguf import ConfigError, KVCompose, UnsupportedError
 from kvcompose_gguf.compression import compress
 from kvcompose_gguf.evaluation import runner, suites
-from kvcompose_gguf.evaluation.options import EvalOptions
+from kvcompose_gguf.evaluation.options import EvalOptions, kv_types
 from kvcompose_gguf.evaluation.records import FULL, RunFolder
 from kvcompose_gguf.evaluation.runner import evaluate
 from kvcompose_gguf.evaluation.trials import Request, compressed, make_trials
@@ -218,7 +218,19 @@ def test_samples_longer_than_the_model_was_made_for_are_refused(model_path, tmp_
 def test_simulated_methods_need_an_unquantized_cache():
     with pytest.raises(ConfigError, match="'unstructured' is simulated"):
         options(methods=("kvcompose", "unstructured"), types_kv=("f16", "q8_0"))
-    options(methods=("unstructured",), types_kv=("f16", "bf16"))
+    with pytest.raises(ConfigError, match="not for types_kv=f16/q8_0"):
+        options(methods=("unstructured",), types_kv=("f16/q8_0",))
+    options(methods=("unstructured",), types_kv=("f16", "bf16", "f32/f16"))
+
+
+def test_keys_and_values_may_have_different_types(model_path, tmp_path):
+    small = options(tasks=("passkey",), methods=("knorm",), ratios=(0.5,), types_kv=("q8_0/q4_0", "q4_0/q8_0"))
+    for answer_ in evaluate(str(model_path), small, tmp_path, jobs=1).answers():
+        n_heads = 2 * sum(answer_.n_kept or ())
+        assert answer_.kv_bytes == n_heads * (34 + 18)  # 32 elements with a scale of two bytes
+    assert {a.type_kv for a in RunFolder(tmp_path).answers()} == {"q8_0/q4_0", "q4_0/q8_0"}
+    assert kv_types("q8_0/q4_0") == (8, 2)
+    assert kv_types("q8_0") == (8, 8)
 
 
 def test_a_worker_that_dies_is_reported(model_path, tmp_path, monkeypatch):

@@ -43,7 +43,13 @@ def specified_pyramid(n_layer: int, n_tokens: int, n_total: int, floor: int, win
 
 
 def specified_ranking(
-    scores: Sequence[np.ndarray], n_total: int, floor: int, agg_head: str, lower_bound: int, first_layer_rule: bool
+    scores: Sequence[np.ndarray],
+    n_total: int,
+    floor: int,
+    agg_head: str,
+    lower_bound: int,
+    first_layer_rule: bool,
+    threshold: float = -np.inf,
 ) -> list[int]:
     n_tokens = scores[0].shape[1]
     composites = []
@@ -55,7 +61,8 @@ def specified_ranking(
         composites[0] = [max(layer[j] for layer in composites) for j in range(n_tokens)]
     floor = max(floor, min(lower_bound, n_tokens))
     places = [(j >= floor, -composites[l][j], l, j) for l in range(len(scores)) for j in range(n_tokens)]
-    winners = sorted(places)[:n_total]
+    best, *others = sorted(places)[: max(1, n_total)]
+    winners = [best, *(winner for winner in others if not winner[0] or -winner[1] >= threshold)][:n_total]
     return [sum(winner[2] == l for winner in winners) for l in range(len(scores))]
 
 
@@ -94,6 +101,22 @@ def test_the_global_ranking_is_the_specified_one(kind: str, agg_head: str, first
         for n_total in range(3 * max(floor, min(lower_bound, n_tokens)), 3 * n_tokens + 1):
             expected = specified_ranking(scores, n_total, floor, agg_head, lower_bound, first_layer_rule)
             assert allocation.n_kept(ranked(scores), n_total, floor).tolist() == expected, (n_total, floor)
+
+
+@pytest.mark.parametrize("agg_head", ["mean", "max"])
+@pytest.mark.parametrize("floor", [0, 2])
+@pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0, 2.0])
+def test_a_threshold_evicts_what_is_below_it_although_the_budget_has_room(
+    agg_head: str, floor: int, threshold: float
+) -> None:
+    rng = np.random.default_rng(2508)
+    scores: list[np.ndarray] = [rng.integers(0, 9, (n, 13)).astype(np.float32) / 8 for n in (4, 2, 1)]
+    allocation, sums = GlobalRanking(agg_head, threshold=threshold), set()
+    for n_total in range(max(1, 3 * floor), 40):
+        expected = specified_ranking(scores, n_total, floor, agg_head, 0, False, threshold)
+        assert allocation.n_kept(ranked(scores), n_total, floor).tolist() == expected, n_total
+        sums.add(sum(expected))
+    assert (max(sums) < 39) == (threshold > 0)
 
 
 def test_infinite_scores_win_in_every_layer() -> None:

@@ -38,6 +38,17 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         plain(**options)
 
 
+def test_a_threshold_alone_may_keep_all_and_limits_any_budget() -> None:
+    alone = KVCompose(threshold=0.1)
+    assert alone.compression_ratio == 0
+    assert dataclasses.replace(alone, threshold=0.2).compression_ratio == 0
+    assert KVCompose(threshold=0.1, n_kept=50).n_kept == 50
+    given = inputs("continuous")
+    sums = [int(plan_of(plain(threshold=threshold, n_sink=4), *given).n_kept.sum()) for threshold in (0, 0.5, 9)]
+    assert sums[0] == 3 * 23 > sums[1] > sums[2] == 3 * 4
+    assert (plan_of(plain(threshold=0, n_kept=5), *given).n_kept.sum()) == 15
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -52,6 +63,9 @@ def test_not_exactly_one_budget_in_its_range_is_refused(options: dict[str, Any],
         ({"n_room": -1}, "n_room=-1 is not positive"),
         ({"keep_token_lower_bound": -1}, "keep_token_lower_bound=-1 is negative"),
         ({"n_sink": -1}, "n_sink=-1 is negative"),
+        ({"threshold": "0.1"}, "threshold='0.1' is not a number"),
+        ({"threshold": float("nan")}, "threshold=nan is not finite"),
+        ({"threshold": 0.1, "allocation": "uniform"}, "threshold=0.1 needs the global ranking"),
         ({"keep_last": -1}, "keep_last=-1 is negative"),
         ({"agg_task": "median"}, "agg_task='median' is none of 'max', 'mean'"),
         ({"agg_group": "Mean"}, "agg_group='Mean' is none of"),

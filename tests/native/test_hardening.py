@@ -110,7 +110,7 @@ def test_scores_that_are_not_numbers_change_nothing(make_llama, monkeypatch):
     from kvcompose_gguf.native.session import KVSession
 
     real = KVSession.scores
-    monkeypatch.setattr(KVSession, "scores", lambda self, n: [score * np.float32(np.nan) for score in real(self, n)])
+    monkeypatch.setattr(KVSession, "scores", lambda self: [score * np.float32(np.nan) for score in real(self)])
     llama = make_llama(method=KVCompose(compression_ratio=0.5, min_tokens=10))
     context = tiny.tokens(tiny.GQA, 200)
     with pytest.raises(ConfigError, match="not finite"):

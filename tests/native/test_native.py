@@ -93,6 +93,7 @@ def test_null_and_wrong_sizes_are_arguments_too(lib, llama):
     assert lib.llama_kvc_scores_begin(ctx, 0, 0, 1) == bindings.ERR_ARGUMENT
     assert lib.llama_kvc_scores_begin(ctx, 0, 100000, 1) == bindings.ERR_ARGUMENT
     assert lib.llama_kvc_scores_get(ctx, 0, None, 0) == bindings.ERR_STATE
+    assert lib.llama_kvc_scores_n_rows(ctx, 0, None) == bindings.ERR_STATE
     assert lib.llama_kvc_get_tensor(ctx, 0, 0, None, 0, 8) == bindings.ERR_ARGUMENT
     buffer = ctypes.create_string_buffer(8)
     assert lib.llama_kvc_get_tensor(ctx, 0, 1, buffer, 2**63, 2**63) == bindings.ERR_ARGUMENT

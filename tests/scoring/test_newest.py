@@ -29,7 +29,7 @@ def test_new_tokens_behind_a_composed_cache_are_scored_as_behind_a_full_one(make
     with llama.session.scoring("max", 400, 1 << 20):
         with llama.context.on_top(900 + 340 - 400):  # the middle of the new tokens, behind all 900
             llama.context.decode(TOKENS[340:360], 900 + 340)
-        want = [scores[:, 300:] for scores in llama.session.scores(400)]
+        want = [scores[:, 300:] for scores in llama.session.scores()]
     for a, b in zip(got, want, strict=True):
         assert a.shape == (CONFIG.n_head, 100)
         np.testing.assert_allclose(a, b, atol=1e-5)

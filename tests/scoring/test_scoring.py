@@ -150,7 +150,7 @@ def test_scores_of_the_contexts_cells_are_read_once_everything_is_removed(agg_ta
     cache = Cache()
     collect(cache, context(10), agg_task=agg_task, scoring_chunk=4, max_score_bytes=123)
     assert cache.of_kind("begin") == [("begin", agg, 10, 123)]
-    assert cache.events[-3:] == [("remove", 10), ("scores", 10), ("end",)]
+    assert cache.events[-3:] == [("remove", 10), ("scores",), ("end",)]
     assert len(cache.of_kind("end")) == len(cache.of_kind("scores")) == 1
 
 

@@ -108,7 +108,7 @@ def test_the_prefill_is_scored_whatever_the_cache_has_already() -> None:
     cache, tokens = Cache(held=context(6)), context(10)
     attention = collect(cache, tokens, scoring="prefill")
     assert cache.evaluated == [(tokens, 0, True)]
-    assert cache.events[-3:] == [("prefill", 10, False), ("scores", 10), ("end",)]
+    assert cache.events[-3:] == [("prefill", 10, False), ("scores",), ("end",)]
     assert cache.of_kind("begin") == [("begin", "max", 10, 64 << 20)]
     assert (attention.n_prefilled, attention.chunk) == (10, 0)
 

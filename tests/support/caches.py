@@ -103,10 +103,9 @@ class Cache:
             self.is_scoring = False
             self.events.append(("end",))
 
-    def scores(self, n_cells: int) -> list[np.ndarray]:
+    def scores(self) -> list[np.ndarray]:
         assert self.is_scoring, "the native library has scores only while it is scoring"
-        assert n_cells == self.collected[0].shape[1]
-        self._call("scores", n_cells)
+        self._call("scores")
         return [scores.copy() for scores in self.collected]
 
     # decoder

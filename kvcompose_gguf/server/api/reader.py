@@ -43,6 +43,7 @@ MAX_PROBS = 128
 METHOD_OPTIONS = frozenset({
     "scoring", "window", "scoring_fraction", "agg_task", "agg_group", "agg_head", "add_v_norm", "add_mean_across_heads",
     "n_sink", "n_recent", "allocation", "kernel", "n_heads", "per_head", "first_layer_rule", "keep_token_lower_bound",
+    "threshold",
 })  # fmt: skip
 
 #: fields that have the same name in a request and in Sampling

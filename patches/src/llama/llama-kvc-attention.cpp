@@ -51,6 +51,19 @@ int32_t llama_kvc_scores_begin(llama_context * ctx, int32_t agg, uint32_t n_cell
     });
 }
 
+int32_t llama_kvc_scores_n_rows(llama_context * ctx, uint32_t ikv, uint32_t * n_rows) {
+    return with_layer(ctx, ikv, [&](const layer & l) {
+        if (!l.kvc().scoring()) {
+            fail(LLAMA_KVC_ERR_STATE, "scoring is off");
+        }
+        if (!n_rows) {
+            fail(LLAMA_KVC_ERR_ARGUMENT, "n_rows is NULL");
+        }
+
+        *n_rows = l.kvc().scores_n_rows(ikv);
+    });
+}
+
 int32_t llama_kvc_scores_get(llama_context * ctx, uint32_t ikv, float * dst, size_t n) {
     return with_layer(ctx, ikv, [&](const layer & l) {
         const auto & kvc = l.kvc();
@@ -58,7 +71,7 @@ int32_t llama_kvc_scores_get(llama_context * ctx, uint32_t ikv, float * dst, siz
             fail(LLAMA_KVC_ERR_STATE, "scoring is off");
         }
 
-        const size_t n_want = size_t(l.ctx.get_model().hparams.n_head(l.il))*kvc.scores_n_cells();
+        const size_t n_want = size_t(l.ctx.get_model().hparams.n_head(l.il))*kvc.scores_n_rows(ikv);
         if (!dst || n != n_want) {
             fail(LLAMA_KVC_ERR_ARGUMENT, format("layer %u has %zu scores, the caller wants %zu", ikv, n_want, n));
         }

@@ -90,6 +90,7 @@ public:
     uint32_t n_cells_alloc() const { return n_alloc; }
     uint32_t n_cells_used() const;
     uint32_t n_rows_used(uint32_t ikv) const;
+    uint32_t n_rows_before(uint32_t ikv, uint32_t n_cells) const; // that cells [0, n_cells) have in this layer
     size_t   n_bytes(uint32_t ikv) const;
 
     //
@@ -164,11 +165,11 @@ public:
     void scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_bytes);
     void scores_end();
 
-    // dst: [n_head][n_cells] of the layer, reduced over all query tokens so far; the maximum of all layers that read its rows
-    void scores_get(uint32_t ikv, float * dst) const;
+    // dst: [n_head][scores_n_rows] of the layer, reduced over all query tokens so far; the maximum of all layers that read its rows
+    void     scores_get   (uint32_t ikv, float * dst) const;
+    uint32_t scores_n_rows(uint32_t ikv) const;
 
-    bool     scoring()        const { return score_n_cells > 0; }
-    uint32_t scores_n_cells() const { return score_n_cells; }
+    bool scoring() const { return score_n_cells > 0; }
 
     //
     // probes
@@ -278,7 +279,7 @@ private:
     size_t        score_max_bytes = 0;
 
     // empty: off
-    std::map<int32_t, llama_kvc_buffer> score_buffers; // [n_cells, n_head] for every layer of the model that reads the cache
+    std::map<int32_t, llama_kvc_buffer> score_buffers; // [scores_n_rows, n_head] for every layer of the model that reads the cache
 
     // [n_layer] each, empty: off
     std::vector<llama_kvc_buffer> tap_queries;   // [n_embd_head_k*n_head, n_tokens]

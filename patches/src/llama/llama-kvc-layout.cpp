@@ -6,10 +6,12 @@ uint32_t llama_kvc::n_cells_used() const {
     return kv.v_cells[0].used_max_p1();
 }
 
-uint32_t llama_kvc::n_rows_used(uint32_t ikv) const {
-    const uint32_t n_cells = n_cells_used();
-
+uint32_t llama_kvc::n_rows_before(uint32_t ikv, uint32_t n_cells) const {
     return n_cells > off(ikv) ? n_cells - off(ikv) : 0;
+}
+
+uint32_t llama_kvc::n_rows_used(uint32_t ikv) const {
+    return n_rows_before(ikv, n_cells_used());
 }
 
 size_t llama_kvc::n_bytes(uint32_t ikv) const {

@@ -23,7 +23,8 @@ static constexpr int64_t max_blocks = 32;
 void llama_kvc::scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_bytes) {
     std::map<int32_t, llama_kvc_buffer> made;
     for (const auto & [il, ikv] : kv.map_layer_ids) {
-        made.emplace(il, llama_kvc_buffer(kv.layers[ikv].k, n_cells, kv.hparams.n_head(il), "kvc_scores", il));
+        const uint32_t n = std::max(1u, n_rows_before(ikv, n_cells));
+        made.emplace(il, llama_kvc_buffer(kv.layers[ikv].k, n, kv.hparams.n_head(il), "kvc_scores", il));
     }
 
     score_buffers   = std::move(made);
@@ -41,7 +42,15 @@ void llama_kvc::scores_end() {
     ++n_epoch;
 }
 
+uint32_t llama_kvc::scores_n_rows(uint32_t ikv) const {
+    return n_rows_before(ikv, score_n_cells);
+}
+
 void llama_kvc::scores_get(uint32_t ikv, float * dst) const {
+    if (scores_n_rows(ikv) == 0) {
+        return;
+    }
+
     std::vector<float> of_reader;
 
     for (const auto & [il, buffer] : score_buffers) {

@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 8
+#define LLAMA_KVC_ABI 9
 
 #ifdef __cplusplus
 extern "C" {
@@ -156,17 +156,21 @@ LLAMA_API int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32
 LLAMA_API int32_t llama_kvc_skip_to(struct llama_context * ctx, llama_pos pos);
 
 // Starts scoring. Until llama_kvc_scores_end() all decodes collect, for every layer and query head, the attention
-// probabilities of the layer's rows [0, n_cells), reduced over all query tokens. In a composed cache these are the
-// composites and the tokens behind them; a layer that has fewer rows gets zeros for the others.
+// probabilities of the layer's rows in cells [0, n_cells), reduced over all query tokens. In a composed cache these are the
+// composites and the tokens behind them, of every layer another number.
 //   agg        llama_kvc_agg: how to reduce
-//   max_bytes  limit of the working memory, not counting the scores themselves (float32, n_layer*n_head*n_cells)
+//   max_bytes  limit of the working memory, not counting the scores themselves (float32, n_head for every row)
 //   ERR_ARGUMENT  agg is unknown, n_cells is 0 or larger than the cache
 //   ERR_STATE     scoring is on
 LLAMA_API int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
 
+// Tells how many rows of layer ikv are scored.
+//   ERR_STATE  scoring is off
+LLAMA_API int32_t llama_kvc_scores_n_rows(struct llama_context * ctx, uint32_t ikv, uint32_t * n_rows);
+
 // Copies the scores so far of layer ikv.
-//   dst  float32 [n_head][n_cells]
-//   n    number of floats in dst, n_head*n_cells (ERR_ARGUMENT)
+//   dst  float32 [n_head][n_rows], n_rows of llama_kvc_scores_n_rows
+//   n    number of floats in dst, n_head*n_rows (ERR_ARGUMENT)
 //   ERR_STATE  scoring is off
 LLAMA_API int32_t llama_kvc_scores_get(struct llama_context * ctx, uint32_t ikv, float * dst, size_t n);
 
