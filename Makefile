@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-fast lint native clean
+.PHONY: demo test test-fast lint native wheel clean
 
 demo: native
 	$(BIN)/kvcompose demo
@@ -23,6 +23,11 @@ lint: $(VENV)/.installed
 
 native: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/build_native.py
+
+# a wheel for every Linux machine of this kind; it lands in dist
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[wheel]"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/build_wheel.py
 
 # the bindings without a llama.cpp of their own, and this checkout as it is; the library is built above, with its progress shown
 $(VENV)/.installed: pyproject.toml

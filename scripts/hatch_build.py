@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,15 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[misc, type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         import sysconfig
 
-        import build_native
-
-        build_native.ensure()
         build_data["pure_python"] = False
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"py3-none-{platform}"
+        platform = os.environ.get("KVCOMPOSE_WHEEL_PLATFORM") or sysconfig.get_platform()
+        if library := os.environ.get(
+            "KVCOMPOSE_WHEEL_LIBRARY"
+        ):  # scripts/build_wheel.py has built it, for other CPUs too
+            build_data["force_include"][library] = "kvcompose_gguf/lib"
+        else:
+            import build_native
+
+            build_native.ensure()
+            build_data["artifacts"].append("kvcompose_gguf/lib/**")
+        build_data["tag"] = f"py3-none-{platform.replace('-', '_').replace('.', '_')}"

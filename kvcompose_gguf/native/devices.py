@@ -1,11 +1,14 @@
-"""The devices that llama.cpp can compute on."""
+"""The devices that llama.cpp can compute on, and the libraries that compute there."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..errors import LibraryError
 from . import bindings
 
 
@@ -31,6 +34,22 @@ class Device:
         if self.n_bytes:
             parts.append(f"{self.n_bytes / 1e9:.1f} GB of memory, {self.n_bytes_free / 1e9:.1f} GB free")
         return f"{self.name}: {', '.join(parts)}"
+
+
+def load_backends(lib: Any, folder: Path) -> None:
+    """Loads what computes, if it is not part of ``lib``: a portable build has a library for every kind of CPU.
+
+    Args:
+        lib: the bindings' ``ctypes.CDLL``.
+        folder: ggml takes the best library for this CPU that is there, and those of other devices.
+    Raises:
+        LibraryError: there is none for this CPU.
+    """
+    lib = bindings.declare_devices(lib)
+    if not lib.ggml_backend_dev_count():
+        lib.ggml_backend_load_all_from_path(os.fsencode(folder))
+        if not lib.ggml_backend_dev_count():
+            raise LibraryError(f"no library in {folder} computes on this CPU: build one with scripts/build_native.py")
 
 
 def find_devices(lib: Any) -> list[Device]:

@@ -12,7 +12,7 @@ import socket
 from typing import Any
 
 from ..errors import ConfigError, LibraryError
-from . import library
+from . import bindings, library
 
 _DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
 
@@ -30,12 +30,14 @@ def add_rpc_server(endpoint: str, timeout: float = 5.0) -> None:
     host, separator, port = endpoint.rpartition(":")
     if not separator or not host or not port.isdigit():
         raise ConfigError(f"endpoint={endpoint!r} is not host:port")
+    lib = _library()
+    # ggml_backend_reg_t ggml_backend_rpc_add_server(const char * endpoint);
+    add_server = _function(lib, "ggml_backend_rpc_add_server", ctypes.c_void_p, [ctypes.c_char_p])
     try:  # ggml ends the process when it cannot connect
         socket.create_connection((host, int(port)), timeout).close()
     except (OSError, OverflowError) as error:
         raise ConfigError(f"endpoint={endpoint!r}: no answer, is kvcompose rpc-server running? ({error})") from error
-    lib = _library()
-    registry = lib.ggml_backend_rpc_add_server(endpoint.encode())
+    registry = add_server(endpoint.encode())
     if not registry:
         raise ConfigError(f"endpoint={endpoint!r} is not an RPC server of this version")
     lib.ggml_backend_register(registry)
@@ -49,6 +51,12 @@ def serve(host: str, port: int, n_threads: int) -> None:
         LibraryError: the library was built without RPC.
     """
     lib = _library()
+    # void ggml_backend_rpc_start_server(const char * endpoint, const char * cache_dir, size_t n_threads,
+    #         size_t n_devices, ggml_backend_dev_t * devices);
+    start_server = _function(
+        lib, "ggml_backend_rpc_start_server", None,
+        [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p)],
+    )  # fmt: skip
     try:  # ggml only prints an error if it cannot listen
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -56,30 +64,17 @@ def serve(host: str, port: int, n_threads: int) -> None:
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
     devices = (ctypes.c_void_p * 1)(lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU))
-    lib.ggml_backend_rpc_start_server(f"{host}:{port}".encode(), None, n_threads, 1, devices)
+    start_server(f"{host}:{port}".encode(), None, n_threads, 1, devices)
+
+
+def _function(lib: Any, name: str, restype: Any, argtypes: list[Any]) -> Any:
+    """Returns a function of the RPC backend, which may be a library of its own."""
+    registry = lib.ggml_backend_reg_by_name(b"RPC")
+    address = lib.ggml_backend_reg_get_proc_address(registry, name.encode()) if registry else None
+    if not address:
+        raise LibraryError("the library was built without RPC: build it with -DGGML_RPC=ON")
+    return ctypes.CFUNCTYPE(restype, *argtypes)(address)
 
 
 def _library() -> Any:
-    lib = library.load().llama_cpp._lib
-    if not library.load().llama_supports_rpc():
-        raise LibraryError("the library was built without RPC: build it with -DGGML_RPC=ON")
-    # ggml_backend_reg_t ggml_backend_rpc_add_server(const char * endpoint);
-    lib.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
-    lib.ggml_backend_rpc_add_server.argtypes = [ctypes.c_char_p]
-    # void ggml_backend_register(ggml_backend_reg_t reg);
-    lib.ggml_backend_register.restype = None
-    lib.ggml_backend_register.argtypes = [ctypes.c_void_p]
-    # ggml_backend_dev_t ggml_backend_dev_by_type(enum ggml_backend_dev_type type);
-    lib.ggml_backend_dev_by_type.restype = ctypes.c_void_p
-    lib.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]
-    # void ggml_backend_rpc_start_server(const char * endpoint, const char * cache_dir, size_t n_threads,
-    #         size_t n_devices, ggml_backend_dev_t * devices);
-    lib.ggml_backend_rpc_start_server.restype = None
-    lib.ggml_backend_rpc_start_server.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-        ctypes.c_size_t,
-        ctypes.POINTER(ctypes.c_void_p),
-    ]
-    return lib
+    return bindings.declare_devices(library.load().llama_cpp._lib)

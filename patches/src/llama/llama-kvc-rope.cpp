@@ -3,7 +3,6 @@
 #include "llama-hparams.h"
 
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -146,6 +145,15 @@ static void copy_factors(const ggml_tensor * src, ggml_tensor * dst) {
     ggml_backend_tensor_set(dst, data.data(), 0, ggml_nbytes(dst));
 }
 
+// with more threads, ggml's would wait for each other at every node; looked up, because a backend may be loaded at run time
+static void use_one_thread(ggml_backend_t backend) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads");
+    if (set_n_threads) {
+        set_n_threads(backend, 1);
+    }
+}
+
 // rotates rows of n_embd elements with ggml's own operation on the CPU
 static void rope(const int32_t * params, const ggml_tensor * graph_factors, int64_t n_embd, float * rows, uint32_t n_rows, const int32_t * pos, bool inverse) {
     const int32_t mode = params[PARAM_MODE];
@@ -160,7 +168,7 @@ static void rope(const int32_t * params, const ggml_tensor * graph_factors, int6
     if (!ctx || !backend) {
         throw std::bad_alloc();
     }
-    ggml_backend_cpu_set_n_threads(backend.get(), 1); // with more, ggml's threads would wait for each other at every node
+    use_one_thread(backend.get());
 
     const std::vector<int32_t> p = positions(pos, n_rows, mode, inverse);
 

@@ -1,0 +1,46 @@
+#!/usr/bin/env python3
+"""Calls zig as a compiler that takes gcc's flags; build_wheel.py writes programs that call this.
+
+    python scripts/zig_compiler.py TARGET cc|c++ ARGUMENTS …
+
+zig has no ``-march=armv8.2-a+dotprod``: LLVM's names of the version and of every feature go into ``-mcpu``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+#: LLVM's names where they differ from gcc's
+FEATURES = {"fp16": "+fullfp16", "nosve": "-sve"}
+
+
+def translated(argument: str) -> str:
+    """Returns a compiler's argument as zig wants it."""
+    arm = re.fullmatch(r"-march=armv(\d)(?:\.(\d))?-a((?:\+\w+)*)", argument)
+    if not arm:
+        return argument
+    version = "_".join(filter(None, arm.groups()[:2]))
+    features = [FEATURES.get(name, f"+{name}") for name in arm[3].split("+")[1:]]
+    return f"-mcpu=generic+v{version}a{''.join(features)}"
+
+
+def zig() -> Path:
+    """Returns zig's path in the package ``ziglang``."""
+    package = find_spec("ziglang")
+    if package is None or package.origin is None:
+        sys.exit('zig is needed: pip install -e ".[wheel]"')
+    return Path(package.origin).with_name("zig")
+
+
+def main() -> None:
+    target, tool, *arguments = sys.argv[1:]
+    compile_for = ["-target", target] if tool in ("cc", "c++") else []
+    os.execv(zig(), ["zig", tool, *compile_for, *map(translated, arguments)])
+
+
+if __name__ == "__main__":
+    main()

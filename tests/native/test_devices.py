@@ -1,0 +1,47 @@
+"""The libraries that compute (native/devices.py): part of the build, or chosen for the CPU when the package starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvcompose_gguf import LibraryError
+from kvcompose_gguf.native import bindings, library
+from kvcompose_gguf.native.devices import load_backends
+
+
+class Library:
+    """Has ``n_devices`` devices, and ``n_loaded`` after it has loaded those of a folder."""
+
+    def __init__(self, n_devices: int, n_loaded: int) -> None:
+        self.folders: list[bytes] = []
+        self.ggml_backend_dev_count = lambda: n_loaded if self.folders else n_devices
+        self.ggml_backend_load_all_from_path = lambda folder: self.folders.append(folder)
+
+    def __getattr__(self, name: str) -> Any:  # all other functions
+        return SimpleNamespace()
+
+
+def test_a_build_that_computes_itself_loads_nothing() -> None:
+    lib = Library(1, 1)
+    load_backends(lib, Path("here"))
+    assert lib.folders == []
+
+
+def test_a_portable_build_loads_what_suits_the_cpu_from_its_own_folder() -> None:
+    lib = Library(0, 2)
+    load_backends(lib, Path("here"))
+    assert lib.folders == [b"here"]
+
+
+def test_a_cpu_without_a_library_is_an_error_that_names_the_folder() -> None:
+    with pytest.raises(LibraryError, match="no library in here computes on this CPU"):
+        load_backends(Library(0, 0), Path("here"))
+
+
+def test_the_loaded_library_computes_on_a_cpu() -> None:
+    lib = bindings.declare_devices(library.load().llama_cpp._lib)
+    assert lib.ggml_backend_dev_by_type(0)
