@@ -70,3 +70,19 @@ def test_parts_are_checked_with_as_many_tokens_as_the_context_has_room_for(
     report = make_llama(CONFIG, method, n_ctx=768).compress(TOKENS[:767])
     assert report.n_kept.sum() == int(3 * 767 * (1 - ratio))
     assert report.scoring.startswith("predicted")
+
+
+def test_a_threshold_evicts_more_than_the_budget_asks_for(make_llama: Any, kept: Any) -> None:
+    budget = {"compression_ratio": None, "n_kept": 128}
+    llama = make_llama(CONFIG, KVCompose(**OPTIONS | budget), n_ctx=4096)
+    for _ in range(2):
+        llama.compress(TOKENS)
+        llama.reset()
+    n_kept = []
+    for threshold in (0.0, 1.9, 9.0):
+        llama.kv_compressor = KVCompose(**OPTIONS | budget, threshold=threshold, learn=False)
+        n_kept.append(int(llama.compress(TOKENS).n_kept.sum()))
+        assert llama.context.composed.rows.n_rows.sum() == n_kept[-1]
+        assert len(list(zip(range(3), llama.generate(TOKENS[:5], reset=False), strict=False))) == 3
+        llama.reset()
+    assert n_kept[0] == 3 * 128 > n_kept[1] > n_kept[2] == 3 * 2  # the two sinks
