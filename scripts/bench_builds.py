@@ -4,9 +4,9 @@
     python scripts/bench_builds.py MODEL FOLDER FOLDER [--n-tokens 2048] [--repeats 7] [--threads 2]
 
 A FOLDER has the shared libraries (``kvcompose_gguf/lib``); the first is the base of the ratios. Regime: every
-measurement has a process of its own, the builds take turns. It reads N tokens of prose into an empty cache, with and
-without scores, and decodes 64 tokens behind them. Medians, and the median of the ratios of neighbours with their range.
-The last line is one JSON document. Run nothing else on the machine meanwhile.
+measurement has a process of its own, the builds take turns. It reads N tokens of prose into an empty cache, without
+scores (llama.cpp's attention) and with them (ours), and decodes 64 tokens behind them. Medians, and the median of the
+ratios of neighbours with their range. The last line is one JSON document. Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def main() -> None:
             a, b = (statistics.median(result[kind] for result in samples[side]) for side in (base, folder))
             print(f"{kind}: {a:.2f} s, {folder} {b:.2f} s, speed {statistics.median(ratios):.3f} "
                   f"({min(ratios):.2f}-{max(ratios):.2f})")  # fmt: skip
-    print(json.dumps(samples))
+    facts = {"model": Path(args.model).name, "n_tokens": args.n_tokens, "threads": args.threads, "cpu": cpu_name()}
+    print(json.dumps(facts | {"seconds": samples}))
 
 
 if __name__ == "__main__":

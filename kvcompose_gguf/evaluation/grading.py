@@ -51,7 +51,7 @@ class Grader:
             same_top=float(metrics.same_top(self.full.logits, reply.logits).mean()),
             depth=sample.depth, n_tokens=self.n_tokens, n_kept=tuple(round(float(n)) for n in n_kept),
             kv_bytes=round(sum(rows)), seconds=seconds, answer=reply.text,
-            alike=metrics.look_alike(reply.text, sample.references),
+            alike=metrics.look_alike(reply.text, sample.references, any_of=sample.any_of),
         )  # fmt: skip
 
 

@@ -45,12 +45,15 @@ def exact_match(answer: str, references: Sequence[str], *, any_of: bool = False)
     return float(re.fullmatch(r"(?:[\s\0.,;:!?\"'()\[\]*•&-]|\band\b|\b\d{1,3}[.)])*", rest) is not None)
 
 
-def look_alike(answer: str, references: Sequence[str]) -> float:
-    """Share of references that the answer lacks, but in whose place it has something of the same form.
+def look_alike(answer: str, references: Sequence[str], *, any_of: bool = False) -> float:
+    """Share of references that the answer lacks while it has another word of the same form.
 
     Such an answer looks right and is wrong: another number of as many digits, another UUID. Only references with digits
     have a form; letters and digits count as the same, because both are digits of a UUID.
+    ``any_of``: the references are alternatives; 0 if the answer has one of them.
     """
+    if any_of and any(_matches(answer, references)):
+        return 0.0
     right = {reference.lower() for reference in _checked(references)}
     forms = {_form(word) for word in re.findall(r"[\w-]+", answer.lower()) if _form(word) and word not in right}
     pairs = zip(_matches(answer, references), references, strict=True)

@@ -24,7 +24,7 @@ class EvalOptions:
         n_samples: samples per task.
         methods: texts for ``make_method``.
         ratios: fractions removed.
-        types_kv: names of ggml types for keys and values, or two with a stroke for keys and for values: ``q8_0/q4_0``.
+        types_kv: names of ggml types, or a type of keys and a type of values with a slash between them: ``q8_0/q4_0``.
         question_seen: append the question to the prompt that the methods read. By default it is hidden, as in the
             field's protocol. Only methods that read the last tokens of the prompt are affected.
         chat: use the model's chat format, if it has one.
@@ -94,9 +94,9 @@ def kv_types(names: str) -> tuple[int, int]:
     """
     from gguf import GGMLQuantizationType
 
-    keys, _, values = names.partition("/")
+    keys, slash, values = names.partition("/")
     try:
-        return int(GGMLQuantizationType[keys.upper()]), int(GGMLQuantizationType[(values or keys).upper()])
+        return int(GGMLQuantizationType[keys.upper()]), int(GGMLQuantizationType[(values if slash else keys).upper()])
     except KeyError as error:
         raise ConfigError(f"types_kv={names!r} is not a ggml type; use for example f16 or q8_0") from error
 

@@ -34,7 +34,7 @@ class Answer:
         kv_bytes: bytes of the kept rows.
         seconds: wall time. For the full cache: decoding the answer token by token. For others: restore, compose, and
             answer by checking against the full cache's answer. The two kinds do not compare.
-        alike: share of references in whose place the answer has something that looks like them
+        alike: share of references that the answer lacks while it has a word that looks like them
             (``metrics.look_alike``); None: an older run.
     """
 

@@ -16,7 +16,7 @@ _COSTS = (
     "Median seconds. Rest per answer: restore, compose and answer, checked against the full cache's answer; over the"
     " compressed caches in the means."
 )
-_ALIKE = "Share of numbers and UUIDs that an answer lacks, while it has another of the same form: a digit changed."
+_ALIKE = "Share of all references that the answer lacks while it has a word of the same form: as many digits, a UUID."
 _NOTE = """\
 ±: half the width of the 95 % interval of a bootstrap that draws samples within their tasks, 2,000 times. It is 0 \
 where all samples agree, even if others would not. Ratios are the share of the KV entries removed. AUC: area under \

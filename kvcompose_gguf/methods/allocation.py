@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..kernels import aggregate
 from ..kernels.types import FloatArray, IntArray, LongArray
+from ..support.checks import check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class Allocation(ABC):
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
         """Returns how many tokens each layer keeps: int64 ``(n_layer,)``, each in ``[floor, N]``.
 
-        The sum is ``n_total``, or less if the rule evicts what is worth nothing although the budget has room.
+        The sum is ``n_total``, or less if the rule has a threshold.
 
         Raises:
             ConfigError: no such division exists.
@@ -91,6 +92,9 @@ class GlobalRanking(Allocation):
     lower_bound: int = 0
     first_layer_rule: bool = False
     threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        check_finite("threshold", self.threshold)
 
     def n_kept(self, ranked: Ranked, n_total: int, floor: int) -> LongArray:
         check_budget(ranked, n_total, floor)

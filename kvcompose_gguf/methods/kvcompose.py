@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..native.family import family_of
 from ..plan.geometry import LayerGeometry
 from ..scoring.evidence import Evidence
 from ..scoring.requests import CHUNK, AttentionRequest, Repeat, SpotCheck
-from ..support.checks import check_choice, check_flag, check_integer, check_number, check_positive
+from ..support.checks import check_choice, check_finite, check_flag, check_integer, check_number, check_positive
 from .allocation import Allocation, GlobalRanking
 from .base import Method
 from .modes import MODES
@@ -62,9 +61,10 @@ class KVCompose(Method):
         n_sink: as in ``Method``, but 4: the paper keeps no sinks, and loses most where little is kept.
         keep_token_lower_bound: number of first composite ranks in every layer that are kept before all others. Without
             it and ``n_sink`` a layer may keep nothing; there the newest reference keeps one token more than its budget.
-        threshold: smallest composite score that is kept, although the budget has room for more; a score is at most 2.
-            So texts of which little matters get a smaller cache. Given alone, the budget is the whole context, and what
-            is removed is a result (``KVReport``). Sinks and recent tokens stay in any case. None: no limit.
+        threshold: smallest composite score that is kept, although the budget has room for more; with the defaults a
+            score is at most 2. A text of which little matters gets a smaller cache. Without a budget all of the context
+            may be kept, and what is removed is a result (``KVReport``). Sinks, recent tokens and
+            ``keep_token_lower_bound`` stay in any case. None: no limit.
         first_layer_rule: layer 0 gets the highest composite score of all layers at every rank. The reference has this
             as a side effect (Hugging Face reads the cache length from layer 0). It costs budget; use it for parity
             checks.
@@ -103,14 +103,12 @@ class KVCompose(Method):
     predictor: Predictor = field(default_factory=Predictor, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, optional=True)
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise ConfigError(f"threshold={self.threshold} is not finite")
+        check_finite("threshold", self.threshold)
         if self.threshold is not None and (self.compression_ratio, self.max_kv_bytes, self.n_kept) == (None,) * 3:
             object.__setattr__(self, "compression_ratio", 0.0)
         super().__post_init__()
-        if self.threshold is not None and (self.simulated or not isinstance(self.rule(), GlobalRanking)):
-            raise ConfigError(f"threshold={self.threshold} needs the global ranking of composite tokens")
+        if self.threshold is not None and (self.simulated or getattr(self.rule(), "threshold", None) != self.threshold):
+            raise ConfigError(f"threshold={self.threshold} needs the method's own ranking of composite tokens")
         check_number("scoring_fraction", self.scoring_fraction)
         check_integer("scoring_chunk", self.scoring_chunk, optional=True)
         check_integer("window", self.window)
@@ -160,7 +158,7 @@ class KVCompose(Method):
             "scoring": "repeat", "scoring_chunk": None, "scoring_fraction": 1.0, "instruction": "",
             "agg_task": "max", "agg_group": "mean", "agg_head": "mean", "add_v_norm": False,
             "add_mean_across_heads": True, "keep_token_lower_bound": 0, "first_layer_rule": False,
-            "allocation": "global", "n_sink": 0, "n_recent": 0,
+            "allocation": "global", "n_sink": 0, "n_recent": 0, "threshold": None,
         }  # fmt: skip
         if decided := sorted(settings.keys() & budget):
             raise ConfigError(f"{', '.join(decided)}: the paper's settings decide this; use {cls.__name__}() instead")

@@ -181,7 +181,7 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def declare_devices(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Sets the C types of ggml's functions about devices; returns ``lib``."""
+    """Sets the C types of ggml's functions about devices and backends; returns ``lib``."""
     return _declare(lib, _DEVICE_FUNCTIONS)
 
 

@@ -11,6 +11,9 @@ from typing import Any
 from ..errors import LibraryError
 from . import bindings
 
+#: GGML_BACKEND_DEVICE_TYPE_CPU
+CPU = 0
+
 
 @dataclass(frozen=True)
 class Device:
@@ -46,9 +49,9 @@ def load_backends(lib: Any, folder: Path) -> None:
         LibraryError: there is none for this CPU.
     """
     lib = bindings.declare_devices(lib)
-    if not lib.ggml_backend_dev_count():
+    if not lib.ggml_backend_dev_by_type(CPU):
         lib.ggml_backend_load_all_from_path(os.fsencode(folder))
-        if not lib.ggml_backend_dev_count():
+        if not lib.ggml_backend_dev_by_type(CPU):
             raise LibraryError(f"no library in {folder} computes on this CPU: build one with scripts/build_native.py")
 
 

@@ -40,7 +40,8 @@ def load() -> ModuleType:
     Returns:
         The module ``llama_cpp``.
     Raises:
-        LibraryError: the library is missing or unpatched, or has another ABI, or the bindings have another version.
+        LibraryError: the library is missing or unpatched, has another ABI, or cannot compute on this CPU, or the
+            bindings have another version.
     """
     if "llama_cpp" not in sys.modules:
         folder = library_dir()

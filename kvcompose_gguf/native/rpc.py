@@ -13,8 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError, LibraryError
 from . import bindings, library
-
-_DEVICE_TYPE_CPU = 0  # enum ggml_backend_dev_type
+from .devices import CPU
 
 
 def add_rpc_server(endpoint: str, timeout: float = 5.0) -> None:
@@ -63,7 +62,7 @@ def serve(host: str, port: int, n_threads: int) -> None:
             probe.bind((host, port))
     except (OSError, OverflowError) as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-    devices = (ctypes.c_void_p * 1)(lib.ggml_backend_dev_by_type(_DEVICE_TYPE_CPU))
+    devices = (ctypes.c_void_p * 1)(lib.ggml_backend_dev_by_type(CPU))
     start_server(f"{host}:{port}".encode(), None, n_threads, 1, devices)
 
 

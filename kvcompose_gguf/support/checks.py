@@ -64,6 +64,13 @@ def check_number(name: str, value: object, *, optional: bool = False) -> None:
         raise ConfigError(f"{name}={value!r} is not a number")
 
 
+def check_finite(name: str, value: float | None) -> None:
+    """ConfigError unless ``value`` is a number that is neither infinite nor NaN, or None."""
+    check_number(name, value, optional=True)
+    if value is not None and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} is not finite")
+
+
 def check_integer(name: str, value: object, *, optional: bool = False) -> None:
     """ConfigError unless ``value`` is an integer, or None if that is allowed."""
     kinds = (int, NoneType) if optional else (int,)

@@ -112,6 +112,7 @@ def test_one_of_several_alternatives_is_exact_where_any_may_be() -> None:
 )
 def test_another_number_of_the_same_form_looks_right(answer: str, references: list[str], share: float) -> None:
     assert look_alike(answer, references) == pytest.approx(share)
+    assert look_alike(answer + f" {references[0]}", references, any_of=True) == 0
 
 
 @pytest.mark.parametrize("metric", [string_match_all, string_match_part, exact_match, look_alike])

@@ -14,6 +14,7 @@ from kvcompose_gguf.evaluation.records import FULL, RunFolder
 from kvcompose_gguf.evaluation.runner import evaluate
 from kvcompose_gguf.evaluation.trials import Request, compressed, make_trials
 from kvcompose_gguf.evaluation.worker import SampleJob, SampleWorker
+from kvcompose_gguf.load import load_model
 from kvcompose_gguf.methods import make_method
 from kvcompose_gguf.methods.unstructured import Unstructured
 
@@ -223,14 +224,22 @@ def test_simulated_methods_need_an_unquantized_cache():
     options(methods=("unstructured",), types_kv=("f16", "bf16", "f32/f16"))
 
 
-def test_keys_and_values_may_have_different_types(model_path, tmp_path):
+def test_keys_and_values_may_have_different_types(model_path, tmp_path, monkeypatch):
+    def noted(*args, **options):
+        made.append((options["type_k"], options["type_v"]))
+        return load_model(*args, **options)
+
+    made = []
+    monkeypatch.setattr("kvcompose_gguf.evaluation.worker.load_model", noted)
     small = options(tasks=("passkey",), methods=("knorm",), ratios=(0.5,), types_kv=("q8_0/q4_0", "q4_0/q8_0"))
     for answer_ in evaluate(str(model_path), small, tmp_path, jobs=1).answers():
         n_heads = 2 * sum(answer_.n_kept or ())
         assert answer_.kv_bytes == n_heads * (34 + 18)  # 32 elements with a scale of two bytes
-    assert {a.type_kv for a in RunFolder(tmp_path).answers()} == {"q8_0/q4_0", "q4_0/q8_0"}
+    assert made == [(8, 2), (2, 8)]
     assert kv_types("q8_0/q4_0") == (8, 2)
     assert kv_types("q8_0") == (8, 8)
+    with pytest.raises(ConfigError, match="types_kv='q8_0/'"):
+        kv_types("q8_0/")
 
 
 def test_a_worker_that_dies_is_reported(model_path, tmp_path, monkeypatch):

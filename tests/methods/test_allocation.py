@@ -111,6 +111,10 @@ def test_a_threshold_evicts_what_is_below_it_although_the_budget_has_room(
 ) -> None:
     rng = np.random.default_rng(2508)
     scores: list[np.ndarray] = [rng.integers(0, 9, (n, 13)).astype(np.float32) / 8 for n in (4, 2, 1)]
+    ragged = ranked([scores[0], scores[1][:, :5], scores[2]])  # as the layers of a composed cache
+    n_above = [int(np.count_nonzero(row >= threshold)) for row in ragged.composites(agg_head)]
+    n_kept = GlobalRanking(agg_head, threshold=threshold).n_kept(ragged, 31, floor).tolist()
+    assert n_kept == [max(floor, n) for n in n_above] or (sum(n_above) == floor == 0 and sum(n_kept) == 1)
     allocation, sums = GlobalRanking(agg_head, threshold=threshold), set()
     for n_total in range(max(1, 3 * floor), 40):
         expected = specified_ranking(scores, n_total, floor, agg_head, 0, False, threshold)

@@ -10,6 +10,7 @@ import pytest
 from support.plans import inputs, plain, plan_of
 
 from kvcompose_gguf import ConfigError, KVCompose
+from kvcompose_gguf.methods.allocation import GlobalRanking
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,8 @@ def test_a_threshold_alone_may_keep_all_and_limits_any_budget() -> None:
         ({"n_sink": -1}, "n_sink=-1 is negative"),
         ({"threshold": "0.1"}, "threshold='0.1' is not a number"),
         ({"threshold": float("nan")}, "threshold=nan is not finite"),
-        ({"threshold": 0.1, "allocation": "uniform"}, "threshold=0.1 needs the global ranking"),
+        ({"threshold": 0.1, "allocation": GlobalRanking()}, "threshold=0.1 needs the method's own ranking"),
+        ({"threshold": 0.1, "allocation": "uniform"}, "threshold=0.1 needs the method's own ranking"),
         ({"keep_last": -1}, "keep_last=-1 is negative"),
         ({"agg_task": "median"}, "agg_task='median' is none of 'max', 'mean'"),
         ({"agg_group": "Mean"}, "agg_group='Mean' is none of"),

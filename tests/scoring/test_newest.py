@@ -60,3 +60,18 @@ def test_a_piece_beyond_what_the_model_was_trained_for_comes_as_near_as_it_may(m
     most = llama.context.n_ctx_train
     attention_to_newest(llama.context, TOKENS, 100, 20, most, 1 << 20)
     assert decoded == [most - 20]
+
+
+def test_only_the_rows_of_the_scored_cells_are_scored_whatever_the_cache_becomes(make_llama: Any) -> None:
+    llama = make_llama(CONFIG, None, n_ctx=4096)
+    llama.context.prefill(TOKENS[:300])
+    llama.compose(random_plan(300, [300, 40, 150], CONFIG.n_head_kv))
+    with llama.session.scoring("max", 200, 1 << 20):  # a layer of 40 rows has them in cells 260 to 299
+        with llama.context.on_top():
+            llama.context.decode(TOKENS[300:310], 300)
+        scores = llama.session.scores()
+        assert [of_layer.shape for of_layer in scores] == [(CONFIG.n_head, n) for n in (200, 0, 50)]
+        assert min(scores[0].max(), scores[2].max()) > 0
+        llama.context.reset()
+        llama.context.prefill(TOKENS[:300])  # the layers have other rows now
+        assert [of_layer.shape[1] for of_layer in llama.session.scores()] == [200, 0, 50]

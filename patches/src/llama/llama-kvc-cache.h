@@ -166,10 +166,10 @@ public:
     void scores_end();
 
     // dst: [n_head][scores_n_rows] of the layer, reduced over all query tokens so far; the maximum of all layers that read its rows
-    void     scores_get   (uint32_t ikv, float * dst) const;
-    uint32_t scores_n_rows(uint32_t ikv) const;
+    void scores_get(uint32_t ikv, float * dst) const;
 
-    bool scoring() const { return score_n_cells > 0; }
+    bool     scoring()                   const { return score_n_cells > 0; }
+    uint32_t scores_n_rows(uint32_t ikv) const { return score_n_rows[ikv]; } // only while scoring
 
     //
     // probes
@@ -277,6 +277,9 @@ private:
     llama_kvc_agg score_agg       = LLAMA_KVC_AGG_MAX;
     uint32_t      score_n_cells   = 0; // 0: not scoring
     size_t        score_max_bytes = 0;
+
+    // rows of each layer when scoring began, whatever happens to the cache since
+    std::vector<uint32_t> score_n_rows;
 
     // empty: off
     std::map<int32_t, llama_kvc_buffer> score_buffers; // [scores_n_rows, n_head] for every layer of the model that reads the cache

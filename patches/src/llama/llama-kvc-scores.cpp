@@ -21,13 +21,18 @@ static constexpr int64_t fast_n_tokens = 16;
 static constexpr int64_t max_blocks = 32;
 
 void llama_kvc::scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_bytes) {
+    std::vector<uint32_t> n_rows(kv.layers.size());
+    for (uint32_t ikv = 0; ikv < n_rows.size(); ++ikv) {
+        n_rows[ikv] = n_rows_before(ikv, n_cells);
+    }
+
     std::map<int32_t, llama_kvc_buffer> made;
     for (const auto & [il, ikv] : kv.map_layer_ids) {
-        const uint32_t n = std::max(1u, n_rows_before(ikv, n_cells));
-        made.emplace(il, llama_kvc_buffer(kv.layers[ikv].k, n, kv.hparams.n_head(il), "kvc_scores", il));
+        made.emplace(il, llama_kvc_buffer(kv.layers[ikv].k, std::max(1u, n_rows[ikv]), kv.hparams.n_head(il), "kvc_scores", il));
     }
 
     score_buffers   = std::move(made);
+    score_n_rows    = std::move(n_rows);
     score_agg       = agg;
     score_n_cells   = n_cells;
     score_max_bytes = max_bytes;
@@ -38,16 +43,13 @@ void llama_kvc::scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_byt
 void llama_kvc::scores_end() {
     score_n_cells = 0;
     score_buffers.clear();
+    score_n_rows.clear();
 
     ++n_epoch;
 }
 
-uint32_t llama_kvc::scores_n_rows(uint32_t ikv) const {
-    return n_rows_before(ikv, score_n_cells);
-}
-
 void llama_kvc::scores_get(uint32_t ikv, float * dst) const {
-    if (scores_n_rows(ikv) == 0) {
+    if (score_n_rows[ikv] == 0) {
         return;
     }
 
@@ -107,19 +109,19 @@ static ggml_tensor * find_attention(ggml_tensor * cur) {
     return cur;
 }
 
-// reduces p [n_kv, n_tokens, n_rows] over the query tokens into acc [n_cells, n_rows]; returns the node of the new acc
+// reduces p [n_kv, n_tokens, n_head] over the query tokens into acc [n_rows, n_head]; returns the node of the new acc
 static ggml_tensor * accumulate(ggml_context * ctx, ggml_tensor * p, ggml_tensor * acc, llama_kvc_agg agg) {
     const int64_t n_tokens = p->ne[1];
-    const int64_t n_cells  = std::min(p->ne[0], acc->ne[0]);
+    const int64_t n_rows   = std::min(p->ne[0], acc->ne[0]);
 
     ggml_tensor * s = ggml_pool_2d(ctx, p, agg == LLAMA_KVC_AGG_MAX ? GGML_OP_POOL_MAX : GGML_OP_POOL_AVG,
-            1, n_tokens, 1, n_tokens, 0, 0); // [n_kv, 1, n_rows]
+            1, n_tokens, 1, n_tokens, 0, 0); // [n_kv, 1, n_head]
     if (agg == LLAMA_KVC_AGG_SUM) {
         s = ggml_scale(ctx, s, n_tokens);
     }
-    s = ggml_view_2d(ctx, s, n_cells, s->ne[2], s->nb[2], 0);
+    s = ggml_view_2d(ctx, s, n_rows, s->ne[2], s->nb[2], 0);
 
-    ggml_tensor * dst = ggml_view_2d(ctx, acc, n_cells, acc->ne[1], acc->nb[1], 0);
+    ggml_tensor * dst = ggml_view_2d(ctx, acc, n_rows, acc->ne[1], acc->nb[1], 0);
 
     // ggml has no maximum of two tensors: a + relu(b - a)
     if (agg == LLAMA_KVC_AGG_MAX) {

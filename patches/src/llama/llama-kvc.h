@@ -157,7 +157,7 @@ LLAMA_API int32_t llama_kvc_skip_to(struct llama_context * ctx, llama_pos pos);
 
 // Starts scoring. Until llama_kvc_scores_end() all decodes collect, for every layer and query head, the attention
 // probabilities of the layer's rows in cells [0, n_cells), reduced over all query tokens. In a composed cache these are the
-// composites and the tokens behind them, of every layer another number.
+// composites and the tokens behind them; their number differs between layers.
 //   agg        llama_kvc_agg: how to reduce
 //   max_bytes  limit of the working memory, not counting the scores themselves (float32, n_head for every row)
 //   ERR_ARGUMENT  agg is unknown, n_cells is 0 or larger than the cache
