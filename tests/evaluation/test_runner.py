@@ -229,7 +229,7 @@ def test_keys_and_values_may_have_different_types(model_path, tmp_path, monkeypa
         made.append((options["type_k"], options["type_v"]))
         return load_model(*args, **options)
 
-    made = []
+    made: list[tuple[int, int]] = []
     monkeypatch.setattr("kvcompose_gguf.evaluation.worker.load_model", noted)
     small = options(tasks=("passkey",), methods=("knorm",), ratios=(0.5,), types_kv=("q8_0/q4_0", "q4_0/q8_0"))
     for answer_ in evaluate(str(model_path), small, tmp_path, jobs=1).answers():
