@@ -58,8 +58,9 @@ def load() -> ModuleType:
     except (ImportError, OSError, RuntimeError, FileNotFoundError) as error:
         raise LibraryError(f"llama_cpp could not be imported: {error}") from error
     check(llama_cpp)
-    log.print_natively(llama_cpp)
+    log.show_warnings(llama_cpp)  # not a line for every backend
     devices.load_backends(llama_cpp.llama_cpp._lib, library_dir())
+    log.print_natively(llama_cpp)
     return llama_cpp
 
 

@@ -20,6 +20,11 @@ _SILENT = 5
 LOGGER = "llama-cpp-python"
 
 
+def show_warnings(llama_cpp: ModuleType) -> None:
+    """Lets the library print warnings and errors only, until ``print_natively``."""
+    bindings.declare(llama_cpp.llama_cpp._lib).llama_kvc_log(native_level(logging.WARNING))
+
+
 def print_natively(llama_cpp: ModuleType) -> None:
     """Replaces the bindings' log callback by the library's own, which follows the level of the bindings' logger.
 
