@@ -147,19 +147,7 @@ DEVICE_TYPE = {0: "CPU", 1: "GPU", 2: "IGPU", 3: "ACCEL"}
 _DEVICE = ctypes.c_void_p
 c_size_t_p = ctypes.POINTER(ctypes.c_size_t)
 
-_REGISTRY = ctypes.c_void_p
-
 _DEVICE_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    # void ggml_backend_load_all_from_path(const char * dir_path);
-    "ggml_backend_load_all_from_path": (None, [ctypes.c_char_p]),
-    # void ggml_backend_register(ggml_backend_reg_t reg);
-    "ggml_backend_register": (None, [_REGISTRY]),
-    # ggml_backend_reg_t ggml_backend_reg_by_name(const char * name);
-    "ggml_backend_reg_by_name": (_REGISTRY, [ctypes.c_char_p]),
-    # void * ggml_backend_reg_get_proc_address(ggml_backend_reg_t reg, const char * name);
-    "ggml_backend_reg_get_proc_address": (ctypes.c_void_p, [_REGISTRY, ctypes.c_char_p]),
-    # ggml_backend_dev_t ggml_backend_dev_by_type(enum ggml_backend_dev_type type);
-    "ggml_backend_dev_by_type": (_DEVICE, [ctypes.c_int]),
     # size_t ggml_backend_dev_count(void);
     "ggml_backend_dev_count": (ctypes.c_size_t, []),
     # ggml_backend_dev_t ggml_backend_dev_get(size_t index);
@@ -174,6 +162,21 @@ _DEVICE_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_dev_memory": (None, [_DEVICE, c_size_t_p, c_size_t_p]),
 }
 
+_REGISTRY = ctypes.c_void_p
+
+_BACKEND_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    # void ggml_backend_load_all_from_path(const char * dir_path);
+    "ggml_backend_load_all_from_path": (None, [ctypes.c_char_p]),
+    # void ggml_backend_register(ggml_backend_reg_t reg);
+    "ggml_backend_register": (None, [_REGISTRY]),
+    # ggml_backend_reg_t ggml_backend_reg_by_name(const char * name);
+    "ggml_backend_reg_by_name": (_REGISTRY, [ctypes.c_char_p]),
+    # void * ggml_backend_reg_get_proc_address(ggml_backend_reg_t reg, const char * name);
+    "ggml_backend_reg_get_proc_address": (ctypes.c_void_p, [_REGISTRY, ctypes.c_char_p]),
+    # ggml_backend_dev_t ggml_backend_dev_by_type(enum ggml_backend_dev_type type);
+    "ggml_backend_dev_by_type": (_DEVICE, [ctypes.c_int]),
+}
+
 
 def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
     """Sets the C types of every llama_kvc_* function of ``lib``; returns ``lib``."""
@@ -181,8 +184,13 @@ def declare(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def declare_devices(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """Sets the C types of ggml's functions about devices and backends; returns ``lib``."""
+    """Sets the C types of ggml's functions about devices; returns ``lib``."""
     return _declare(lib, _DEVICE_FUNCTIONS)
+
+
+def declare_backends(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Sets the C types of ggml's functions that load and find backends; returns ``lib``."""
+    return _declare(lib, _BACKEND_FUNCTIONS)
 
 
 def _declare(lib: ctypes.CDLL, functions: dict[str, tuple[Any, list[Any]]]) -> ctypes.CDLL:

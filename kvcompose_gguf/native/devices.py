@@ -48,7 +48,7 @@ def load_backends(lib: Any, folder: Path) -> None:
     Raises:
         LibraryError: there is none for this CPU.
     """
-    lib = bindings.declare_devices(lib)
+    lib = bindings.declare_backends(lib)
     if not lib.ggml_backend_dev_by_type(CPU):
         lib.ggml_backend_load_all_from_path(os.fsencode(folder))
         if not lib.ggml_backend_dev_by_type(CPU):

@@ -76,4 +76,4 @@ def _function(lib: Any, name: str, restype: Any, argtypes: list[Any]) -> Any:
 
 
 def _library() -> Any:
-    return bindings.declare_devices(library.load().llama_cpp._lib)
+    return bindings.declare_backends(library.load().llama_cpp._lib)

@@ -43,5 +43,5 @@ def test_a_cpu_without_a_library_is_an_error_that_names_the_folder() -> None:
 
 
 def test_the_loaded_library_computes_on_a_cpu() -> None:
-    lib = bindings.declare_devices(library.load().llama_cpp._lib)
+    lib = bindings.declare_backends(library.load().llama_cpp._lib)
     assert lib.ggml_backend_dev_by_type(CPU)
