@@ -3,10 +3,10 @@
 
     python scripts/build_wheel.py [--arch x86_64] [--out dist]      (or: make wheel)
 
-The packages ``ziglang`` and ``auditwheel`` are needed. zig compiles for glibc 2.28 and brings its own C++ library, also
-for other CPUs than this machine's. ggml's operations and our attention kernel are compiled once for each generation of
-CPUs that llama.cpp lists; the best one is loaded with the library (``native.devices``). auditwheel
-refuses the wheel if it needs more than manylinux_2_28 has.
+The packages of the extra ``wheel`` are needed. zig compiles for glibc 2.28 and brings its own C++ library, also for
+other CPUs than this machine's. ggml's operations and our attention kernel are compiled once for each generation of CPUs
+that llama.cpp lists; the best one is loaded with the library (``native.devices``). auditwheel refuses the wheel if it
+needs more than manylinux_2_28 has.
 """
 
 from __future__ import annotations

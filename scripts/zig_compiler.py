@@ -11,8 +11,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 
 #: LLVM's names where they differ from gcc's
 FEATURES = {"fp16": "+fullfp16", "nosve": "-sve"}
@@ -28,18 +26,11 @@ def translated(argument: str) -> str:
     return f"-mcpu=generic+v{version}a{''.join(features)}"
 
 
-def zig() -> Path:
-    """Returns zig's path in the package ``ziglang``."""
-    package = find_spec("ziglang")
-    if package is None or package.origin is None:
-        sys.exit('zig is needed: pip install -e ".[wheel]"')
-    return Path(package.origin).with_name("zig")
-
-
 def main() -> None:
     target, tool, *arguments = sys.argv[1:]
     compile_for = ["-target", target] if tool in ("cc", "c++") else []
-    os.execv(zig(), ["zig", tool, *compile_for, *map(translated, arguments)])
+    command = [sys.executable, "-m", "ziglang", tool, *compile_for, *map(translated, arguments)]
+    os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":
