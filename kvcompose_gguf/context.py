@@ -12,7 +12,7 @@ from .access import Access, changes_cache, reads_cache
 from .errors import ConfigError, ContextLengthError, NativeError, StateError, UnsupportedError
 from .holdings import Holdings, Room
 from .kernels.types import FloatArray
-from .native.decoder import Decoder, Outputs
+from .native.decoder import Decode, Decoder, Outputs
 from .native.rows import write_values
 from .native.vocabulary import Vocabulary
 from .plan import seam
@@ -331,7 +331,7 @@ class Context(Holdings):
             yield first, part
 
     def _run(self, tokens: Sequence[int], pos: int, outputs: Outputs) -> None:
-        self.through(lambda: self.decoder.decode(tokens, pos, outputs), len(tokens))
+        self.through(Decode(self.decoder, tokens, pos, outputs), len(tokens))
 
     def _go_back(self, n_tokens: int, partial: bytes | None) -> None:
         """Removes all tokens after the first ``n_tokens``; ``partial``: the state there of layers that cannot."""

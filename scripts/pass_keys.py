@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Does a model still know what was said once in a long text: with a full cache, read as a whole, or read in parts?
 
-    python scripts/pass_keys.py MODEL [--n-tokens 4000] [--ratio 0.875] [--chunks whole,512,1024] [--texts 2]
+    python scripts/pass_keys.py MODEL [--n-tokens 4000] [--ratio 0.875] [--caches whole,512] [--texts 2]
 
 Regime: every text has five pass keys, at 10, 30, 50, 70 and 90 % of it. It is read, and each key is asked for behind
 the same cache. "Found" is whether the model says the key, greedily, in the order of the text; "nats" is the sum of
 -log p of the key's tokens, the mean over the keys, which tells more of a few questions. The full cache comes first,
-then learned scores without a check of the text, with the given ``chunk`` ("whole": nothing is evicted before all is
-read). A prompt of 1,500 tokens, read twice, teaches, or what earlier runs have kept: use an empty XDG_CACHE_HOME. The
-last line is one JSON document.
+then learned scores with the given ``chunk`` ("whole": nothing is evicted before all is read; "default": the one of
+``compression_ratio``), or the scores of the repeat ("repeat"). A prompt of 1,500 tokens, read twice, teaches, or what
+earlier runs have kept: use an empty XDG_CACHE_HOME. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -84,6 +84,14 @@ def _question(llama: Llama, name: str) -> list[int]:
     return tokens
 
 
+def method_of(cache: str, args: argparse.Namespace) -> KVCompose:
+    """Returns the method that leaves a cache of this name."""
+    if cache == "repeat":
+        return KVCompose(compression_ratio=args.ratio, scoring="repeat")
+    chunk = None if cache == "default" else args.n_tokens if cache == "whole" else int(cache)
+    return KVCompose(compression_ratio=args.ratio, spot_check=args.spot_check, learn=False, chunk=chunk)
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns for every text and cache what was found; prints it."""
     path = resolve_model(args.model)
@@ -98,15 +106,14 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     for text in range(args.texts):
         first, keys = N_FIRST + text * args.n_tokens, keys_of(text)
         prompt = with_keys(llama, tokens[first : first + args.n_tokens], keys)
-        for cache in ("full", *args.chunks.split(",")):
+        for cache in ("full", *args.caches.split(",")):
             if cache != "whole":
                 llama.reset()
             if cache == "full":
                 llama.kv_compressor = None
                 llama.prefill(prompt)
             else:  # "whole" goes on from the full cache
-                chunk = args.n_tokens if cache == "whole" else int(cache)
-                llama.kv_compressor = KVCompose(compression_ratio=args.ratio, spot_check=0, learn=False, chunk=chunk)
+                llama.kv_compressor = method_of(cache, args)
                 llama.compress(prompt)
             found, nats = found_keys(llama, keys), nats_of_keys(llama, keys)
             marks = "".join("+" if hit else "-" for hit in found)
@@ -120,7 +127,10 @@ def main() -> None:
     parser.add_argument("model", help="a fetched model's name or a .gguf file")
     parser.add_argument("--n-tokens", type=int, default=4000)
     parser.add_argument("--ratio", type=float, default=0.875)
-    parser.add_argument("--chunks", default="whole,512,1024")
+    parser.add_argument("--caches", default="whole,512,1024")
+    parser.add_argument(
+        "--spot-check", type=float, help="the share of the text that is repeated (without: the default)"
+    )
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from ..errors import ConfigError, StateError, UnsupportedError
+
 c_uint32_p = ctypes.POINTER(ctypes.c_uint32)
 c_int32_p = ctypes.POINTER(ctypes.c_int32)
 c_float_p = ctypes.POINTER(ctypes.c_float)
@@ -16,6 +18,12 @@ ERR_UNSUPPORTED = -2
 ERR_STATE = -3
 ERR_MEMORY = -4
 ERR_INTERNAL = -5
+
+EXCEPTIONS: dict[int, type[Exception]] = {
+    ERR_ARGUMENT: ConfigError,
+    ERR_UNSUPPORTED: UnsupportedError,
+    ERR_STATE: StateError,
+}
 
 # enum llama_kvc_agg
 AGG = {"max": 0, "sum": 1}
@@ -99,6 +107,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_kvc_set_fast_attention": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32]),
     # int32_t llama_kvc_skip_to(struct llama_context * ctx, llama_pos pos);
     "llama_kvc_skip_to": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32]),
+    # int32_t llama_kvc_decode_joint(struct llama_context * const * ctxs, const llama_token * tokens, const llama_pos * pos, uint32_t n);
+    "llama_kvc_decode_joint": (
+        ctypes.c_int32,
+        [ctypes.POINTER(ctypes.c_void_p), c_int32_p, c_int32_p, ctypes.c_uint32],
+    ),
     # int32_t llama_kvc_scores_begin(struct llama_context * ctx, int32_t agg, uint32_t n_cells, size_t max_bytes);
     "llama_kvc_scores_begin": (ctypes.c_int32, [_CONTEXT, ctypes.c_int32, ctypes.c_uint32, ctypes.c_size_t]),
     # int32_t llama_kvc_scores_n_rows(struct llama_context * ctx, uint32_t ikv, uint32_t * n_rows);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -138,6 +139,29 @@ class Decoder:
             raise NativeError(
                 "llama.cpp cannot restore the windows and recurrent layers to the end of the context: call reset()"
             )
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A call of ``Decoder.decode`` that was not made yet; call it to make it.
+
+    Attributes:
+        decoder: whose memory takes the tokens.
+        tokens, pos, outputs: the arguments of ``Decoder.decode``.
+    """
+
+    decoder: Decoder
+    tokens: Sequence[int]
+    pos: int
+    outputs: Outputs
+
+    def __call__(self) -> None:
+        self.decoder.decode(self.tokens, self.pos, self.outputs)
+
+    @property
+    def is_step(self) -> bool:
+        """Whether this is one token of an answer, which ``joint.decode_joint`` takes."""
+        return len(self.tokens) == 1 and self.outputs != "none"
 
 
 def _pointer(data: Bytes) -> Any:

@@ -11,17 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, NativeError, StateError, UnsupportedError
+from ..errors import ConfigError, NativeError, StateError
 from ..kernels.compose import gather_function
 from ..plan.composition import CompositionPlan
 from ..plan.geometry import CacheState, KVCells, LayerGeometry
 from . import bindings, library
-
-_EXCEPTIONS: dict[int, type[Exception]] = {
-    bindings.ERR_ARGUMENT: ConfigError,
-    bindings.ERR_UNSUPPORTED: UnsupportedError,
-    bindings.ERR_STATE: StateError,
-}
 
 
 @contextmanager
@@ -63,7 +57,7 @@ class KVSession:
             status = getattr(self._lib, name)(self._ctx, *args)
             message = "" if status == bindings.OK else self._lib.llama_kvc_last_error().decode()
         if status != bindings.OK:
-            raise _EXCEPTIONS.get(status, NativeError)(message)
+            raise bindings.EXCEPTIONS.get(status, NativeError)(message)
 
     def close(self) -> None:
         """Refuse all later calls with StateError, because the context is about to be freed."""

@@ -97,8 +97,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yields the metrics that are not histograms."""
         slots = self._engine.slots
-        embedder = self._engine.embedder
-        n_decodes = sum(slot.n_decodes for slot in slots) + (0 if embedder is None else embedder.n_decodes)
+        n_decodes, n_served = self._engine.turns.n_decodes, self._engine.turns.n_served
         with self._lock:
             counters = {
                 "prompt_tokens": (self._n_prompt, "Prompt tokens processed."),
@@ -115,8 +114,10 @@ class Metrics(Collector):
                 "llamacpp:predicted_tokens_seconds": (self._predicted.take(), "Tokens a second since the last look."),
                 "llamacpp:requests_processing": (self._engine.n_busy, "Requests in slots."),
                 "llamacpp:requests_deferred": (self._engine.n_waiting, "Requests in the queue."),
-                # every decode is for one slot
-                "llamacpp:n_busy_slots_per_decode": (float(n_decodes > 0), "Slots that a decode is for, on average."),
+                "llamacpp:n_busy_slots_per_decode": (
+                    n_served / max(n_decodes, 1),
+                    "Slots that a decode is for, on average.",
+                ),
                 "kvcompose_prompt_cache_bytes": (
                     self._engine.stores.memory.n_bytes,
                     "Bytes of the copies of what slots held.",

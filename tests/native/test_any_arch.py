@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from support import any_arch, tiny
 from support.any_arch import AnyArch
-from support.arch_list import COMPRESSED, NOT_TRIED, REFUSED, SPECIAL
+from support.arch_list import COMPRESSED, NOT_JOINT, NOT_TRIED, REFUSED, SPECIAL
 from support.llamas import F32, Q8_0, decode_one_by_one, last_logits
 from support.plans import random_plan
 from support.watching import watched
 
 from kvcompose_gguf import CompositionPlan, KVCompose, Llama, StateError, UnsupportedError
 from kvcompose_gguf.methods.streaming_llm import StreamingLLM
+from kvcompose_gguf.native.decoder import Decode
+from kvcompose_gguf.native.joint import decode_joint
 from kvcompose_gguf.native.rows import ContextRows, write_layer_values
 from kvcompose_gguf.native.session import KVSession
 
@@ -207,7 +209,8 @@ def test_a_saved_session_goes_on_where_it_was(make, arch, tmp_path):
     other = make(arch, method)
     other.load_session(tmp_path / "one.kvc")
     next(other.generate(CONTEXT + QUESTIONS[0], temp=0.0))
-    assert close(last_logits(other), last_logits(llama)) <= 1e-3  # a window's rows may come in another order
+    # a window's rows may come in another order, which moved gemma4 by 0.003 on one machine; other rows move it by 0.4
+    assert close(last_logits(other), last_logits(llama)) <= 0.02
 
 
 @special
@@ -264,3 +267,24 @@ def test_others_are_refused_with_a_sentence(make, arch, word):
 def test_the_documentation_has_every_architecture():
     table = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text("utf-8")
     assert [name for name in (*COMPRESSED, *REFUSED, *NOT_TRIED) if f"`{name}`" not in table] == []
+
+
+@every_arch
+def test_steps_of_two_contexts_at_once_are_those_of_each_alone(make, arch):
+    group = [make(arch)]
+    group.append(make(arch, weights_of=group[0]))
+    for llama, n in zip(group, (20, 50), strict=True):
+        llama.eval(CONTEXT[:n])
+    steps = [Decode(llama.context.decoder, [AFTER[0]], llama.n_tokens, "last") for llama in group]
+    try:
+        decode_joint(steps)
+    except UnsupportedError:
+        assert arch.name in NOT_JOINT
+        joint = None
+    else:
+        assert arch.name not in NOT_JOINT
+        joint = [last_logits(llama) for llama in group]
+    for number, llama in enumerate(group):
+        (alone,) = decode_one_by_one(llama, AFTER[:1])
+        if joint is not None:
+            np.testing.assert_allclose(joint[number], alone, atol=1e-3 * np.abs(alone).max())

@@ -19,8 +19,9 @@ from kvcompose_gguf import ConfigError, KVCompose
 from kvcompose_gguf.server.slots.engine import Engine
 from kvcompose_gguf.server.slots.idle import IdleCaches
 from kvcompose_gguf.server.slots.job import Busy, Cancelled, Job
-from kvcompose_gguf.server.slots.slot import Slot, Turns
+from kvcompose_gguf.server.slots.slot import Slot
 from kvcompose_gguf.server.slots.stores import StoreOptions
+from kvcompose_gguf.server.slots.turns import Turns
 
 CONFIG = tiny.GQA
 OPTIONS: dict[str, Any] = {
@@ -262,18 +263,18 @@ def test_decodes_of_slots_take_turns(make_engine, monkeypatch):
     """Of two slots that both want to decode, the one that asked first is next."""
     engine, held, run, order = make_engine(2), Gate(), Turns.run, list[str]()
 
-    def held_run(self: Turns, decode: Callable[[], Any]) -> Any:
+    def held_run(self: Turns, decode: Callable[[], None], check: Callable[[], None]) -> None:
         slot = threading.current_thread().name
 
-        def turn() -> Any:  # in the one thread that computes
+        def held_check() -> None:  # in the one thread that computes
             held.arrive()
             order.append(slot)
-            return decode()
+            check()
 
-        return run(self, turn)
+        run(self, decode, held_check)
 
     monkeypatch.setattr(Turns, "run", held_run)
-    queue = engine._turns._thread._work_queue
+    queue = engine.turns._thread._work_queue
     held.let(0)
     jobs = [Job(read(tiny.tokens(CONFIG, 640, seed=number)).work, id_slot=number) for number in range(2)]
     for job in jobs:

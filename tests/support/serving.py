@@ -22,7 +22,7 @@ from kvcompose_gguf.server.command import make_engine
 from kvcompose_gguf.server.options import ServeOptions
 from kvcompose_gguf.server.slots.job import Job
 from kvcompose_gguf.server.slots.sampling import Sampler, Sampling
-from kvcompose_gguf.server.slots.slot import Turns
+from kvcompose_gguf.server.slots.turns import Turns
 from support import tiny
 
 CONFIG = tiny.GQA

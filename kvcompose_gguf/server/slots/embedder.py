@@ -53,8 +53,6 @@ class Embedder:
         self._thread = ThreadPoolExecutor(1, "vectors")
         self._n_queue, self._timeout = n_queue, timeout
         self._waiting: set[Future[FloatArray]] = set()
-        #: number of decodes so far
-        self.n_decodes = 0
         self._llama = SlotLlama(
             str(model_path), decode_through=decode_through, weights_of=weights_of, embedding=True, pooling_type=kind,
             n_ctx=n_batch, n_batch=n_batch, n_ubatch=n_batch, **kwargs,
@@ -97,9 +95,7 @@ class Embedder:
     def _embed(self, tokens: list[int], deadline: float) -> FloatArray:
         if time.monotonic() > deadline:
             raise TimedOut("the text waited longer than the server's --timeout")
-        vectors = self._llama.context.embed(tokens, self._llama.n_embd(), self.is_pooled)
-        self.n_decodes += 1
-        return vectors
+        return self._llama.context.embed(tokens, self._llama.n_embd(), self.is_pooled)
 
     def close(self) -> None:
         """Wait for the text in work, cancel those that wait, and free the context."""

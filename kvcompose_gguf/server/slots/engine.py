@@ -15,8 +15,9 @@ from ...ceiling import ceiling_bytes
 from ...errors import ConfigError, UnsupportedError
 from .embedder import Embedder
 from .job import Busy, Cancelled, Job, TimedOut
-from .slot import Slot, Turns
+from .slot import Slot
 from .stores import StoreOptions, Stores
+from .turns import Turns
 
 #: a slot is chosen for its cache if that has at least this share of the prompt
 MIN_SIMILARITY = 0.1
@@ -60,7 +61,7 @@ class Engine:
     ) -> None:
         if n_slots < 1:
             raise ConfigError(f"n_slots={n_slots} is not positive")
-        self._turns = Turns()
+        self.turns = Turns()
         self._lock = threading.Lock()
         self._waiting: deque[Job] = deque()
         self._n_queue = n_queue
@@ -75,11 +76,11 @@ class Engine:
         try:
             for number in range(n_slots):
                 owner = self.slots[0].llama if self.slots else None
-                self.slots.append(Slot(number, model_path, self._turns, owner, **kwargs))
+                self.slots.append(Slot(number, model_path, self.turns, owner, **kwargs))
             if embeddings:
                 threads = {name: kwargs[name] for name in ("n_threads", "n_threads_batch") if name in kwargs}
                 self.embedder = Embedder(
-                    model_path, self.slots[0].llama, lambda decode, n: self._turns.run(decode), embeddings, pooling,
+                    model_path, self.slots[0].llama, lambda decode, n: self.turns.run(decode), embeddings, pooling,
                     n_queue, self._timeout, verbose=False, flash_attn=kwargs.get("flash_attn", False), **threads,
                 )  # fmt: skip
             self._check_budget(kv_budget)
@@ -150,7 +151,7 @@ class Engine:
         self.slots = []
         if self._stores is not None:
             self._stores.close()
-        self._turns.close()
+        self.turns.close()
 
     def _start_waiting(self) -> None:
         """Give idle slots to waiting jobs, in order.

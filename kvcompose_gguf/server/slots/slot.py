@@ -1,4 +1,4 @@
-"""Slots: each has its own cache and thread. All share the weights, and their decodes run one at a time."""
+"""Slots: each has its own cache and thread. All share the weights, and one thread computes for all of them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ...errors import UnsupportedError
 from ...llama import Llama
 from ...methods import Method
 from .slot_llama import SlotLlama
-
-T = TypeVar("T")
-
-
-class Turns:
-    """Runs all decodes on one thread, in arrival order, so that llama.cpp's thread pools never compete."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "compute")
-
-    def run(self, function: Callable[[], T]) -> T:
-        """Run ``function`` when its turn comes; returns or raises what it does."""
-        return self._thread.submit(function).result()
-
-    def close(self) -> None:
-        """Wait for the decodes that were submitted."""
-        self._thread.shutdown()
+from .turns import Turns
 
 
 @dataclass
@@ -62,7 +46,6 @@ class Slot:
         llama: the slot's context.
         check: called before every decode. It raises if the job is cancelled or late.
         on_decode: called after every decode, with its number of tokens.
-        n_decodes: number of decodes so far.
         kv_bytes: bytes of the cache at the last ``look``.
         reserved: maximum bytes of the cache during the current job.
         busy_since: time on ``time.monotonic``'s clock when the current job started. None: the slot is idle.
@@ -77,7 +60,7 @@ class Slot:
         self.id = number
         self.check: Callable[[], None] = lambda: None
         self.on_decode: Callable[[int], None] = lambda n_tokens: None
-        self.n_decodes = self.kv_bytes = self._n_bytes_token = 0
+        self.kv_bytes = self._n_bytes_token = 0
         self.busy_since: float | None = None
         self.last_used = 0.0
         self.reserved = 0
@@ -100,12 +83,7 @@ class Slot:
         self.llama.close()
 
     def _decode(self, decode: Callable[[], None], n_tokens: int) -> None:
-        def turn() -> None:
-            self.check()
-            decode()
-            self.n_decodes += 1
-
-        self._turns.run(turn)
+        self._turns.run(decode, self.check)
         self.look()
         self.on_decode(n_tokens)
 

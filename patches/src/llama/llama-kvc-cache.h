@@ -15,6 +15,7 @@
 // llama-kvc-growth.cpp   makes room, and gives it back
 // llama-kvc-state.cpp    saves and loads the layout
 // llama-kvc-graph.cpp    views, indices and masks of a graph
+// llama-kvc-joint.cpp    one token for each of several contexts
 // llama-kvc-scores.cpp   chooses the attention kernel; collects attention scores
 // llama-kvc-probe.cpp    queries and outputs of attention; a bias on its logits
 // llama-kvc-rope.cpp     the model's RoPE of given rows
@@ -144,6 +145,9 @@ public:
     // so that each offset gets one mask.
     ggml_tensor * mask(ggml_context * ctx, ggml_tensor * kq_mask, std::vector<std::pair<uint32_t, ggml_tensor *>> & cache, int32_t il) const;
 
+    // notes that graphs may have the tokens of n contexts; returns whether they become larger by it
+    bool joins(uint32_t n);
+
     // upper limit of the nodes that compression adds to a graph of n_tokens tokens
     size_t n_extra_nodes(uint32_t n_tokens) const;
 
@@ -152,7 +156,7 @@ public:
     //
 
     // on: batches use our own flash attention on the CPU, which is faster than ggml's and reads quantized rows
-    void set_fast(bool on) { n_epoch += fast != on; fast = on; }
+    void set_fast(bool on) { n_epoch = fast != on ? new_epoch() : n_epoch; fast = on; }
 
     // Every attention of a graph passes through here after llama.cpp has built it. Chooses the kernel, copies the tapped
     // vectors, and while scoring reduces the probabilities over the query tokens into the layer's scores.
@@ -256,7 +260,11 @@ private:
 
     llama_kv_cache & kv;
 
-    uint64_t n_epoch = 1;
+    // no two caches ever have the same number, because a joint decode's graph has parts of several
+    static uint64_t new_epoch();
+    uint64_t n_epoch = new_epoch();
+
+    uint32_t n_joint = 0; // contexts that were decoded for at once, at most
 
     uint32_t              n_past  = 0; // tokens that belong to composites, 0: not composed
     uint32_t              n_alloc = 0; // cells that every layer has room for

@@ -2,6 +2,14 @@
 
 #include "ggml-backend.h"
 
+#include <atomic>
+
+uint64_t llama_kvc::new_epoch() {
+    static std::atomic<uint64_t> last;
+
+    return ++last;
+}
+
 uint32_t llama_kvc::n_cells_used() const {
     return kv.v_cells[0].used_max_p1();
 }
@@ -46,5 +54,5 @@ void llama_kvc::set_layout(uint32_t n_alloc_new) {
         }
     }
 
-    ++n_epoch;
+    n_epoch = new_epoch();
 }

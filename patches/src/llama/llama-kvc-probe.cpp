@@ -22,14 +22,14 @@ void llama_kvc::taps_begin(bool queries, bool outputs, uint32_t n_tokens) {
     tap_queries = std::move(q);
     tap_outputs = std::move(o);
 
-    ++n_epoch;
+    n_epoch = new_epoch();
 }
 
 void llama_kvc::taps_end() {
     tap_queries.clear();
     tap_outputs.clear();
 
-    ++n_epoch;
+    n_epoch = new_epoch();
 }
 
 const ggml_tensor * llama_kvc::tap(uint32_t ikv, bool outputs) const {
@@ -81,7 +81,7 @@ void llama_kvc::set_bias(uint32_t ikv, const float * bias, uint32_t n_rows) {
         biases = buffers("kvc_bias", [&](int32_t il) {
             return std::make_pair<int64_t, int64_t>(kv.get_size(), kv.hparams.n_head(il));
         });
-        ++n_epoch;
+        n_epoch = new_epoch();
     }
 
     ggml_tensor * t = biases[ikv].t;
@@ -94,7 +94,7 @@ void llama_kvc::set_bias(uint32_t ikv, const float * bias, uint32_t n_rows) {
 }
 
 void llama_kvc::drop_bias() {
-    n_epoch += !biases.empty();
+    n_epoch = biases.empty() ? n_epoch : new_epoch();
     biases.clear();
 }
 

@@ -37,7 +37,7 @@ void llama_kvc::scores_begin(llama_kvc_agg agg, uint32_t n_cells, size_t max_byt
     score_n_cells   = n_cells;
     score_max_bytes = max_bytes;
 
-    ++n_epoch;
+    n_epoch = new_epoch();
 }
 
 void llama_kvc::scores_end() {
@@ -45,7 +45,7 @@ void llama_kvc::scores_end() {
     score_buffers.clear();
     score_n_rows.clear();
 
-    ++n_epoch;
+    n_epoch = new_epoch();
 }
 
 void llama_kvc::scores_get(uint32_t ikv, float * dst) const {
@@ -83,11 +83,18 @@ static bool is_cpu(ggml_backend_buffer_t buffer) {
     return ggml_backend_buffer_is_host(buffer) && (!dev || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU);
 }
 
+bool llama_kvc::joins(uint32_t n) {
+    const bool more = n > n_joint;
+    n_joint = std::max(n_joint, n);
+
+    return more;
+}
+
 size_t llama_kvc::n_extra_nodes(uint32_t n_tokens) const {
     size_t n = 0;
     for (const auto & [il, ikv] : kv.map_layer_ids) {
         const auto & layer = kv.layers[ikv];
-        n += 4 + (tapping() ? 8 : 0) + (biases.empty() ? 0 : 16);
+        n += 4 + 40*n_joint + (tapping() ? 8 : 0) + (biases.empty() ? 0 : 16);
         if (scoring() && (kv.v_trans || is_cpu(layer.k->buffer))) {
             n += 12;
         } else if (scoring()) {

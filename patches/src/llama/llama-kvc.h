@@ -24,7 +24,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define LLAMA_KVC_ABI 9
+#define LLAMA_KVC_ABI 10
 
 #ifdef __cplusplus
 extern "C" {
@@ -154,6 +154,16 @@ LLAMA_API int32_t llama_kvc_set_fast_attention(struct llama_context * ctx, int32
 // it again with -1 before the tokens of that decode are removed.
 //   ERR_ARGUMENT  pos is neither -1 nor behind the last token
 LLAMA_API int32_t llama_kvc_skip_to(struct llama_context * ctx, llama_pos pos);
+
+// Decodes one token for each of n contexts in one graph, which reads the weights once: tokens[i] at position pos[i], directly
+// behind the last token of ctxs[i]. Afterwards each context has the logits of its token, as after a decode of its own. All
+// contexts must have the same model, and none may be used by another thread meanwhile. After a failure no context has the
+// new token, and the logits of all of them are gone.
+//   ERR_ARGUMENT     also if a context occurs twice, or has another model than the first
+//   ERR_UNSUPPORTED  also if the model has sliding windows, recurrent layers, latent attention or M-RoPE, or if the contexts
+//                    have different adapters
+//   ERR_STATE        one of the caches is full, or one of the contexts is scoring
+LLAMA_API int32_t llama_kvc_decode_joint(struct llama_context * const * ctxs, const llama_token * tokens, const llama_pos * pos, uint32_t n);
 
 // Starts scoring. Until llama_kvc_scores_end() all decodes collect, for every layer and query head, the attention
 // probabilities of the layer's rows in cells [0, n_cells), reduced over all query tokens. In a composed cache these are the
