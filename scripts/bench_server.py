@@ -125,14 +125,14 @@ def tokens_of(url: str, n: int) -> list[int]:
 def ours(args: argparse.Namespace, n_parallel: int, n_ctx: int) -> list[str]:
     return [
         sys.executable, "-m", "kvcompose_gguf", "serve", "-m", str(args.path), "-c", str(n_ctx), "-np", str(n_parallel),
-        "--threads", str(args.threads), "--compression-ratio", str(args.ratio),
+        "--threads", str(args.threads), "--compression-ratio", str(args.ratio), "--cache-ram", str(args.cache_ram),
     ]  # fmt: skip
 
 
 def theirs(args: argparse.Namespace, n_parallel: int, n_ctx: int) -> list[str]:
     return [
         args.llama_server, "-m", str(args.path), "-c", str(n_ctx), "-np", str(n_parallel), "-t", str(args.threads),
-        "-tb", str(args.threads), "-fa", "on", "-b", "512", "--no-ui",
+        "-tb", str(args.threads), "-fa", "on", "-b", "512", "--no-ui", "--cache-ram", str(args.cache_ram),
     ]  # fmt: skip
 
 
@@ -268,6 +268,9 @@ def main() -> None:
     parser.add_argument("--llama-server", help="llama-server executable, built from the pinned source")
     parser.add_argument("--ratio", type=float, default=0.75)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--cache-ram", type=int, default=1024, help="MiB for copies of what slots held, for both servers"
+    )
     parser.add_argument("--n-tokens", default="512,8000", help="rate: prompt lengths")
     parser.add_argument("--n-predict", type=int, default=128, help="rate: answer length")
     parser.add_argument("--repeats", type=int, default=5, help="rate")
