@@ -14,7 +14,8 @@ from support.llamas import greedy
 from support.serving import TIMEOUT, until
 
 from kvcompose_gguf import Llama, NativeError
-from kvcompose_gguf.server.slots import turns as turns_module
+from kvcompose_gguf.native.decoder import Decode
+from kvcompose_gguf.native.joint import decode_joint
 from kvcompose_gguf.server.slots.turns import Turns
 
 N = 12
@@ -69,9 +70,7 @@ def make_group(make_llama) -> Callable[..., list[Llama]]:
     return make
 
 
-def step(llama: Llama, token: int = 1) -> Any:
-    from kvcompose_gguf.native.decoder import Decode
-
+def step(llama: Llama, token: int = 1) -> Decode:
     return Decode(llama.context.decoder, [token], llama.n_tokens, "last")
 
 
@@ -133,16 +132,15 @@ def test_an_error_of_one_step_is_its_own(compute, make_llama, make_group):
 
 
 def test_a_step_waits_for_answers_that_go_on_but_not_for_those_that_ended(compute, make_group, monkeypatch):
-    """Sets how long it waits, so that the test does not depend on the machine's speed."""
+    """How long it waits is set here, so that the test does not depend on the machine's speed."""
     group = make_group()
     sizes: list[int] = []
-    joint = turns_module.decode_joint
 
     def counted(steps: Any) -> None:
         sizes.append(len(steps))
-        joint(steps)
+        decode_joint(steps)
 
-    monkeypatch.setattr(turns_module, "decode_joint", counted)
+    monkeypatch.setattr("kvcompose_gguf.server.slots.turns.decode_joint", counted)
     compute.hold()
     futures = compute.start(*(step(llama) for llama in group))
     compute.held.set()

@@ -48,7 +48,7 @@ def compare(device: dict[str, Any], local: dict[str, Any], score_error: float, l
         print(f"{name}: largest difference {error:.2e}")
         assert error <= score_error, f"{name}: {error:.2e}"
     assert device["rows_again"] == local["rows_again"]
-    for name in ("composed", "full", "loaded", "again"):
+    for name in ("composed", "full", "loaded", "again", "joint"):
         error = np.abs(np.array(device[name]) - np.array(local[name])).max()
         print(f"{name}: largest difference {error:.2e}")
         assert error <= logit_error, f"{name}: {error:.2e}"
@@ -80,6 +80,8 @@ class CountedGather:
 def main() -> None:
     from kvcompose_gguf import CompositionPlan, KVCompose, Llama, add_rpc_server
     from kvcompose_gguf.native import session as native_session
+    from kvcompose_gguf.native.decoder import Decode
+    from kvcompose_gguf.native.joint import decode_joint
 
     path, options, endpoints = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
     for endpoint in endpoints:
@@ -147,6 +149,10 @@ def main() -> None:
     out["again"] = logits()
     out["rows_again"] = session.n_rows_used()
     out["n_host_gathers"] = gather.n_calls
+    other = Llama(path, weights_of=llama, **(defaults | options))
+    other.eval(context[:50])
+    decode_joint([Decode(each.context.decoder, [7], each.n_tokens, "last") for each in (llama, other)])
+    out["joint"] = [*logits(), *other.context.decoder.logits(1)[0].tolist()]
     print(json.dumps(out))
 
 

@@ -76,19 +76,30 @@ public:
 
         joint_memory memory(std::move(parts));
         ggml_status  status;
+        unless_done  undo{ *this };
 
         const auto * res = ctx.process_ubatch(batch(), LLM_GRAPH_TYPE_DEFAULT, &memory, status);
         if (!res || !res->get_logits()) {
-            for (uint32_t i = 0; i < n(); ++i) {
-                caches[i].ctx.get_memory()->seq_rm(0, pos[i], -1);
-                caches[i].ctx.n_outputs = 0;
-            }
             fail(status == GGML_STATUS_ALLOC_FAILED ? LLAMA_KVC_ERR_MEMORY : LLAMA_KVC_ERR_INTERNAL, "the graph failed");
         }
         take_logits(res->get_logits());
+        undo.done = true;
     }
 
 private:
+    // after an error no context has the new token
+    struct unless_done {
+        llama_kvc_joint & joint;
+        bool              done = false;
+
+        ~unless_done() {
+            for (uint32_t i = 0; !done && i < joint.n(); ++i) {
+                joint.caches[i].ctx.get_memory()->seq_rm(0, joint.pos[i], -1);
+                joint.caches[i].ctx.n_outputs = 0;
+            }
+        }
+    };
+
     llama_context & leader() const { return caches[0].ctx; }
     uint32_t        n()      const { return caches.size(); }
 
