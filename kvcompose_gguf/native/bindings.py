@@ -19,6 +19,7 @@ ERR_STATE = -3
 ERR_MEMORY = -4
 ERR_INTERNAL = -5
 
+#: what a status raises; the others are a NativeError
 EXCEPTIONS: dict[int, type[Exception]] = {
     ERR_ARGUMENT: ConfigError,
     ERR_UNSUPPORTED: UnsupportedError,
