@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import tiny
-from support.llamas import F16, F32, Q8_0, decode_one_by_one, greedy, last_logits, stored_rows
+from support.llamas import F16, F32, Q8_0, decode_one_by_one, greedy, last_logits, step, stored_rows
 
 from kvcompose_gguf import ConfigError, KVCompose, Llama, StateError, UnsupportedError
 from kvcompose_gguf.native.decoder import Decode
@@ -37,10 +37,6 @@ def make_group(make_llama) -> Callable[..., list[Llama]]:
         return group
 
     return make
-
-
-def step(llama: Llama, token: int) -> Decode:
-    return Decode(llama.context.decoder, [token], llama.n_tokens, "last")
 
 
 def decode_together(group: list[Llama], tokens: list[int]) -> list[np.ndarray]:
@@ -90,11 +86,11 @@ def test_members_may_come_and_go(make_group):
         np.testing.assert_allclose(decode_one_by_one(one, [9, 8]), decode_one_by_one(other, [9, 8]), atol=1e-4)
 
 
-def test_a_context_that_was_cleared_can_join(make_group):
+def test_a_context_that_was_composed_anew_can_join(make_group):
     group, alone = make_group(), make_group()
     decode_together(group, [1, 2, 3])
     for members in (group, alone):
-        greedy(members[1], tiny.tokens(CONFIG, 300, seed=7), 1)  # composed anew
+        greedy(members[1], tiny.tokens(CONFIG, 300, seed=7), 1)
     for llama, token in ((alone[0], 1), (alone[2], 3)):
         decode_one_by_one(llama, [token])
     got = decode_together(group, [4, 5, 6])

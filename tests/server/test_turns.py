@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support import tiny
-from support.llamas import greedy
+from support.llamas import greedy, step
 from support.serving import TIMEOUT, until
 
 from kvcompose_gguf import Llama, NativeError
-from kvcompose_gguf.native.decoder import Decode
 from kvcompose_gguf.native.joint import decode_joint
 from kvcompose_gguf.server.slots.turns import Turns
 
@@ -68,10 +67,6 @@ def make_group(make_llama) -> Callable[..., list[Llama]]:
         return group
 
     return make
-
-
-def step(llama: Llama, token: int = 1) -> Decode:
-    return Decode(llama.context.decoder, [token], llama.n_tokens, "last")
 
 
 def test_steps_that_wait_are_one_decode(compute, make_group):
@@ -160,7 +155,7 @@ def test_a_step_waits_for_answers_that_go_on_but_not_for_those_that_ended(comput
     group[0].context.note_new([1])
     compute.turns.run(step(group[0]))
     assert sizes == [3, 3]
-    assert not compute.turns._due - {group[0].context.decoder}
+    assert compute.turns._due == {group[0].context.decoder}
 
 
 @pytest.mark.parametrize("config", [tiny.GQA_SOFT, tiny.ARCHITECTURES["gemma3"]], ids=["joint", "one-at-a-time"])

@@ -80,8 +80,8 @@ class CountedGather:
 def main() -> None:
     from kvcompose_gguf import CompositionPlan, KVCompose, Llama, add_rpc_server
     from kvcompose_gguf.native import session as native_session
-    from kvcompose_gguf.native.decoder import Decode
     from kvcompose_gguf.native.joint import decode_joint
+    from support.llamas import step
 
     path, options, endpoints = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
     for endpoint in endpoints:
@@ -151,7 +151,7 @@ def main() -> None:
     out["n_host_gathers"] = gather.n_calls
     other = Llama(path, weights_of=llama, **(defaults | options))
     other.eval(context[:50])
-    decode_joint([Decode(each.context.decoder, [7], each.n_tokens, "last") for each in (llama, other)])
+    decode_joint([step(each, 7) for each in (llama, other)])
     out["joint"] = [*logits(), *other.context.decoder.logits(1)[0].tolist()]
     print(json.dumps(out))
 

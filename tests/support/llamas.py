@@ -8,6 +8,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from kvcompose_gguf import Llama  # loads the library, which the pure tests do without
+    from kvcompose_gguf.native.decoder import Decode
 
 F32, F16, BF16, Q8_0 = 0, 1, 30, 8
 #: every type that llama.cpp stores keys and values in
@@ -37,6 +38,13 @@ def decode_one_by_one(llama: Any, ids: list[int]) -> np.ndarray:
         llama.eval([token])
         rows.append(last_logits(llama))
     return np.stack(rows)
+
+
+def step(llama: Any, token: int = 1) -> Decode:
+    """Returns the decode of one token behind the context, which was not made yet."""
+    from kvcompose_gguf.native.decoder import Decode
+
+    return Decode(llama.context.decoder, [token], llama.n_tokens, "last")
 
 
 def stored_rows(llama: Any, il: int, which: str) -> np.ndarray:
